@@ -10,6 +10,7 @@ __all__ = ['Problem', 'check_id', 'natural_key', 'root', 'resolve', 'shipped', '
 # %% ../nbs/00_core.ipynb #d631b1ea
 import errno, fcntl, json, logging, os, platform, re, shutil, socket, sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -119,7 +120,7 @@ def whole_folder(
         try:
             tmp.mkdir(parents=True)
             yield tmp
-            for p in sorted(tmp.rglob('*')): _flush(p)
+            with ThreadPoolExecutor(8) as pool: list(pool.map(_flush, tmp.rglob('*')))
             if path.exists(): os.replace(path, old)
             os.replace(tmp, path); _flush(path.parent)
         finally:
@@ -175,13 +176,15 @@ def map_units(
         except Exception as e: yield u, e
 
 # %% ../nbs/00_core.ipynb #5a714910
+def _call(work, unit: str): work(unit)
+
 def _map_ray(work, units):
     "The units as Ray tasks: a task whose worker dies is tried again by Ray."
     try: import ray
     except ImportError: raise Problem('executor', "'ray', but Ray is not installed", 'the cluster extra', "pip install 'rvos_nb[cluster]'") from None
     if not ray.is_initialized(): ray.init(include_dashboard=False, logging_level=logging.WARNING)
-    task = ray.remote(work)
-    for u, ref in [(u, task.remote(u)) for u in units]:
+    task, shared = ray.remote(_call), ray.put(work)
+    for u, ref in [(u, task.remote(shared, u)) for u in units]:
         try: ray.get(ref); yield u, None
         except Exception as e: yield u, getattr(e, 'cause', None) or e
 

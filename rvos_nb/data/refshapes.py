@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'SIZES', 'NOUNS', 'UNITS', 'CELLS', 'TURN', 'STENCILS', 'DIRECTIONS', 'LEVELS',
            'KINDS', 'SUBSETS', 'SUPERLATIVES', 'RELATIONS', 'WORDS', 'SPLITS', 'Dice', 'silhouette', 'stencil', 'Thing',
-           'Level', 'looks', 'cast', 'stride', 'path', 'put', 'lookup', 'paint', 'ground', 'colour_in', 'Phrases',
-           'compare', 'Sentence', 'noun', 'Speaker', 'two', 'Scene', 'scene', 'parse', 'observe', 'Judge', 'related',
-           'surpasses', 'holds', 'video_seed', 'write']
+           'Level', 'draw_looks', 'cast', 'stride', 'trajectory', 'place', 'lookup', 'paint', 'ground', 'colour_in',
+           'Phrases', 'compare', 'Sentence', 'noun', 'Fits', 'Speaker', 'two_sentences', 'Scene', 'scene', 'parse',
+           'observe', 'Judge', 'related', 'surpasses', 'holds', 'video_seed', 'write']
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a6620835
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..core import Problem, progress, read_json, resolve, whole_folder, write_json
+from ..core import Problem, progress, read_json, whole_folder, write_json
 from .masks import write_labels
 
 # %% ../../nbs/01c_data.refshapes.ipynb #d0fed1be
@@ -147,7 +146,7 @@ LEVELS = dict(
 KINDS = ('appearance', 'place', 'motion', 'superlative', 'relation')
 
 # %% ../../nbs/01c_data.refshapes.ipynb #b58b4cf4
-def looks(dice: Dice, level: Level, things: list[Thing]) -> dict[str, str]:
+def draw_looks(dice: Dice, level: Level, things: list[Thing]) -> dict[str, str]:
     "The four attributes of one more object."
     while True:
         new = dict(shape=dice.pick(SHAPES), colour=dice.pick(tuple(COLOURS)), texture=dice.pick(TEXTURES) if dice.below(100) < 60 else 'plain',
@@ -161,7 +160,7 @@ def cast(dice: Dice, level: Level) -> list[Thing]:
     "Objects with their looks and their intended motion."
     things = []
     for _ in range(dice.between(*level.count)):
-        new, act = looks(dice, level, things), dice.weighted(level.acts)
+        new, act = draw_looks(dice, level, things), dice.weighted(level.acts)
         if act == 'spinning' and new['shape'] in ('circle', 'ring'): act = 'slow' # nobody sees a circle spin
         things.append(Thing(**new, act=act, heading=dice.pick(('left', 'right', 'up', 'down')) if act in ('slow', 'fast') else ''))
     for depth, i in enumerate(dice.shuffled(range(len(things)))): things[i].depth = depth
@@ -172,7 +171,7 @@ def stride(frames: int) -> int:
     "Units per frame that the word fast means."
     return min(UNITS // 16, UNITS * 7 // 10 // max(frames - 1, 1))
 
-def path(dice: Dice, thing: Thing, frames: int) -> tuple[np.ndarray, np.ndarray]: # (T,), (T,) units from the place where it is put
+def trajectory(dice: Dice, thing: Thing, frames: int) -> tuple[np.ndarray, np.ndarray]: # (T,), (T,) units from the place where it is put
     "Draw the motion of `thing`: sets its speed, radius and angle."
     t, d = np.arange(frames), stride(frames)
     x = y = np.zeros(frames, np.int64)
@@ -193,7 +192,7 @@ def path(dice: Dice, thing: Thing, frames: int) -> tuple[np.ndarray, np.ndarray]
     return x, y
 
 # %% ../../nbs/01c_data.refshapes.ipynb #b4ddc42b
-def put(
+def place(
     dice: Dice,
     thing: Thing,
     placed: list[Thing],
@@ -205,7 +204,7 @@ def put(
     frames, roams = len(camera), bool(thing.heading) and dice.below(100) < level.roam
     for act in (thing.act, 'slow', 'still'):
         thing.act, thing.heading = act, thing.heading if act in ('slow', 'fast') else ''
-        dx, dy = (p - camera[:, k] for k, p in enumerate(path(dice, thing, frames)))
+        dx, dy = (p - camera[:, k] for k, p in enumerate(trajectory(dice, thing, frames)))
         r, reach, slack = thing.r, thing.r * 9 // 8, [thing.r[0] * 3 // 2 if roams and (k == 0) == (thing.heading in ('left', 'right')) else 0 for k in (0, 1)]
         lows = [int((reach - d).max()) - s for d, s in zip((dx, dy), slack)]
         highs = [int((side - reach - d).min()) + s for side, d, s in zip((width, height), (dx, dy), slack)]
@@ -397,7 +396,27 @@ def noun(dice: Dice, thing: Thing, subset: tuple) -> str:
     "The adjectives of `subset` and a noun."
     return ' '.join([getattr(thing, a) for a in subset if a != 'shape'] + [thing.shape if 'shape' in subset else dice.pick(NOUNS)])
 
-class Speaker:
+class Fits:
+    "What completes a noun phrase, one method per kind: the endings that single out object `i` among those whom the phrase describes."
+    def _tails(self, kind, me, may): return [text for text, (k, s, m) in self.p.tails.items() if k == kind and s & me and m & may == me]
+    def _appearance(self, i, sure, may): return ['']
+    def _place(self, i, sure, may): return self._tails('place', 1 << i, may)
+    def _motion(self, i, sure, may): return self._tails('motion', 1 << i, may)
+
+    def _superlative(self, i, sure, may):
+        rest = may & ~(1 << i)
+        return [w for w, b in self.beats.items() if rest & ~b[i] == 0 and sure & rest and (w not in ('largest', 'smallest') or self.same_shape(may))]
+
+    def _relation(self, i, sure, may):
+        me = 1 << i
+        return [(w, j, name) for w, (yes, maybe) in self.relations.items() for j, name in self.anchors.items()
+                if j != i and yes[j] & me and maybe[j] & may & ~(1 << j) == me]
+
+    def same_shape(self, may: int) -> bool: # sizes of a ring and a star are hard to compare by eye
+        return len({t.shape for j, t in enumerate(self.p.things) if may >> j & 1}) == 1
+
+# %% ../../nbs/01c_data.refshapes.ipynb #c12070b0
+class Speaker(Fits):
     "Finds sentences for the objects of one scene."
     def __init__(self, dice: Dice, phrases: Phrases, frames: int):
         self.dice, self.p, self.frames = dice, phrases, frames
@@ -433,30 +452,13 @@ class Speaker:
     def text(self, kind: str, name: str, word) -> str:
         "The words of a sentence."
         if kind == 'superlative': return f'the {word} {name}'
-        article = 'the' if self.dice.below(4) else 'a'
+        article = 'the' if self.dice.below(4) or name.startswith('object') else 'a'
         if kind == 'appearance': return f'{article} {name}'
         if kind == 'relation': return f'{article} {name} {word[0]} the {noun(self.dice, self.p.things[word[1]], word[2])}'
         return f"{article} {name} {'that is ' if kind == 'motion' and self.dice.below(4) == 0 else ''}{word}"
 
-    def _tails(self, kind, me, may): return [text for text, (k, s, m) in self.p.tails.items() if k == kind and s & me and m & may == me]
-    def _appearance(self, i, sure, may): return ['']
-    def _place(self, i, sure, may): return self._tails('place', 1 << i, may)
-    def _motion(self, i, sure, may): return self._tails('motion', 1 << i, may)
-
-    def _superlative(self, i, sure, may):
-        rest = may & ~(1 << i)
-        return [w for w, b in self.beats.items() if rest & ~b[i] == 0 and sure & rest and (w not in ('largest', 'smallest') or self.same_shape(may))]
-
-    def _relation(self, i, sure, may):
-        me = 1 << i
-        return [(w, j, name) for w, (yes, maybe) in self.relations.items() for j, name in self.anchors.items()
-                if j != i and yes[j] & me and maybe[j] & may & ~(1 << j) == me]
-
-    def same_shape(self, may: int) -> bool: # sizes of a ring and a star are hard to compare by eye
-        return len({t.shape for j, t in enumerate(self.p.things) if may >> j & 1}) == 1
-
 # %% ../../nbs/01c_data.refshapes.ipynb #917e2423
-def two(
+def two_sentences(
     speaker: Speaker,
     i: int,             # index of the object
     kinds: dict,        # weights
@@ -491,14 +493,14 @@ def _attempt(dice: Dice, level: Level, frames: int, size: tuple[int, int]) -> Sc
     if frames == 1:
         for t in things: t.act, t.heading = 'still', ''
     placed = []
-    for t in sorted(things, key=lambda t: t.size): put(dice, t, placed, width, height, camera, level); placed.append(t)
+    for t in sorted(things, key=lambda t: t.size): place(dice, t, placed, width, height, camera, level); placed.append(t)
     painted, area, shown, cover = paint(things, frames, size)
     for t, s, a in zip(things, shown, area): t.seen = (s * 4 >= a) & (s > 0)
     good = (shown * 100 >= area * level.visible).all() and all(t.seen.sum() * 2 >= frames for t in things) and shown.any(1).all()
     if not good: return None
     speaker = Speaker(dice, Phrases(things, cover, area, width, height, frames), frames)
     kinds = {k: w for k, w in level.kinds.items() if k != 'motion' or frames >= 3}
-    said = [two(speaker, i, kinds) for i in range(len(things))]
+    said = [two_sentences(speaker, i, kinds) for i in range(len(things))]
     if not all(said): return None
     pixels = camera * scale // UNITS
     labels = ((np.arange(256) + 1) // 2).astype(np.uint8)[painted]

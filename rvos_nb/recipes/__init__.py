@@ -1,0 +1,1 @@
+"Recipes: lists of stages for `rvos run`, and what the training notebook learns from."

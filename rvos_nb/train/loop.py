@@ -149,18 +149,12 @@ def ask(
     frames: Tensor,     # (B, T, 3, H, W) normalised
     clip: Tensor,       # (E,) the clip of each sentence
     texts: Sequence[str],
-) -> dict:              # pred_logits (E,T,Q,K), pred_boxes (E,T,Q,4), pred_masks (E,T,Q,h,w), aux_outputs; maps (E*T,C,h,w) of strides 4 and 8
+) -> dict:              # what `ReferFormer.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
     seen, t = model.look(frames), frames.shape[1]
     rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
     seen = replace(seen, fine=seen.fine[rows], levels=[x[rows] for x in seen.levels])
-    decoded, features = model.ground(seen, model.listen(*model.encode(texts)))
-    clips = lambda x: x.unflatten(0, (len(clip), t))
-    sizes = torch.tensor([seen.size] * len(clip), device=clip.device)
-    layers = [dict(pred_logits=clips(model.classes(decoded, i)), pred_boxes=clips(model.boxes(decoded, i)),
-                   pred_masks=model.masks(clips(features), clips(decoded.hs[i]), clips(decoded.references[i][..., :2]), sizes))
-              for i in range(model.config.dec_layers)]
-    return layers[-1] | dict(aux_outputs=layers[:-1], maps=[features, decoded.memory[0]])
+    return model.respond(seen, model.listen(*model.encode(texts)), aux=True)
 
 # %% ../../nbs/04b_train.loop.ipynb #9ea59211
 def clip_scores(
@@ -192,7 +186,7 @@ class Refer:
         tokenizer, settings = make_tokenizer(refshapes.WORDS), copy.deepcopy(dict(recipe.model))
         settings['text'] = dict(settings.get('text', {}), vocab_size=len(tokenizer))
         self.model = cls(zoo.read_config(config, settings, 'recipe, model'), tokenizer=tokenizer)
-        self.pixel = PixelLoss([self.model.config.mask_dim, self.model.config.hidden_dim], o['target'])
+        self.pixel = PixelLoss(self.model.pixel_channels, o['target'])
         self.modules = nn.ModuleDict(dict(model=self.model, pixel=self.pixel)).to(device)
         self.criterion, self.weight, self.device = Criterion(o['weights'], o['weights'], o['target'], o['mask_per']), o['pixel'], device
 
@@ -206,7 +200,7 @@ class Refer:
         out = self.answer(batch)
         total, parts, _ = self.criterion(out, target)
         if self.weight:
-            parts['loss_pixel'] = self.pixel(out['maps'], target['masks'])
+            parts['loss_pixel'] = self.pixel(out['pixel_maps'], target['masks'])
             total = total + self.weight * parts['loss_pixel']
         return total, parts
 

@@ -120,7 +120,7 @@ from pathlib import Path
 from rvos_nb import core
 flush = core._flush
 def die(p):
-    if p.parent.name.startswith('.tmp-') and list(Path({out!r}, 'Annotations').glob('[!.]*/*')): os.kill(os.getpid(), signal.SIGKILL)
+    if p.parent.name.startswith('.tmp-') and list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*')): os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
 core._flush = die
 """

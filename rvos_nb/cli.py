@@ -7,7 +7,7 @@ __all__ = ['app', 'DATA', 'RUN', 'OUT', 'SPLIT', 'DEVICE', 'EXECUTOR', 'FORCE', 
            'propagate', 'fuse', 'evaluate', 'train', 'run', 'demo', 'doctor', 'models', 'verify', 'bench']
 
 # %% ../nbs/09b_cli.ipynb #7c3d9780
-import sys
+import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -23,6 +23,7 @@ def _everywhere(debug: Annotated[bool, typer.Option('--debug', help="Show the fu
 def main(argv: list[str] | None = None):
     "The `rvos` command: a `Problem` or failed units become lines on stderr and exit code 1."
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # threads sleep where they wait; spinning is slow on a busy machine
     debug = '--debug' in argv
     try: app(_joined([a for a in argv if a != '--debug']), prog_name='rvos')
     except (Problem, StageFailed) as e:
@@ -258,7 +259,7 @@ def doctor():
 
     Versions, devices, threads, and which implementation of each fast path is in use and why.
     """
-    import os, platform, shutil, torch
+    import platform, shutil, torch
     from rvos_nb import __version__
     from rvos_nb.ops.deform_attn import implementation
     cuda = torch.cuda.is_available()

@@ -258,7 +258,8 @@ def run_stage_process(
     executed.unlink(missing_ok=True)
     with open(log, 'w') as to:
         p = subprocess.Popen([sys.executable, '-c', 'from rvos_nb.pipeline import _child; _child()'], stdin=subprocess.PIPE, stdout=to,
-                             stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+                             stderr=subprocess.STDOUT, start_new_session=True,
+                             env={'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'PYTHONUNBUFFERED': '1'})
         try:
             p.stdin.write(json.dumps(job).encode()); p.stdin.close()
             _, status, usage = os.wait4(p.pid, 0)

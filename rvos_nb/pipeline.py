@@ -33,6 +33,7 @@ class Recipe:
     parameters: dict = field(default_factory=dict)
     paths: tuple[str, ...] = ()                     # parameters that are paths
     about: str = ''
+    threads: int = 0                                # CPU threads of a stage; 0: PyTorch's choice
 
 # %% ../nbs/09_pipeline.ipynb #f865aa90
 def _keys(found, allowed: set, needed: set, where: str) -> dict:
@@ -54,7 +55,7 @@ def load_recipe(
         if not path.is_file(): raise Problem(where, "no such file", "a recipe", f"name a YAML file or one of: {', '.join(recipes())}")
         try: recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
         except (yaml.YAMLError, UnicodeDecodeError) as e: raise Problem(where, ' '.join(str(e).split()), "YAML", "correct the line") from None
-    top = _keys(recipe, {'name', 'about', 'paths', 'parameters', 'stages'}, {'name', 'stages'}, where)
+    top = _keys(recipe, {'name', 'about', 'paths', 'threads', 'parameters', 'stages'}, {'name', 'stages'}, where)
     stages, seen = [], set()
     for i, s in enumerate(top['stages'] or ()):
         s = _keys(s, {'name', 'notebook', 'function', 'parameters', 'when', 'unless'}, {'name'}, f"{where}, stage {i + 1}")
@@ -63,7 +64,7 @@ def load_recipe(
         if name in seen: raise Problem(where, f"two stages named {name!r}", "each name once", "rename one of them")
         seen.add(name); stages.append(Stage(**{**s, 'name': name}))
     if not stages: raise Problem(where, "no stages", "at least one", "add a stage")
-    return Recipe(str(top['name']), tuple(stages), top.get('parameters') or {}, tuple(top.get('paths') or ()), top.get('about', ''))
+    return Recipe(str(top['name']), tuple(stages), top.get('parameters') or {}, tuple(top.get('paths') or ()), top.get('about', ''), int(top.get('threads') or 0))
 
 # %% ../nbs/09_pipeline.ipynb #b5a84c2d
 def recipes() -> list[str]:
@@ -250,6 +251,7 @@ def _reason(executed: Path, log: Path) -> tuple[str, str]:
 def run_stage_process(
     stage: Stage, # filled in
     folder: Path, # where STAGE.ipynb and STAGE.log go
+    threads: int = 0, # CPU threads; 0: PyTorch's choice
 ) -> Outcome:
     "Run one stage in its own process group and wait for it."
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +261,7 @@ def run_stage_process(
     with open(log, 'w') as to:
         p = subprocess.Popen([sys.executable, '-c', 'from rvos_nb.pipeline import _child; _child()'], stdin=subprocess.PIPE, stdout=to,
                              stderr=subprocess.STDOUT, start_new_session=True,
-                             env={'OMP_WAIT_POLICY': 'PASSIVE', **os.environ, 'PYTHONUNBUFFERED': '1'})
+                             env={'OMP_WAIT_POLICY': 'PASSIVE', **({'OMP_NUM_THREADS': str(threads)} if threads else {}), **os.environ, 'PYTHONUNBUFFERED': '1'})
         try:
             p.stdin.write(json.dumps(job).encode()); p.stdin.close()
             _, status, usage = os.wait4(p.pid, 0)
@@ -279,13 +281,14 @@ def run(
     """Run a recipe's stages one after another. Executed notebooks and logs go to `OUT/_run`, OUT being the recipe's
     parameter `out`. Raises `Problem` before anything runs where the recipe is wrong, `StageFailed` at the end where units
     failed, or at once where a stage broke."""
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     values, stages = plan(recipe, parameters, only)
     folder, ends = Path(values.get('out') or resolve('runs'))/'_run', []
     for i, s in enumerate(stages):
         print(f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})", end=' ', flush=True)
         if dry: print(json.dumps(s.parameters)); continue
         why = why_skipped(s)
-        o = Outcome(s.name, 'skipped', why) if why else run_stage_process(s, folder)
+        o = Outcome(s.name, 'skipped', why) if why else run_stage_process(s, folder, recipe.threads)
         ends.append(o); print(f"skipped: {o.note}" if why else f"{o.state} in {o.seconds:.0f} s", flush=True)
         if o.state == 'stopped': break
     bad = [f"stage {o.name} {o.state}: {o.note}\n  its log: {folder/o.name}.log" for o in ends if o.state in ('failed', 'stopped')]

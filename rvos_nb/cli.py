@@ -89,9 +89,8 @@ def predict(
     if data: return _end(stage.predict(_here(data), _here(out), _model(model), split, short_side, clip_length, device, executor, force))
     from rvos_nb.core import device_name
     from rvos_nb.data.video import open_clip
-    from rvos_nb.models import zoo
     opened = open_clip(_here(clip)) # before the model is loaded, which takes longer
-    path = stage.predict_clip(opened, sentences, _here(out), zoo.load(_model(model), family='', device=device_name(device)), short_side, clip_length or 36)
+    path = stage.predict_clip(opened, sentences, _here(out), stage.referring(_model(model), device_name(device)), short_side, clip_length or 36)
     print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #badccca0

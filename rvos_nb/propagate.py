@@ -144,6 +144,7 @@ def propagate(
     for name, value, choice in (('version', version, VERSIONS), ('direction', direction, DIRECTIONS)):
         if value not in choice: raise Problem(name, repr(value), ' or '.join(map(repr, choice)), 'choose one of them')
     data, pred, device = open_dataset(data_dir, split), Path(pred_dir), device_name(device)
+    if not (pred/'key_frame.json').exists(): raise Problem(pred/'key_frame.json', 'no such file', 'the key frames of that run', 'choose them first (rvos keyframe), or check the path')
     keys = from_json(read_json(pred/'key_frame.json'), pred/'key_frame.json')
     if not (pred/'Annotations').is_dir(): raise Problem(pred/'Annotations', 'no such folder', 'masks to start from', 'name the folder of a predict run')
     title, restart = str(model) if isinstance(model, (str, Path)) else type(model).__name__, restart and version == 'clean'

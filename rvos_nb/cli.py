@@ -230,6 +230,8 @@ def run(
     if recipe is None:
         for name in pipeline.recipes(): print(f"{name:12} {pipeline.load_recipe(name).about}")
         return
+    data = next((p.partition('=')[2] for p in parameter or () if p.startswith('data=')), None)
+    if data and not _here(data).exists(): raise Problem(_here(data), 'no such folder', 'a data set', 'check the path; `rvos demo` makes a synthetic one')
     _run(_recipe(recipe), parameter, only or None, dry)
 
 @app.command()

@@ -211,6 +211,7 @@ def _run(recipe: str, pairs, only=None, dry: bool = False):
     except StageFailed: print('\n' + pipeline.summary(recipe, given), flush=True); raise
     if not dry and (table := pipeline.summary(recipe, given)): print('\n' + table)
 
+# %% ../nbs/09b_cli.ipynb #10e3cb3e
 @app.command()
 def run(
     recipe: Annotated[Optional[str], typer.Argument(help="The name of a recipe that ships, or a YAML file; without it: list them.")] = None,
@@ -254,6 +255,15 @@ def _found(name: str) -> str:
     try: return version(name)
     except PackageNotFoundError: return 'not installed'
 
+def _attention(device: str) -> str:
+    "Which kernels `scaled_dot_product_attention` may take, and why."
+    import torch
+    if device == 'cpu': return "scaled_dot_product_attention: PyTorch's fused CPU kernel; flash and memory-efficient kernels need CUDA"
+    b = torch.backends.cuda
+    on = [n for n, f in (('flash', b.flash_sdp_enabled), ('memory-efficient', b.mem_efficient_sdp_enabled), ('math', b.math_sdp_enabled)) if f()]
+    return f"scaled_dot_product_attention: {', '.join(on)} enabled; PyTorch takes the first that fits (flash needs half precision)"
+
+# %% ../nbs/09b_cli.ipynb #f3aa1a69
 @app.command()
 def doctor():
     """Say what is installed and what will be used.
@@ -275,15 +285,7 @@ def doctor():
             ('hub', 'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'asked only where a command is told to')]
     for name, value in rows: print(f"{name:22}{value}")
 
-# %% ../nbs/09b_cli.ipynb #bd7b1f82
-def _attention(device: str) -> str:
-    "Which kernels `scaled_dot_product_attention` may take, and why."
-    import torch
-    if device == 'cpu': return "scaled_dot_product_attention: PyTorch's fused CPU kernel; flash and memory-efficient kernels need CUDA"
-    b = torch.backends.cuda
-    on = [n for n, f in (('flash', b.flash_sdp_enabled), ('memory-efficient', b.mem_efficient_sdp_enabled), ('math', b.math_sdp_enabled)) if f()]
-    return f"scaled_dot_product_attention: {', '.join(on)} enabled; PyTorch takes the first that fits (flash needs half precision)"
-
+# %% ../nbs/09b_cli.ipynb #f9cc78db
 @app.command()
 def models():
     """List the models, shipped and published.

@@ -113,7 +113,7 @@ def write_table(
         table.writeheader(); table.writerows(rows)
     write_bytes(path, text.getvalue().encode())
 
-# %% ../nbs/07b_evaluate.ipynb #d64806b1
+# %% ../nbs/07b_evaluate.ipynb #9634a981
 def mask_tree(
     pred_dir, # a run, or a tree VIDEO/EXP/FRAME.png itself
 ) -> Path:    # the folder that holds VIDEO
@@ -122,6 +122,7 @@ def mask_tree(
     if not run.is_dir(): raise Problem(run, 'no such folder', 'a run with Annotations/, or a tree of masks', 'run the stage that makes it first')
     return run/'Annotations' if (run/'Annotations').is_dir() else run
 
+# %% ../nbs/07b_evaluate.ipynb #06fb3f07
 def evaluate(
     data_dir,              # a data set in the Ref-YouTube-VOS layout
     pred_dir,              # a run with Annotations/, or such a tree itself

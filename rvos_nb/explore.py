@@ -91,12 +91,19 @@ def comparison(
         shown += [panel(frame, _mask_or_none(tree, video, expression, video.frames[t], frame.shape[:2]), true, size) for tree in trees.values()]
         yield np.vstack([head, titles, np.hstack(shown)])
 
-# %% ../nbs/08_explore.ipynb #0c463b8d
+# %% ../nbs/08_explore.ipynb #0708dd00
 def spread(items: Sequence, n: int) -> list:
     "At most n of the items, evenly spread, the first and the last among them."
     if len(items) <= n: return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, n).round().astype(int)]
 
+def _panel_size(video: Video, height: int = 216) -> tuple[int, int]:
+    "A panel of this height with the shape of the video, its sides even."
+    try: h, w = frame_size(video)
+    except Problem: h, w = 2, 3  # its frames are broken; the shape of the others is not known yet
+    return height, max(height // 2, min(2 * height, round(height * w / h / 2) * 2))
+
+# %% ../nbs/08_explore.ipynb #66d1002b
 def overlays(
     data_dir,                   # a data set in the Ref-YouTube-VOS layout
     pred_dirs: Mapping,         # name -> run folder, shown from left to right
@@ -120,12 +127,6 @@ def overlays(
                 except Problem: continue  # a video whose frames are broken was reported by the stage that met it first
     write_video(out, pictures(), fps)
     return out
-
-def _panel_size(video: Video, height: int = 216) -> tuple[int, int]:
-    "A panel of this height with the shape of the video, its sides even."
-    try: h, w = frame_size(video)
-    except Problem: h, w = 2, 3  # its frames are broken; the shape of the others is not known yet
-    return height, max(height // 2, min(2 * height, round(height * w / h / 2) * 2))
 
 # %% ../nbs/08_explore.ipynb #d9a73fd6
 def sheet(

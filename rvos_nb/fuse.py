@@ -126,12 +126,13 @@ def fuse_video(
         limit = None if alone else threshold
         yield group, mean(asked, w, limit) if mode == 'mean' else vote(asked, w, limit, strict=alone)
 
-# %% ../nbs/06_fuse.ipynb #4d3a5873
+# %% ../nbs/06_fuse.ipynb #5c17417b
 def _tree(member: Path) -> Path:
     "The folder of a member that holds VIDEO/EXP/FRAME.png."
     if not member.is_dir(): raise Problem(member, 'no such folder', 'a run or a mask tree', 'check the name of the member')
     return member/'Annotations' if (member/'Annotations').is_dir() else member
 
+# %% ../nbs/06_fuse.ipynb #4d3a5873
 def _read_candidate(path: Path, frames: Sequence[str], mode: str) -> np.ndarray:
     "One expression's candidates at full size, as votes or probabilities (T, H, W)."
     arrays, about = load_candidates(path)

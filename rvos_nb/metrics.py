@@ -61,6 +61,7 @@ def _disk(r: int) -> np.ndarray:
     d = np.arange(-r, r + 1) ** 2
     return (d[:, None] + d <= r * r).astype(np.uint8)
 
+# %% ../nbs/07a_metrics.ipynb #624235ba
 def _frame_f(
     a: np.ndarray, # (H, W) uint8 0/1 annotation
     s: np.ndarray, # (H, W) uint8 0/1 segmentation

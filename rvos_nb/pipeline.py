@@ -44,6 +44,7 @@ def _keys(found, allowed: set, needed: set, where: str) -> dict:
     if missing: raise Problem(where, f"no key {missing[0]!r}", "all of " + ', '.join(sorted(needed)), "add it")
     return found
 
+# %% ../nbs/09_pipeline.ipynb #058ceeb1
 def load_recipe(
     recipe, # a name that ships ('demo'), the path of a YAML file, or the mapping itself
 ) -> Recipe:
@@ -100,6 +101,7 @@ def find_notebook(
     known = sorted(p.stem for p in shipped('notebooks').glob('[0-9]*.ipynb'))
     raise Problem(str(path), "no such notebook", "the name of a chapter or the path of an .ipynb", "one of " + ', '.join(known))
 
+# %% ../nbs/09_pipeline.ipynb #888b575d
 def _tagged(nb: dict) -> int:
     "Index of the cell tagged `parameters`, -1 without one."
     return next((i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', ())), -1)

@@ -237,6 +237,7 @@ def lookup(
     v *= CELLS; v += u
     return STENCILS[thing.shape, thing.texture].ravel()[v], left, top
 
+# %% ../../nbs/01c_data.refshapes.ipynb #c99f18ec
 def paint(
     things: list[Thing],
     frames: int, size: tuple[int, int],
@@ -272,6 +273,7 @@ def _interpolation(n: int, cells: int) -> np.ndarray: # (n, cells) float32 of wh
     out[np.arange(n), low], out[np.arange(n), low + 1] = 64 - w, w
     return out
 
+# %% ../../nbs/01c_data.refshapes.ipynb #f63f6def
 def ground(
     dice: Dice,
     height: int, width: int, # pixels of the canvas
@@ -289,6 +291,7 @@ def ground(
     out[..., :3] = (field * np.float32(1 / 4096)).astype(np.uint8) + grain - np.uint8(8) # between 1 and 190: nothing wraps
     return out
 
+# %% ../../nbs/01c_data.refshapes.ipynb #51f6b461
 def colour_in(
     dice: Dice,
     painted: np.ndarray, # (T, H, W) uint8 paint numbers
@@ -306,9 +309,10 @@ def colour_in(
     for t, (x, y) in enumerate(drift.tolist()): np.copyto(out[t], canvas[y:y + height, x:x + width], where=painted[t] == 0)
     return cv2.cvtColor(out.view(np.uint8).reshape(-1, width, 4), cv2.COLOR_RGBA2RGB).reshape(*painted.shape, 3) # drops the fourth channel
 
-# %% ../../nbs/01c_data.refshapes.ipynb #ca1da228
+# %% ../../nbs/01c_data.refshapes.ipynb #a6115303
 def _bits(flags) -> int: return sum(1 << i for i, f in enumerate(flags) if f)
 
+# %% ../../nbs/01c_data.refshapes.ipynb #ca1da228
 class Phrases:
     "Which objects of a scene each phrase surely, and which it possibly, describes."
     def __init__(self, things: list[Thing], cover: np.ndarray, area: np.ndarray, width: int, height: int, frames: int):
@@ -396,6 +400,7 @@ def noun(dice: Dice, thing: Thing, subset: tuple) -> str:
     "The adjectives of `subset` and a noun."
     return ' '.join([getattr(thing, a) for a in subset if a != 'shape'] + [thing.shape if 'shape' in subset else dice.pick(NOUNS)])
 
+# %% ../../nbs/01c_data.refshapes.ipynb #9ecfc2f7
 class Fits:
     "What completes a noun phrase, one method per kind: the endings that single out object `i` among those whom the phrase describes."
     def _tails(self, kind, me, may): return [text for text, (k, s, m) in self.p.tails.items() if k == kind and s & me and m & may == me]
@@ -506,6 +511,7 @@ def _attempt(dice: Dice, level: Level, frames: int, size: tuple[int, int]) -> Sc
     labels = ((np.arange(256) + 1) // 2).astype(np.uint8)[painted]
     return Scene(colour_in(dice, painted, things, pixels - pixels.min(0)), labels, sum(said, []), things, cover)
 
+# %% ../../nbs/01c_data.refshapes.ipynb #a758838e
 def scene(
     seed: int,             # any whole number from 0 on
     level: str,            # 'easy', 'medium' or 'hard'
@@ -577,6 +583,7 @@ def _all(values) -> bool | None:
 def _ordered(v: np.ndarray, yes, no) -> bool | None: # (n,) differences in the frames that show both
     return None if not len(v) else True if (v > yes).all() else False if (v <= no).all() else None
 
+# %% ../../nbs/01c_data.refshapes.ipynb #324e3a12
 class Judge:
     "Says of any sentence and object of a scene whether it is true, false or undecided."
     def __init__(self, scene: Scene):
@@ -634,6 +641,7 @@ def surpasses(j: Judge, i: int, word: str, k: int) -> bool | None:
              largest=a.r / b.r * UNITS - UNITS, smallest=b.r / a.r * UNITS - UNITS)[word][both]
     return _ordered(d / UNITS, .07, 0)
 
+# %% ../../nbs/01c_data.refshapes.ipynb #95f281ea
 def holds(
     judge: Judge,
     text: str,
@@ -667,6 +675,7 @@ def _scenes(split, level, videos, seed, frames, size) -> Iterator[tuple[str, Sce
         name = levels[i % len(levels)]
         yield f'{name}-{i:05d}', scene(video_seed(seed, split, i), name, frames, size)
 
+# %% ../../nbs/01c_data.refshapes.ipynb #10ade064
 def _write_video(root: Path, split: str, name: str, s: Scene, names: list[str]):
     "One video's masks and frames, each folder whole."
     labels, pictures = (root/split/kind/name for kind in ('Annotations', 'JPEGImages'))

@@ -105,7 +105,7 @@ def input_projections(channels: Sequence[int], config: ReferFormerConfig) -> nn.
     extra = [one(channels[-1], 3, 2)] * (config.num_feature_levels - 3)
     return nn.ModuleList([one(c, 1, 1) for c in channels[1:]] + extra)
 
-
+# %% ../../nbs/03c_models.referformer.ipynb #8180e78b
 class Looking:
     "The part of ReferFormer that sees frames."
     def look(
@@ -226,7 +226,7 @@ def network_size(
     other = int(short_side * high / low)
     return (short_side, other) if size[0] <= size[1] else (other, short_side)
 
-
+# %% ../../nbs/03c_models.referformer.ipynb #6dd28d75
 class Asking:
     "The part of ReferFormer that users call."
     def prepare(
@@ -240,7 +240,7 @@ class Asking:
             raise Problem('frames', f'{tuple(x.shape)} {x.dtype}', '(T, H, W, 3) uint8 with at least one frame', 'pass decoded RGB frames')
         mean, std = (torch.tensor(v, device=self.query_embed.weight.device)[:, None, None] for v in (self.config.mean, self.config.std))
         size = network_size(tuple(x.shape[1:3]), short_side or self.config.short_side, self.config.long_side)
-        def one(frame):  # resized one by one, so that only the small frames are all in memory as floats
+        def one(frame):
             frame = frame.to(mean.device).permute(2, 0, 1).float() / 255
             if tuple(frame.shape[1:]) != size: frame = F.interpolate(frame[None], size, mode='bilinear', antialias=True, align_corners=False)[0]
             return (frame - mean) / std

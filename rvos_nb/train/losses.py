@@ -213,6 +213,7 @@ def only_objects(
     surplus = torch.arange(logits.shape[1], device=logits.device)[None] > objects[:, None]
     return logits.masked_fill(surplus[:, :, None, None], -1e4)
 
+# %% ../../nbs/04a_train.losses.ipynb #45f5ae98
 def bootstrapped_ce(
     logits: Tensor, # (B, C, H, W)
     labels: Tensor, # (B, H, W) integer, 255 is ignored

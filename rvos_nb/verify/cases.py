@@ -156,7 +156,7 @@ class Verdict:
         if self.ok: return f'pass  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where or "-"}; none outside; {end}'
         return f'FAIL  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where}; first outside {self.first}; {end}'
 
-
+# %% ../../nbs/07c_verify.cases.ipynb #4e35d895
 def compare(
     case: Case,
     outputs: Iterable[tuple[str, np.ndarray]],  # full outputs of ours, by name
@@ -196,7 +196,7 @@ def find_runner(
             if accepts(meta): return run
     return None
 
-
+# %% ../../nbs/07c_verify.cases.ipynb #2e138968
 def judge(
     path: Path,                    # of one case
     homes: Iterable[str] = HOMES,  # modules with RUNNERS

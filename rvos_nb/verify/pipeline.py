@@ -24,6 +24,7 @@ def _layout(arrays: Mapping[str, np.ndarray]) -> dict[str, list[list[str]]]:
 
 def _grey(mask: np.ndarray) -> np.ndarray: return mask.astype(np.uint8) * np.uint8(255)
 
+# %% ../../nbs/07f_verify.pipeline.ipynb #cfb57cb2
 def fusion_round1(
     meta: dict,                       # the case's description
     arrays: Mapping[str, np.ndarray], # its inputs
@@ -65,6 +66,7 @@ def _clip(arrays: Mapping[str, np.ndarray], case: str, what: str) -> np.ndarray 
     shape = tuple(arrays[f'in/{case}/shape'])
     return np.unpackbits(arrays[f'in/{case}/{what}'])[:np.prod(shape)].reshape(shape).astype(bool)
 
+# %% ../../nbs/07f_verify.pipeline.ipynb #aa548853
 def jf_metrics(
     meta: dict,                       # the case's description
     arrays: Mapping[str, np.ndarray], # its inputs

@@ -50,7 +50,7 @@ def overhear(
     finally:
         for h in hooks: h.remove()
 
-
+# %% ../../nbs/07d_verify.referformer.ipynb #2d14fea1
 def ears(model: ReferFormer) -> dict[str, nn.Module]:
     "The modules whose answers the cases record."
     fpn = model.pixel_decoder
@@ -143,7 +143,7 @@ def run_core(arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     yield 'core/output', out.detach().numpy()
     for name, g in zip(('value', 'sampling_locations', 'attention_weights'), torch.autograd.grad(out, given, grad)): yield f'core/grad_{name}', g.numpy()
 
-
+# %% ../../nbs/07d_verify.referformer.ipynb #4f2d648e
 def run_deform(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of deformable attention: the function, then the module with points and with boxes as references."
     yield from run_core(arrays)
@@ -192,7 +192,7 @@ def predictions(k: int, layer: int) -> dict:
     found = dict(pred_logits=torch.from_numpy(image(seed + 1, (2, 3, 5, k))), pred_boxes=boxes, pred_masks=2 * torch.from_numpy(image(seed + 3, (2, 3, 5, 16, 24))))
     return {n: x.requires_grad_() for n, x in found.items()}
 
-
+# %% ../../nbs/07d_verify.referformer.ipynb #079766af
 def run_criterion(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of the matcher and the criterion, then of the single formulas."
     cost, coef = meta['config']['set_cost'], meta['config']['coef']

@@ -50,6 +50,7 @@ def reference_outputs(engine: AOTEngine, labels: Tensor) -> Iterator[tuple[str, 
             yield f'{where}long/layer{l}_K', tokens(k)
             yield f'{where}long/layer{l}_V', tokens(v)
 
+# %% ../../nbs/07e_verify.vos.ipynb #74ac1156
 def step_outputs(engine: AOTEngine, maps: list[Tensor], stages: dict[str, Tensor], size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
     "What a case records of a propagated frame before memory is updated."
     h, w = maps[-1].shape[-2:]

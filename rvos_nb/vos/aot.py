@@ -147,6 +147,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:     # (B, h*w, C)
         return self.projection(attend(self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads))
 
+# %% ../../nbs/05d_vos.aot.ipynb #ca016155
 class LocalActivation(nn.Module):
     "GroupNorm over the map, GELU, depth-wise 5×5."
     def __init__(self, dim: int):
@@ -515,6 +516,7 @@ def deal(
     index = F.pad(order + 1, (1, 0))
     return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[-2:]))
 
+# %% ../../nbs/05d_vos.aot.ipynb #038275b3
 def forward_sequence(
     model: AOT,
     frames: Tensor,        # (T, B, 3, H, W) uint8, or float already normalised

@@ -6,6 +6,7 @@
 __all__ = ['HALF', 'foreground', 'tally', 'vote', 'probability', 'mean', 'grouped', 'fuse_video', 'read_opinion', 'fuse']
 
 # %% ../nbs/06_fuse.ipynb #a8921ac7
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -231,7 +232,7 @@ def fuse(
     "Fuse members video by video; a video that a member lacks is recorded and the others finish. `Problem` for wrong parameters."
     data, members, out = open_dataset(resolve(data_dir), split), [resolve(m) for m in member_dirs], resolve(out_dir)
     rule = _settings(members, out, weights, mode, groups, leftover, key_frame_member, threshold)
-    params = dict(rule, split=split, members=[str(m) for m in member_dirs], groups=groups, key_frame_member=key_frame_member)
+    params = dict(rule, split=split, members=[os.path.relpath(m, out.parent) for m in members], groups=groups, key_frame_member=key_frame_member)
     report = run_stage('fuse', out, params, list(data.videos), partial(_fuse_unit, data=data, members=members, out=out, groups=groups, **rule),
                        partial(_fused, data=data, out=out), faults=data.faults, executor=executor, force=force)
     _copy_key_frames(members[key_frame_member], data, out)

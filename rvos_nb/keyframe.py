@@ -6,7 +6,6 @@
 __all__ = ['key_frame', 'key_frame_nonempty', 'as_json', 'from_json', 'read_scores', 'choose']
 
 # %% ../nbs/05b_keyframe.ipynb #2074b1ee
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from .core import Problem, Report, check_id, natural_key, resolve, write_json
 from .data.masks import read_mask
+from .predict import load_candidates
 
 # %% ../nbs/05b_keyframe.ipynb #fe7007c7
 def key_frame(
@@ -55,12 +55,8 @@ def read_scores(
     path, # a candidates file
 ) -> tuple[np.ndarray, list[str]]: # (T,) float32 scores, names of the T frames
     "Scores and frame names of one expression; `Problem` where the file is missing, broken or of another kind."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(str(path), 'np') as f: scores, about = f.get_tensor('scores'), json.loads((f.metadata() or {})['rvos'])
-        frames = list(about['frames'])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
-        raise Problem(path, f'a file that is no candidate ({" ".join(str(e).split())})', 'a complete candidates file of 05a_predict', 'remove it and predict this video again') from None
+    arrays, about = load_candidates(path, ['scores'])
+    scores, frames = arrays['scores'], list(about['frames'])
     if scores.shape != (len(frames),): raise Problem(path, f'{scores.shape} scores for {len(frames)} frames', 'one score for each frame', 'remove it and predict this video again')
     return scores, frames
 

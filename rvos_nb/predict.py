@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, device_name, read_json, run_stage, whole, whole_folder
+from .core import Problem, Report, check_id, device_name, run_stage, whole, whole_folder
 from .data.datasets import Dataset, open_dataset
 from .data.masks import overlay, write_tree
 from .data.video import Video, read_video, write_video
@@ -67,11 +67,11 @@ def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndar
     f = lambda a: np.ascontiguousarray(a, dtype=np.float32)
     with whole(path) as tmp: tmp.write_bytes(save(dict(logits=f(logits), scores=f(scores), boxes=f(boxes)), metadata={'rvos': json.dumps(info)}))
 
-def load_candidates(path) -> tuple[dict, dict]:
-    "Read (`{'logits', 'scores', 'boxes'}`, info). Raises `Problem` where the file is missing or not a candidate file."
+def load_candidates(path, names=('logits', 'scores', 'boxes')) -> tuple[dict, dict]:
+    "Read the arrays called `names`, and info. Raises `Problem` where the file is missing or not a candidate file."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(str(path), 'numpy') as f: return {k: f.get_tensor(k) for k in ('logits', 'scores', 'boxes')}, json.loads(f.metadata()['rvos'])
+        with safe_open(str(path), 'numpy') as f: return {k: f.get_tensor(k) for k in names}, json.loads(f.metadata()['rvos'])
     except FileNotFoundError: raise Problem(path, 'no such file', 'the candidates of an expression', 'run the predict stage for it') from None
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise Problem(path, f'a file that cannot be read ({e})', 'candidates written by the predict stage', 'remove it and run the predict stage again') from None
@@ -113,7 +113,7 @@ def predict(
     model = referring(model, device)
     params = dict(split=split, model=name, short_side=short_side, clip_length=clip_length)
     shared = dict(data=data, out=Path(out_dir))
-    return run_stage('predict', out_dir, params, list(data.videos), partial(_predict_video, model=model, name=name, short_side=short_side, clip_length=clip_length, **shared),
+    return run_stage('predict', out_dir, params, [v for v in data.videos if data.expressions[v]], partial(_predict_video, model=model, name=name, short_side=short_side, clip_length=clip_length, **shared),
                      partial(_stands, **shared), faults=data.faults, executor=executor, force=force, device=device)
 
 # %% ../nbs/05a_predict.ipynb #3421dea5
@@ -132,8 +132,11 @@ def predict_clip(
     found = segment(referring(model), clip, texts, short_side, clip_length)
     part = lambda e, t: full_masks(found['logits'][e, t:t + 1], found['size'], found['kind'])[0]
     with whole_folder(out/'Annotations'/clip.id) as folder:
-        for e in range(len(texts)):
-            (folder/str(e)).mkdir()
-            for t, name in enumerate(clip.frames): write_tree(folder/str(e), [name], [part(e, t)])
-    write_video(out/'overlay.mp4', (overlay(f, np.stack([part(e, t) for e in range(len(texts))])) for t, f in enumerate(read_video(clip))), fps)
+        for e in range(len(texts)): (folder/str(e)).mkdir()
+        def painted():
+            for t, frame in enumerate(read_video(clip)):
+                masks = np.stack([part(e, t) for e in range(len(texts))])
+                for e, m in enumerate(masks): write_tree(folder/str(e), [clip.frames[t]], [m])
+                yield overlay(frame, masks)
+        write_video(out/'overlay.mp4', painted(), fps)
     return out/'overlay.mp4'

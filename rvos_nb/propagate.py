@@ -6,7 +6,7 @@
 __all__ = ['VERSIONS', 'DIRECTIONS', 'walk', 'make_propagator', 'key_index', 'input_mask', 'propagate_unit', 'propagate']
 
 # %% ../nbs/05g_propagate.ipynb #59de0a8c
-import shutil
+import os, shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -148,7 +148,7 @@ def propagate(
     keys = from_json(read_json(pred/'key_frame.json'), pred/'key_frame.json')
     if not (pred/'Annotations').is_dir(): raise Problem(pred/'Annotations', 'no such folder', 'masks to start from', 'name the folder of a predict run')
     title, restart = str(model) if isinstance(model, (str, Path)) else type(model).__name__, restart and version == 'clean'
-    params = dict(split=split, model=title, direction=direction, restart=restart, version=version)
+    params = dict(split=split, masks=os.path.relpath(pred, Path(out_dir).parent), model=title, direction=direction, restart=restart, version=version)
     shared = dict(data=data, out=Path(out_dir))
     units = [f'{v}/{e.id}' for v in data.videos for e in data.expressions[v]]
     return run_stage('propagate', out_dir, params, units, partial(_propagate_unit, propagator=make_propagator(model, version, device), keys=keys, pred=pred,

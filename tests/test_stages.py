@@ -9,6 +9,7 @@ from rvos_nb.data import refshapes
 from rvos_nb.keyframe import choose
 from rvos_nb.predict import predict, predict_clip
 from rvos_nb.data.video import open_clip
+from rvos_nb.propagate import propagate
 
 
 @pytest.fixture(scope='module')
@@ -104,6 +105,21 @@ def test_a_full_disk_keeps_what_is_done(data, tmp_path, monkeypatch):
 def test_an_empty_sentence_for_a_clip(clean, tmp_path):
     clip = open_clip(first_frame(clean).parent)
     with pytest.raises(Problem, match='empty sentence'): predict_clip(clip, [' '], tmp_path, model=None)
+
+
+def test_a_video_without_a_usable_sentence_fails_once(data, tmp_path):
+    def spoil(videos):
+        for e in next(iter(videos.values()))['expressions'].values(): e['exp'] = ''
+    edit(data, spoil)
+    report = predict(data, tmp_path/'run')
+    assert len(report.done) == 3 and all('sentence' in why and '/' in unit for unit, why in report.failed.items())
+
+
+def test_results_of_another_run_are_not_taken_for_done(clean, tmp_path):
+    for name in ('a', 'b'): predict(clean, tmp_path/name, short_side=0 if name == 'a' else 64).check(); choose(tmp_path/name)
+    propagate(clean, tmp_path/'a', tmp_path/'out').check()
+    assert len(propagate(clean, tmp_path/'a', tmp_path/'out').skipped)
+    with pytest.raises(Problem, match='masks'): propagate(clean, tmp_path/'b', tmp_path/'out')
 
 
 RUNS = {

@@ -7,7 +7,7 @@ __all__ = ['Draw', 'generator', 'draw_scene', 'jitter', 'ReferBatch', 'boxes_of'
            'SequenceBatch', 'renumber', 'sequence_batch', 'Stream']
 
 # %% ../../nbs/01e_data.clips.ipynb #331f27c0
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 import cv2
 import numpy as np

@@ -10,7 +10,7 @@ __all__ = ['PIXELS', 'ReferFormerConfig', 'tiny_config', 'Seen', 'Heard', 'input
 # %% ../../nbs/03c_models.referformer.ipynb #87d51ea6
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch

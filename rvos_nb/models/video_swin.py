@@ -112,7 +112,7 @@ class WindowAttention(nn.Module):
         groups: list[tuple[Tensor, Tensor | None]],  # of `seams`
     ) -> Tensor:                                     # (B, windows, N, C)
         "Attention inside every window."
-        b, n, bias, out = len(x), x.shape[2], self.bias(x.shape[2]), torch.empty_like(x) if len(groups) > 1 else None
+        b, bias, out = len(x), self.bias(x.shape[2]), torch.empty_like(x) if len(groups) > 1 else None
         qkv = rearrange(self.qkv(x), 'b w n (three heads c) -> three b w heads n c', three=3, heads=self.heads)
         for where, mask in groups:
             q, k, v = (qkv if out is None else qkv[:, :, where]).flatten(1, 2)

@@ -21,7 +21,7 @@ from ..models.heads import aligned_bilinear, dynamic_mask_head, pixel_centres
 from ..models.referformer import ReferFormer, ReferFormerConfig
 from ..models.text import ROBERTA_BASE, FeatureResizer, TextEncoder, sine_position_1d
 from ..ops.deform_attn import MSDeformAttn, ms_deform_attn
-from ..train.losses import MATCH, Criterion, dice, focal, giou, match, pad_masks
+from ..train.losses import MATCH, Criterion, dice, focal, giou, pad_masks
 from .cases import image, load_filled
 
 # %% ../../nbs/07d_verify.referformer.ipynb #76505359

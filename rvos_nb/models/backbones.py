@@ -129,6 +129,10 @@ BACKBONES: dict[str, tuple[str, dict]] = {
     'conv_tiny': ('rvos_nb.models.backbones:ConvTiny', {}),
     'resnet50': ('rvos_nb.models.backbones:ResNet', dict(name='resnet50')),
     'resnet101': ('rvos_nb.models.backbones:ResNet', dict(name='resnet101')),
+    'swin_t_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='tiny', drop=0.2)),
+    'swin_s_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='small', drop=0.2)),
+    'swin_b_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='base', drop=0.3)),
+    'swin_l_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='large', drop=0.3)),
     'video_swin_t_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='tiny')),
     'video_swin_s_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='small')),
     'video_swin_b_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='base')),
@@ -136,13 +140,13 @@ BACKBONES: dict[str, tuple[str, dict]] = {
 
 def build_backbone(
     name: str, # a key of `BACKBONES`
-    **options, # what the class takes besides, such as `widths` of 'conv_tiny'
+    **options, # what the class takes besides, such as `widths` of 'conv_tiny' or `drop` of the Swins
 ) -> nn.Module: # has `channels`, `strides`, and maps (B, T, 3, H, W) to four (B·T, C, h, w)
     "A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published files; raises `Problem`."
     if name not in BACKBONES: raise Problem('backbone', repr(name), "one of " + ', '.join(BACKBONES), "correct the model's configuration")
     where, fixed = BACKBONES[name]
     module, kind = where.split(':')
-    try: return getattr(import_module(module), kind)(**fixed, **options)
+    try: return getattr(import_module(module), kind)(**fixed | options)
     except TypeError as e: raise Problem(f'backbone {name}', f"options {sorted(options)} ({e})", "options that this backbone has", "correct the model's configuration") from e
 
 # %% ../../nbs/02a_models.backbones.ipynb #16d2c771

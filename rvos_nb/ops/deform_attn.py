@@ -24,11 +24,13 @@ def ms_deform_attn(
     if locations.shape[3] != len(shapes): raise ValueError(f"locations: expected {len(shapes)} levels, got {locations.shape[3]}")
     queries, maps = locations.shape[1], value.permute(0, 2, 3, 1)                   # (N, heads, dim, S)
     grid = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)              # (levels, N·heads, points, Lq, 2)
-    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None]              # (levels, N·heads, 1, points, Lq)
-    out = 0
+    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None].contiguous() # (levels, N·heads, 1, points, Lq)
+    out = value.new_zeros(n * heads, dim, queries)
     for part, at, weight, (h, w) in zip(maps.split([h * w for h, w in shapes], 3), grid, weights, shapes):
-        read = F.grid_sample(part.reshape(n * heads, dim, h, w), at, align_corners=False)   # (N·heads, dim, points, Lq)
-        out = out + (read * weight).sum(2)
+        level = part.reshape(n * heads, dim, h, w)
+        for k in range(at.shape[1]):
+            read = F.grid_sample(level, at[:, k:k + 1], align_corners=False)[:, :, 0]       # (N·heads, dim, Lq)
+            out = out.addcmul_(read, weight[:, :, k])
     return out.view(n, heads * dim, queries).transpose(1, 2)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #ba2fc575

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Problem', 'check_id', 'natural_key', 'root', 'resolve', 'shipped', 'whole', 'whole_folder', 'sweep', 'write_bytes',
-           'write_json', 'read_json', 'progress', 'map_units', 'StageFailed', 'Report', 'locked', 'versions',
-           'device_name', 'run_stage', 'honour_flags']
+           'write_json', 'read_json', 'progress', 'map_units', 'StageFailed', 'SomeFailed', 'Report', 'locked',
+           'versions', 'device_name', 'run_stage', 'honour_flags']
 
 # %% ../nbs/00_core.ipynb #d631b1ea
 import errno, fcntl, json, logging, os, platform, re, shutil, socket, sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -164,26 +165,38 @@ def progress(
 
 # %% ../nbs/00_core.ipynb #d8878bba
 def map_units(
-    work: Callable[[str], None], # does one unit and writes its result
-    units: Sequence[str],        # their names
+    work: Callable,              # (unit), or (unit, prepared), does one unit and writes its result, or returns a function that writes it
+    units: Sequence[str],        # their names; or lists of names, each done in one call
     executor: str = 'local',     # 'local': this process; 'ray': a Ray cluster
+    prepare: Callable | None = None, # (unit) -> what `work` is given beside the unit
 ) -> Iterator[tuple[str, Exception | None]]:
     "Yield `(unit, None)` or `(unit, exception)` in order; raises `Problem` for an unknown executor."
-    if executor == 'ray': yield from _map_ray(work, units); return
+    if executor == 'ray': yield from _map_ray((work, prepare), units); return
     if executor != 'local': raise Problem('executor', repr(executor), "'local' or 'ray'", 'choose one of the two')
-    for u in units:
-        try: work(u); yield u, None
-        except Exception as e: yield u, e
+    behind, ahead = None, deque()
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for u, following in zip(units, [*units[1:], None]):
+            if prepare and not ahead: ahead.append(reader.submit(prepare, u))
+            if prepare and following is not None: ahead.append(reader.submit(prepare, following))
+            try: rest, error = work(u, *([ahead.popleft().result()] if prepare else [])), None
+            except Exception as e: rest, error = None, e
+            if behind: yield behind[0], behind[1].exception()
+            behind = (u, writer.submit(rest)) if callable(rest) else None
+            if not behind: yield u, error
+        if behind: yield behind[0], behind[1].exception()
 
 # %% ../nbs/00_core.ipynb #5a714910
-def _call(work, unit: str): work(unit)
+def _call(job, unit: str):
+    work, prepare = job
+    rest = work(unit, prepare(unit)) if prepare else work(unit)
+    if callable(rest): rest()
 
-def _map_ray(work, units):
+def _map_ray(job, units):
     "The units as Ray tasks: a task whose worker dies is tried again by Ray."
     try: import ray
     except ImportError: raise Problem('executor', "'ray', but Ray is not installed", 'the cluster extra', "pip install 'rvos_nb[cluster]'") from None
     if not ray.is_initialized(): ray.init(include_dashboard=False, logging_level=logging.WARNING)
-    task, shared = ray.remote(_call), ray.put(work)
+    task, shared = ray.remote(_call), ray.put(job)
     for u, ref in [(u, task.remote(shared, u)) for u in units]:
         try: ray.get(ref); yield u, None
         except Exception as e: yield u, getattr(e, 'cause', None) or e
@@ -191,6 +204,10 @@ def _map_ray(work, units):
 # %% ../nbs/00_core.ipynb #713ab131
 class StageFailed(RuntimeError):
     "Some units of a stage failed; the message is the table of reasons."
+
+class SomeFailed(Exception):
+    "Raised by work on a group of units: `each` holds the exception of every unit that failed; the others are done."
+    def __init__(self, each: dict[str, Exception]): super().__init__(each); self.each = each
 
 @dataclass
 class Report:
@@ -268,12 +285,14 @@ def run_stage(
     out,                           # results folder
     params: dict,                  # JSON-able: all that decides the results
     units: Sequence[str],          # 'VIDEO' or 'VIDEO/EXP'
-    work: Callable[[str], None],   # does one unit: its result appears whole (`whole`, `whole_folder`) or not at all
+    work: Callable,                # does one unit, or a group (see `map_units`): results appear whole (`whole`, `whole_folder`) or not at all
     done: Callable[[str], bool],   # whether a unit's result stands
     faults: Mapping[str, str] = {},# units already known to be unusable, with the reason
     executor: str = 'local',
     force: bool = False,           # replace results of other parameters
     device: str = 'cpu',           # for the record
+    groups: Callable[[list[str]], list[list[str]]] | None = None, # units to do -> lists of units that `work` takes at once
+    prepare: Callable | None = None, # see `map_units`
 ) -> Report:
     "Bring every unit's result into `out`; failures are recorded, not raised. Raises `Problem` for a locked or foreign folder."
     out = Path(out); report = Report(stage, out, failed=dict(faults)); params = json.loads(json.dumps(params))
@@ -287,9 +306,12 @@ def run_stage(
         todo = []
         for u in units:
             if u not in report.failed: (report.skipped if done(u) else todo).append(u)
-        for u, error in progress(map_units(work, todo, executor), stage, len(todo)):
-            if error is None: report.done.append(u)
-            else: report.failed[u] = ' '.join(str(error).split()) if isinstance(error, Problem) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        todo = groups(todo) if groups else todo
+        for part, error in progress(map_units(work, todo, executor, prepare), stage, len(todo)):
+            for u in part if groups else [part]:
+                e = error.each.get(u) if isinstance(error, SomeFailed) else error
+                if e is None: report.done.append(u)
+                else: report.failed[u] = ' '.join(str(e).split()) if isinstance(e, Problem) else f"{type(e).__name__}: {' '.join(str(e).split())}"
         record()
     return report
 

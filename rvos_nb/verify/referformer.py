@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['RUNNERS', 'padded_clips', 'overhear', 'ears', 'stages', 'run_model', 'run_text', 'shapes_of', 'run_core',
-           'run_deform', 'run_mask_head', 'targets_of', 'predictions', 'run_criterion', 'named']
+           'run_deform', 'run_mask_head', 'targets_of', 'predictions', 'run_criterion', 'said_numbers', 'run_frames',
+           'run_video', 'run_postprocess', 'named']
 
 # %% ../../nbs/07d_verify.referformer.ipynb #cd26f5fc
 import dataclasses
+import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.masks import rle_encode
+from ..metrics import average_precision, chosen, frame_scores, overlaps
 from ..models.backbones import resize_mask, sine_position_2d
 from ..models.heads import aligned_bilinear, dynamic_mask_head, pixel_centres
-from ..models.referformer import ReferFormer, ReferFormerConfig
+from ..models.referformer import ReferFormer, ReferFormerConfig, best_query
 from ..models.text import ROBERTA_BASE, FeatureResizer, TextEncoder, sine_position_1d
 from ..ops.deform_attn import MSDeformAttn, ms_deform_attn
+from ..predict import full_masks
+from ..protocols import merge_labels, query_boxes, query_masks
 from ..train.losses import MATCH, Criterion, dice, focal, giou, pad_masks
 from .cases import image, load_filled
 
@@ -212,6 +219,57 @@ def run_criterion(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray
     yield 'unit/focal_coef', focal(x[:, None].expand(-1, len(y), -1), y[None]).mean(-1).numpy()
     yield 'unit/giou', giou(boxes[:3, None], boxes[None, 3:]).numpy()
 
+# %% ../../nbs/07d_verify.referformer.ipynb #01f60bf5
+def said_numbers(text: str, word: str) -> list:
+    "The first bracketed list of numbers in a case's prose that follows `word`."
+    found = re.search(re.escape(word) + r'[^\[]*(\[[\[\]\d, ]*\])', text)
+    return json.loads(found[1])
+
+
+def run_frames(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+    "A2D and RefCOCO: masks, scores and boxes of frames of different padding."
+    text, threshold = meta['inputs']['a2d'], meta['config']['threshold']
+    logits, boxes = image(int(re.search(r'image\((\d+)', text)[1]), said_numbers(text, 'image(')), arrays['in/refcoco/boxes_cxcywh'][:, 0]
+    scores = torch.from_numpy(logits).sigmoid()[:, 0].amax(-1).numpy()
+    for i, (inner, size) in enumerate(zip(said_numbers(text, 'before padding'), said_numbers(text, 'original sizes'))):
+        masks, order = query_masks(arrays['in/a2d/pred_masks'][i, 0], inner, size, threshold), np.argsort(-scores[i], kind='stable')
+        yield f'a2d/masks_{i}', masks
+        yield f'a2d/scores_{i}', scores[i]
+        yield f'refcoco/masks_{i}', masks[order]
+        yield f'refcoco/scores_{i}', scores[i][order]
+        yield f'refcoco/boxes_{i}', query_boxes(boxes[i], size)[order]
+
+
+def run_video(meta: dict) -> Iterator[tuple[str, np.ndarray]]:
+    "Ref-YouTube-VOS: the query of a whole video, its masks and scores, for every number of classes; Ref-DAVIS17: a merged map."
+    seed, shape = re.search(r'mask logits = image\((\d+)\+K,(\[[\d, ]+\])', meta['inputs']['video']).groups()
+    seed, shape = int(seed), json.loads(shape)
+    for k in (int(n.rsplit('_', 1)[1]) for n in meta['outputs'] if n.startswith('video/query_')):
+        logits, masks = torch.from_numpy(image(seed - 1 + k, (*shape[:2], k))), image(seed + k, shape)
+        q = best_query(logits[None]).item()
+        yield f'video/query_{k}', np.array(q)
+        yield f'video/masks_{k}', full_masks(masks[:, q], meta['outputs'][f'video/masks_{k}']['shape'][1:], threshold=meta['config']['threshold'])
+        yield f'video/class_info_{k}', logits[:, q, 0].sigmoid().numpy()
+    seed, *shape = map(int, re.findall(r'\d+', meta['inputs']['davis'].split('))')[0]))
+    planes = torch.from_numpy(image(seed, shape)).sigmoid().numpy()
+    yield 'davis/ids', np.stack([merge_labels(planes[:, t]) for t in range(shape[1])])
+
+# %% ../../nbs/07d_verify.referformer.ipynb #fbe0118e
+def run_postprocess(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+    "Runner of everything after the model."
+    frames = dict(run_frames(meta, arrays))
+    yield from frames.items()
+    yield from run_video(meta)
+    images = sorted(int(n.rsplit('_', 1)[1]) for n in arrays if n.startswith('in/metrics/gt_') and 'box' not in n)
+    truth = {j: rle_encode(arrays[f'in/metrics/gt_{j}']) for j in images}
+    results = [dict(image_id=j, score=float(s), segmentation=rle_encode(m)) for j in images for s, m in zip(arrays[f'in/metrics/scores_{j}'], frames[f'a2d/masks_{j % 2}'])]
+    for name, given in (('all_queries', results), ('best_query', chosen(results).values())):
+        yield f'metrics/coco_stats_{name}', np.array(list(average_precision(truth, given).values())[:6])
+    *precision, overall, mean = frame_scores(overlaps(truth, results)).values()
+    yield 'metrics/precision_at_k', np.array(precision)
+    yield 'metrics/overall_iou', np.array(overall)
+    yield 'metrics/mean_iou', np.array(mean)
+
 # %% ../../nbs/07d_verify.referformer.ipynb #3fa0c560
 def named(*words: str):
     "A test of a case's meta: its model is one of `words`."
@@ -224,4 +282,5 @@ RUNNERS = [
     (named('multi-scale deformable attention'), run_deform),
     (named('ReferFormer dynamic mask head'), run_mask_head),
     (named('ReferFormer matcher and criterion'), run_criterion),
+    (named('ReferFormer post-processing and metrics'), run_postprocess),
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'score_expression', 'true_masks', 'score_rows', 'averages', 'NoTruth', 'summary', 'write_table',
-           'mask_tree', 'evaluate', 'submission']
+           'mask_tree', 'evaluate', 'read_maps', 'vos_rows', 'evaluate_vos', 'submission']
 
 # %% ../nbs/07b_evaluate.ipynb #c9abc075
 import csv, io, zipfile
@@ -15,11 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import Problem, check_id, progress, resolve, whole, write_bytes, write_json
+from .core import Problem, check_id, natural_key, progress, resolve, whole, write_bytes, write_json
 from .data.datasets import Dataset, frame_size, open_dataset
-from .data.masks import encode_mask, read_mask
+from .data.masks import encode_mask, read_labels, read_mask
 from .data.video import Expression, Video
-from .metrics import contour_f, jaccard, statistics
+from .data.vos import Annotated, vos_videos
+from .metrics import contour_f, davis_mean, jaccard, label_scores, statistics
 
 # %% ../nbs/07b_evaluate.ipynb #ca9a2d38
 def score_expression(
@@ -141,6 +142,54 @@ def evaluate(
             write_table(out/f'{key.removeprefix("by_").rstrip("s")}s.csv', named(what, result[key]))
         write_json(out/'scores.json', result)
     return result
+
+# %% ../nbs/07b_evaluate.ipynb #394a0cf3
+def read_maps(video: Annotated, tree: Path) -> tuple[np.ndarray, np.ndarray, list[str]]: # truth and result (T, H, W) uint8, faults
+    "Label maps of one video. Raises `Problem` for unusable annotations."
+    truth = [read_labels(video.folder/f'{video.frames[0]}.png')]
+    truth += [read_labels(video.folder/f'{n}.png', truth[0].shape) for n in video.frames[1:]]
+    found, faults = [], []
+    for n in video.frames:
+        try: found.append(read_labels(tree/video.id/f'{n}.png', truth[0].shape))
+        except Problem as e: found.append(np.zeros_like(truth[0])); faults.append(str(e))
+    return np.stack(truth), np.stack(found), faults
+
+def vos_rows(video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    "(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for what DAVIS refuses."
+    if kind == 'davis':
+        for o, (j, f) in enumerate(label_scores(truth, found, 'semi-supervised'), 1): yield str(o), j, f
+        return
+    for o in sorted({*video.first, *map(str, np.unique(truth[(truth > 0) & (truth < 255)]))}, key=natural_key):
+        there = [t for t in range(len(truth)) if (truth[t] == int(o)).any()]
+        start = video.frames.index(video.first[o]) if video.first.get(o) in video.frames else min(there, default=len(truth))
+        if start + 1 < len(truth): yield o, *(measure(truth[start + 1:] == int(o), found[start + 1:] == int(o)) for measure in (jaccard, contour_f))
+
+# %% ../nbs/07b_evaluate.ipynb #e63af00f
+def evaluate_vos(
+    data_dir,              # DAVIS-2017 or YouTube-VOS
+    pred_dir,              # a run with Annotations/, or a tree VIDEO/FRAME.png itself
+    out_dir='',            # where scores.json and objects.csv go; '' writes none
+    split: str = 'valid',
+) -> dict:                 # in percent: J&F, J, F and, of DAVIS, recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'
+    "Score propagation where objects are given by masks. Raises `Problem` for another layout and where nothing can be scored."
+    kind, videos, seen = vos_videos(resolve(data_dir), split)
+    tree, rows, pairs, missing = mask_tree(pred_dir), [], [], {}
+    for video in progress(videos, 'evaluate'):
+        truth, found, faults = read_maps(video, tree)
+        if faults: missing[video.id] = f'{len(faults)} of {len(video.frames)} label maps; {faults[0]}'
+        try: scored = list(vos_rows(video, truth, found, kind))
+        except Problem as e: raise Problem(f'{video.id}, {e.where}', e.found, e.expected, e.remedy) from None
+        for o, j, f in scored:
+            group = '' if kind == 'davis' or not seen or o not in video.category else 'seen' if video.category[o] in seen else 'unseen'
+            pairs.append((j, f)); rows.append({'video': video.id, 'object': o, 'group': group} | {m: 100 * x for m, x in davis_mean([(j, f)]).items()})
+    if not rows: raise NoTruth('evaluate', f'{len(videos)} videos, no object with frames to score', 'annotations of more than one frame', 'this split cannot be scored here')
+    total = {m: 100 * x for m, x in davis_mean(pairs).items()}
+    result = {'protocol': {'davis': 'DAVIS-2017 semi-supervised', 'youtube': 'YouTube-VOS'}[kind], 'unit': 'percent', 'split': split} | (total if kind == 'davis' else {m: total[m] for m in ('J&F', 'J', 'F')})
+    four = {f'{m} {g}': float(np.mean([r[m] for r in rows if r['group'] == g])) for g in ('seen', 'unseen') if any(r['group'] == g for r in rows) for m in 'JF'}
+    result |= four | ({'G': float(np.mean(list(four.values())))} if len(four) == 4 else {}) | {'objects': len(rows), 'by_object': {f"{r['video']}/{r['object']}": r['J&F'] for r in rows}, 'missing': missing}
+    if out_dir:
+        write_table(resolve(out_dir)/'objects.csv', rows); write_json(resolve(out_dir)/'scores.json', _round(result))
+    return _round(result)
 
 # %% ../nbs/07b_evaluate.ipynb #5d31ddde
 def _packed(path: Path, size: tuple[int, int]) -> bytes:

@@ -7,11 +7,12 @@ from PIL import Image
 from rvos_nb.core import Problem, StageFailed, read_json, write_json
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import read_mask, write_mask, write_tree
+from rvos_nb.data.masks import read_mask, write_labels, write_mask, write_tree
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import MEASURES, NoTruth, evaluate, submission
+from rvos_nb.evaluate import MEASURES, NoTruth, evaluate, evaluate_vos, submission
 from rvos_nb.explore import overlays, report
 from rvos_nb.keyframe import choose, from_json
+from rvos_nb.metrics import contour_f, jaccard, statistics
 from rvos_nb.predict import save_candidates
 
 
@@ -172,3 +173,59 @@ def test_key_frames_of_broken_candidates(made):
     assert from_json(read_json(tmp/'run/key_frame.json')) == {good.video: {good.id: 2}}
     with pytest.raises(Problem, match='no candidates'): choose(tmp/'data')
     with pytest.raises(Problem, match='policy'): choose(tmp/'run', 'luck')
+
+
+@pytest.fixture
+def tracks(tmp_path):
+    "Two videos in both layouts, noisy results, one object that enters late, one category that training lacks."
+    rng = np.random.default_rng(0)
+    truth = {v: np.zeros((6, 40, 56), np.uint8) for v in ('v2', 'v10')}
+    truth['v2'][:, 4:20, 4:30] = 1; truth['v2'][2:, 22:38, 20:50] = 3; truth['v10'][:, 10:30, 10:40] = 1; truth['v10'][1, :5] = 255
+    found = {v: np.where(rng.random(m.shape) < .2, 0, np.roll(m, 2, 2)) for v, m in truth.items()}
+    for v in truth:
+        found[v][found[v] == 255] = 0
+        for t in range(6):
+            write_labels(tmp_path/'youtube'/'valid'/'Annotations'/v/f'{5 * t:05d}.png', truth[v][t]); write_labels(tmp_path/'run'/'Annotations'/v/f'{5 * t:05d}.png', found[v][t])
+            write_labels(tmp_path/'davis'/'Annotations'/'480p'/v/f'{t:05d}.png', truth[v][t]); write_labels(tmp_path/'run-davis'/v/f'{t:05d}.png', np.where(found[v][t] == 3, 0, found[v][t]))
+    (tmp_path/'davis'/'ImageSets'/'2017').mkdir(parents=True); (tmp_path/'davis'/'ImageSets'/'2017'/'val.txt').write_text('v2\nv10\n')
+    def objects(**kw): return {'objects': {o: {'category': c, 'frames': [f'{5 * t:05d}' for t in range(first, 6)]} for o, (c, first) in kw.items()}}
+    write_json(tmp_path/'youtube'/'valid'/'meta.json', {'videos': {'v2': objects(**{'1': ('dog', 0), '3': ('yak', 2)}), 'v10': objects(**{'1': ('dog', 0)})}})
+    write_json(tmp_path/'youtube'/'train'/'meta.json', {'videos': {'x': objects(**{'1': ('dog', 0)})}})
+    return tmp_path, truth, found
+
+
+def test_youtube_vos(tracks):
+    "Frames after the first annotation only; an average over objects in each group, then over the four."
+    root, truth, found = tracks
+    result = evaluate_vos(root/'youtube', root/'run', root/'scores')
+    def pair(v, o, start): a, b = truth[v][start:] == o, found[v][start:] == o; return 100 * jaccard(a, b).mean(), 100 * contour_f(a, b).mean()
+    (j1, f1), (j2, f2), (j3, f3) = pair('v2', 1, 1), pair('v10', 1, 1), pair('v2', 3, 3)
+    expected = {'J seen': (j1 + j2) / 2, 'F seen': (f1 + f2) / 2, 'J unseen': j3, 'F unseen': f3, 'G': ((j1 + j2) / 2 + (f1 + f2) / 2 + j3 + f3) / 4}
+    assert all(np.isclose(result[k], v, atol=1e-3) for k, v in expected.items()) and result['objects'] == 3 and result == read_json(root/'scores'/'scores.json')
+    shutil.rmtree(root/'youtube'/'train')
+    alone = evaluate_vos(root/'youtube', root/'run')
+    assert 'G' not in alone and np.isclose(alone['J'], (j1 + j2 + j3) / 3, atol=1e-3)
+
+
+def test_davis_semi_supervised(tracks):
+    "The first and the last frame are left out, unknown pixels are not; objects are those of the first annotation."
+    root, truth, found = tracks
+    result = evaluate_vos(root/'davis', root/'run-davis')
+    per = [[statistics(m(truth[v][1:-1] == 1, np.where(found[v] == 3, 0, found[v])[1:-1] == 1)) for m in (jaccard, contour_f)] for v in truth]
+    assert result['objects'] == 2 and all(np.isclose(result[k], 100 * np.mean([p[i][n] for p in per]), atol=1e-3) for k, i, n in (('J', 0, 0), ('J_recall', 0, 1), ('J_decay', 0, 2), ('F', 1, 0), ('F_decay', 1, 2)))
+    write_labels(root/'run-davis'/'v10'/'00002.png', found['v2'][3])
+    with pytest.raises(Problem, match='v10.*object 3'): evaluate_vos(root/'davis', root/'run-davis')
+
+
+def test_label_maps_that_are_missing_or_wrong(tracks):
+    root, truth, found = tracks
+    path = root/'run'/'Annotations'/'v10'/'00010.png'; path.write_bytes(path.read_bytes()[:60]); (path.parent/'00015.png').unlink()
+    write_labels(path.parent/'00020.png', np.zeros((4, 4), np.uint8))
+    result = evaluate_vos(root/'youtube', root/'run')
+    assert result['missing'].keys() == {'v10'} and result['missing']['v10'].startswith('3 of 6')
+    with pytest.raises(Problem, match='no such folder'): evaluate_vos(root/'youtube', root/'nowhere')
+    with pytest.raises(Problem, match='layout of DAVIS'): evaluate_vos(root, root/'run')
+    shutil.rmtree(root/'youtube'/'valid'/'Annotations'/'v2')
+    with pytest.raises(Problem, match='no annotation'): evaluate_vos(root/'youtube', root/'run')
+    (root/'youtube'/'valid'/'meta.json').write_text('{"videos": []}')
+    with pytest.raises(Problem, match='another form'): evaluate_vos(root/'youtube', root/'run')

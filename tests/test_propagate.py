@@ -8,14 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from rvos_nb.core import Problem, write_json
+from rvos_nb.core import Problem, read_json, write_json
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import read_mask, write_mask
+from rvos_nb.data.masks import read_labels, read_mask, write_labels, write_mask
+from rvos_nb.data.video import open_clip, read_video, write_video
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
-from rvos_nb.propagate import propagate, walk
-from rvos_nb.vos.aot import AOT, VARIANTS, AOTPropagator, Propagator
+from rvos_nb.predict import save_candidates
+from rvos_nb.evaluate import evaluate_vos
+from rvos_nb.propagate import How, propagate, propagate_clip, propagate_vos, walk
+from rvos_nb.vos.aot import AOT, VARIANTS
+from rvos_nb.vos.propagator import AOTPropagator, Augmented, Propagator, Track, sweep
 
 
 class Shift(Propagator):
@@ -175,3 +179,170 @@ def test_any_frame_size(tiny, size):
 def test_mask_token_is_optional_and_the_rest_is_strict(tiny):
     tiny.load_state_dict(tiny.state_dict() | {'LSTT.mask_token': torch.zeros(1, 1, 64)})
     with pytest.raises(RuntimeError, match='missing|Missing'): tiny.load_state_dict({k: v for k, v in tiny.state_dict().items() if 'id_bank' not in k})
+
+
+class Eye(AOT):
+    "Counts the frames that are encoded."
+    seen = 0
+    def encode(self, x): Eye.seen += len(x); return super().encode(x)
+
+
+@pytest.mark.parametrize('options', [{}, dict(version='challenge', gap=2), dict(scales=(.8, 1.2), flip=True), dict(soft=True, max_memory_frames=2, gap=1)], ids=str)
+def test_together_is_one_by_one(root, options):
+    "Sentences with key frames all over the video: the same PNGs in company as alone, and each frame is encoded once a direction."
+    data, keys = open_dataset(root/'data', 'valid'), {}
+    for v in data.videos: keys[v] = {e.id: i % 5 for i, e in enumerate(data.expressions[v])}
+    write_json(root/'run'/'key_frame.json', as_json(keys))
+    with torch.random.fork_rng(): torch.manual_seed(0); model = Eye(VARIANTS['aot-tiny'])
+    seen = {}
+    for most in (1, 3, 99):
+        Eye.seen = 0
+        assert not propagate(root/'data', root/'run', root/f'out-{most}', model, together=most, **options).failed
+        seen[most] = Eye.seen
+    assert tree(root/'out-1') == tree(root/'out-3') == tree(root/'out-99')
+    views = 4 if 'flip' in options else 1
+    assert seen[99] <= len(data.videos) * 10 * views < seen[1]
+
+
+def test_a_company_fails_one_by_one(root, tiny):
+    "The last frame is broken. Forward only, the sentences that start there need no other frame, and are done all the same."
+    (v, e, frames), *others = [u for u in units(root) if u[0] == units(root)[0][0]]
+    p = root/'run'/'key_frame.json'; keys = json.loads(p.read_text())
+    keys[v][e]['index_info']['class_index'] = 0; write_json(p, keys)
+    spoil_frame(root, v, e, frames)
+    report = propagate(root/'data', root/'run', root/'out', tiny, direction='backward')
+    assert not report.failed
+    report = propagate(root/'data', root/'run', root/'ahead', tiny, direction='forward')
+    assert {f'{v}/{e}'} | {f'{v}/{o[1]}' for o in others} == set(report.failed) and all(frames[4] in why for why in report.failed.values())
+    assert not (root/'ahead'/'Annotations'/v/e).exists() and not [p for p in (root/'ahead').rglob('*') if p.name.startswith('.')]
+
+
+def test_next_best(root):
+    v, e, frames = units(root)[0]
+    def drawn(t, mask): write_mask(root/'run'/'Annotations'/v/e/f'{frames[t]}.png', mask)
+    for t in range(5): drawn(t, np.zeros((64, 96), bool) if t != 3 else np.eye(64, 96) > 0)
+    report = propagate(root/'data', root/'run', root/'none', Shift(), empty='next_best')
+    assert f'{v}/{e}' in report.failed and 'safetensors' in report.failed[f'{v}/{e}'] # no scores
+    scores = np.float32([.1, .3, .9, .2, .8])
+    save_candidates(root/'run'/'candidates'/v/f'{e}.safetensors', np.zeros((5, 2, 2), np.float32), scores, np.zeros((5, 4), np.float32), dict(kind='logit', size=(64, 96), frames=list(frames), model='toy', text='it'))
+    report = propagate(root/'data', root/'run', root/'out', Shift(), empty='next_best')
+    assert not report.failed
+    found = [read_mask(root/'out'/'Annotations'/v/e/f'{f}.png') for f in frames]
+    assert (found[3] == (np.eye(64, 96) > 0)).all() and [int(m.any(0).argmax()) for m in found] == [3, 2, 1, 0, 1]
+    drawn(3, np.zeros((64, 96), bool))
+    propagate(root/'data', root/'run', root/'all-empty', Shift(), empty='next_best')
+    assert tree(root/'all-empty'/'Annotations'/v/e) == tree(root/'run'/'Annotations'/v/e)
+    with pytest.raises(Problem, match='other parameters'): propagate(root/'data', root/'run', root/'out', Shift())
+
+
+@pytest.mark.parametrize('options, words', [(dict(feedback='all'), 'feedback'), (dict(scales=()), 'scales'), (dict(gap=0), 'gap'), (dict(max_memory_frames=-1), 'max_memory'), (dict(empty='skip'), 'empty'), (dict(together=0), 'together')])
+def test_choices_that_are_not(root, options, words):
+    with pytest.raises(Problem, match=words): propagate(root/'data', root/'run', root/'out', Shift(), **options)
+    assert not (root/'out').exists()
+
+
+def test_views_need_forks(root):
+    with pytest.raises(Problem, match='several times'): propagate(root/'data', root/'run', root/'out', Shift(), flip=True)
+    with pytest.raises(Problem, match='gap'): propagate(root/'data', root/'run', root/'out', Shift(), gap=2)
+
+
+def test_bounded_memory(tiny):
+    "With a limit of three frames the memory holds three however long the clip, the reference among them."
+    film = list(refshapes.scene(1, 'easy', frames=14, size=(48, 64)).frames)
+    labels = np.zeros((48, 64), np.uint8); labels[10:30, 10:40] = 1
+    p = AOTPropagator(tiny, gap=1, max_memory_frames=3)
+    assert len(dict(walk(p, film, [], 0, labels))) == 13
+    assert len(p.engine.memories[0].long) == 3 and sum(f.reference for f in p.engine.memories[0].long) == 1
+
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory):
+    "Seven frames of an odd size as JPEGs, and a palette mask of two objects with odd ids."
+    root = tmp_path_factory.mktemp('clip'); scene = refshapes.scene(2, 'easy', frames=7, size=(61, 83)); (root/'clip').mkdir()
+    for t, frame in enumerate(scene.frames): Image.fromarray(frame).save(root/'clip'/f'img{t}.jpeg')
+    labels = np.zeros((61, 83), np.uint8); labels[10:30, 5:30], labels[35:50, 40:70] = 40, 7
+    write_labels(root/'mask.png', labels)
+    return root
+
+
+def test_a_clip_with_any_ids(clip, tmp_path, tiny):
+    video = propagate_clip(open_clip(clip/'clip'), {2: clip/'mask.png'}, tmp_path, tiny, How(max_memory_frames=2, gap=1))
+    found = [read_labels(tmp_path/'Annotations'/'clip'/f'img{t}.png', (61, 83)) for t in range(7)]
+    assert all(set(np.unique(m)) <= {0, 7, 40} for m in found) and (found[2] == read_labels(clip/'mask.png')).all()
+    assert Image.open(tmp_path/'Annotations'/'clip'/'img0.png').mode == 'P' and len(list(read_video(open_clip(video)))) == 7
+
+
+def test_more_objects_than_one_engine_holds(clip, tmp_path, tiny):
+    labels = np.zeros((61, 83), np.uint8)
+    for i in range(12): labels[5 * i:5 * i + 4, 10:70] = 20 * i + 3
+    propagate_clip(open_clip(clip/'clip'), {0: labels}, tmp_path, tiny)
+    assert set(np.unique(labels)) > set(np.unique(read_labels(tmp_path/'Annotations'/'clip'/'img6.png'))) - {0}
+
+
+@pytest.mark.parametrize('version, options', [('clean', {}), ('challenge', dict(gap=2)), ('clean', dict(scales=(1., 1.2), flip=True, feedback='merged'))])
+def test_a_long_film_is_read_in_pieces(clip, tmp_path, tiny, version, options):
+    "A video file, walked backwards from its last frame, and the folder of its decoded frames: the same PNGs."
+    write_video(tmp_path/'film.mp4', (f for _ in range(6) for f in read_video(open_clip(clip/'clip'))), 10)
+    film = open_clip(tmp_path/'film.mp4', 'clip'); (tmp_path/'frames').mkdir()
+    for name, frame in zip(film.frames, read_video(film)): Image.fromarray(frame).save(tmp_path/'frames'/f'{name}.png')
+    labels = np.pad(read_labels(clip/'mask.png'), ((0, 1), (0, 1))) # films have even sizes
+    for source, out in ((film, 'a'), (open_clip(tmp_path/'frames', 'clip'), 'b')): propagate_clip(source, {41: labels}, tmp_path/out, tiny, How(version, **options))
+    a, b = tree(tmp_path/'a'/'Annotations'), tree(tmp_path/'b'/'Annotations')
+    assert len(a) == 42 and a == b
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda root: write_labels(root/'mask.png', np.ones((61, 82), np.uint8)), '61x82'), (lambda root: write_mask(root/'mask.png', np.zeros((61, 83), bool)), 'no object'),
+    (lambda root: (root/'mask.png').unlink(), 'no such file'), (lambda root: (root/'mask.png').write_bytes(b'x'), 'cannot be read'),
+    (lambda root: Image.fromarray(np.random.default_rng(0).integers(0, 255, (61, 83, 3), np.uint8)).save(root/'mask.png'), 'colours'),
+    (lambda root: (root/'clip'/'img5.jpeg').write_bytes((root/'clip'/'img5.jpeg').read_bytes()[:200]), 'img5'),
+    (lambda root: Image.new('RGB', (83, 60)).save(root/'clip'/'img1.jpeg'), 'img1')])
+def test_a_clip_with_a_fault_writes_nothing(clip, tmp_path, spoil, words):
+    shutil.copytree(clip, tmp_path/'c'); spoil(tmp_path/'c')
+    with pytest.raises(Problem, match=words): propagate_clip(open_clip(tmp_path/'c'/'clip'), {2: tmp_path/'c'/'mask.png'}, tmp_path/'out', Shift())
+    assert not [p for p in (tmp_path/'out').rglob('*') if p.is_file()]
+
+
+def test_references_in_mid_clip(tiny):
+    "A second object at frame 3 is a new reference: what follows is what the engine gives when told so by hand."
+    film = list(refshapes.scene(4, 'easy', frames=6, size=(64, 96)).frames)
+    first, second = np.zeros((64, 96), np.uint8), np.zeros((64, 96), np.uint8); first[5:30, 5:40] = 1; second[30:60, 50:90] = 2
+    found = {t: m for _, t, m in sweep([Track(AOTPropagator(tiny, gap=2), {0: first, 3: second})], enumerate(film))}
+    p = AOTPropagator(tiny, gap=2); p.start((64, 96)); p.remember(film[0], first)
+    for t in range(1, 6):
+        by_hand = p.step(film[t]).argmax(0).numpy().astype(np.uint8)
+        if t == 3: by_hand = np.where(second > 0, second, by_hand); p.remember(film[t], by_hand)
+        assert (found[t] == by_hand).all()
+    assert found[4].max() <= 2 and len(p.engine.memories[0].long) == 3 # frames 0, 2 and 3
+
+
+def test_views_in_their_published_order(tiny):
+    views = Augmented(AOTPropagator(tiny), (.8, 1., 1.2), True)
+    assert [(v.scale, f) for v, f in views.views] == [(s, f) for s in (.8, 1., 1.2) for f in (False, True)]
+    with pytest.raises(Problem, match='feedback'): Augmented(AOTPropagator(tiny), feedback='none')
+
+
+def test_a_benchmark_of_masks(tmp_path, tiny):
+    "YouTube-VOS with the truth of all frames on disk: an object is shown in its first frame only, and what is done and undone again is the same."
+    scene = refshapes.scene(5, 'easy', frames=6, size=(48, 64)); labels = scene.labels.copy(); late = int(labels[3].max()); labels[:3][labels[:3] == late] = 0
+    folder, ids = tmp_path/'data'/'valid', [int(i) for i in np.unique(labels) if i]
+    for v in ('a', 'b'):
+        (folder/'JPEGImages'/v).mkdir(parents=True)
+        for t in range(6): Image.fromarray(scene.frames[t]).save(folder/'JPEGImages'/v/f'{5 * t:05d}.jpg'); write_labels(folder/'Annotations'/v/f'{5 * t:05d}.png', labels[t])
+    meta = {'objects': {str(i): {'category': 'shape', 'frames': [f'{5 * t:05d}' for t in range(6) if (labels[t] == i).any()]} for i in ids}}
+    write_json(folder/'meta.json', {'videos': {'a': meta, 'b': meta}})
+    assert not propagate_vos(tmp_path/'data', tmp_path/'out', tiny).failed
+    first = {i: min(t for t in range(6) if (labels[t] == i).any()) for i in ids}
+    order = np.uint8([0, *sorted(ids, key=lambda i: (first[i], i))]); table = np.zeros(256, np.uint8); table[order] = np.arange(len(order))
+    given = {t: table[np.where(np.isin(labels[t], [i for i in ids if first[i] == t]), labels[t], 0)] for t in {*first.values()}}
+    assert first[late] == 3 and 0 in given
+    for _, t, m in sweep([Track(AOTPropagator(tiny), given)], enumerate(read_video(open_clip(folder/'JPEGImages'/'a')))):
+        assert (order[m] == read_labels(tmp_path/'out'/'Annotations'/'a'/f'{5 * t:05d}.png')).all()
+    before = tree(tmp_path/'out')
+    shutil.rmtree(tmp_path/'out'/'Annotations'/'a'); (tmp_path/'out'/'Annotations'/'b'/'00010.png').unlink()
+    assert propagate_vos(tmp_path/'data', tmp_path/'out', tiny).done == ['a', 'b'] and tree(tmp_path/'out') == before
+    assert evaluate_vos(tmp_path/'data', tmp_path/'out')['objects'] == 2 * len(ids)
+    assert read_json(tmp_path/'out'/'run.json')['params']['direction'] == 'forward'
+    write_labels(folder/'Annotations'/'a'/'00000.png', labels[0][:40]); shutil.rmtree(tmp_path/'out'/'Annotations')
+    report = propagate_vos(tmp_path/'data', tmp_path/'out', tiny)
+    assert report.done == ['b'] and '40x64' in report.failed['a'] and not (tmp_path/'out'/'Annotations'/'a').exists()

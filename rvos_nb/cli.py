@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'RUN', 'OUT', 'SPLIT', 'DEVICE', 'EXECUTOR', 'FORCE', 'PARAMETERS', 'main', 'predict', 'keyframe',
-           'propagate', 'fuse', 'evaluate', 'train', 'run', 'demo', 'doctor', 'models', 'verify', 'bench']
+           'propagate', 'fuse', 'evaluate', 'train', 'run', 'demo', 'doctor', 'models', 'convert', 'verify', 'bench']
 
 # %% ../nbs/09b_cli.ipynb #7c3d9780
-import os, sys
+import os, re, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -32,13 +32,14 @@ def main(argv: list[str] | None = None):
 
 # %% ../nbs/09b_cli.ipynb #36e2e201
 def _joined(argv: list[str]) -> list[str]:
-    "`-p NAME VALUE` as `-p NAME=VALUE`."
-    out, rest = [], iter(argv)
-    for a in rest:
-        out.append(a)
-        if a in ('-p', '--parameter') and (name := next(rest, None)) is not None:
-            value = None if '=' in name else next(rest, None)
-            out.append(name if value is None else f'{name}={value}')
+    "`-p NAME VALUE` as `-p NAME=VALUE`, and `--ms A B C` as `--ms A,B,C`."
+    out, rest = [], list(argv)
+    while rest:
+        out.append(option := rest.pop(0))
+        if option in ('-p', '--parameter') and rest: out.append((name := rest.pop(0)) + (f'={rest.pop(0)}' if '=' not in name and rest else ''))
+        values = []
+        while option == '--ms' and rest and re.fullmatch(r'[\d.,]+', rest[0]): values.append(rest.pop(0))
+        if values: out.append(','.join(values))
     return out
 
 # %% ../nbs/09b_cli.ipynb #691f4e78
@@ -69,28 +70,46 @@ PARAMETERS = Annotated[Optional[list[str]], typer.Option('-p', '--parameter', me
 def predict(
     clip: Annotated[Optional[Path], typer.Argument(help="A video file or a folder of pictures.")] = None,
     sentences: Annotated[Optional[list[str]], typer.Argument(help='What to look for, each in quotes: "the dog".')] = None,
-    data: Annotated[Optional[Path], typer.Option(help="Instead of a clip: a data set in the Ref-YouTube-VOS layout.")] = None,
+    data: Annotated[Optional[Path], typer.Option(help="Instead of a clip: a data set (data/README.md describes the layouts).")] = None,
     out: OUT = Path('runs/predict'), model: Annotated[str, typer.Option(help="A name from `rvos models` or a checkpoint folder.")] = 'referformer-tiny',
-    split: SPLIT = 'valid', short_side: Annotated[int, typer.Option(help="Pixels of the shorter side for the model; 0: the model's own.")] = 0,
-    clip_length: Annotated[int, typer.Option(help="Frames seen at once; 0: the model's usual.")] = 0,
+    split: Annotated[str, typer.Option(help="Which split of the data set; default: the one that is usually scored.")] = '',
+    layout: Annotated[str, typer.Option(help="ref-youtube-vos, ref-davis17, a2d-sentences, jhmdb-sentences or refcoco; default: told by the tree.")] = '',
+    protocol: Annotated[str, typer.Option(help="ytvos, davis, a2d, jhmdb or refcoco; default: the layout's.")] = '',
+    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side for the model; 0: the model's own.")] = 0,
+    clip_length: Annotated[int, typer.Option(help="Frames seen at once; 0: the protocol's, and 36 for a clip.")] = 0,
+    threshold: Annotated[float, typer.Option(help="Masks are what is more probable than this.")] = .5,
+    memory: Annotated[str, typer.Option(help="Cut clips so that the model needs no more than this beside its weights, such as 4GB.")] = '',
+    fps: Annotated[float, typer.Option(help="Frames a second of the overlay; 0: the clip's own.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = 'float32',
+    compile: Annotated[bool, typer.Option('--compile', help="Compile the model; the first clip is slow.")] = False,
+    channels_last: Annotated[bool, typer.Option('--channels-last', help="Keep convolution weights with their channels last.")] = False,
+    online: Annotated[bool, typer.Option('--online', help="The model's name may be looked up on the Hugging Face Hub.")] = False,
     device: DEVICE = '', executor: EXECUTOR = 'local', force: FORCE = False,
 ):
     """Find what sentences mean, in a clip or a data set.
 
-    A clip gives overlay.mp4 and one PNG mask a frame; a data set gives a results folder for the later stages.
+    A clip gives overlay.mp4 and one PNG mask a frame; a data set gives what its benchmark scores: a results folder for the
+    later stages, merged label maps (DAVIS), or masks and boxes with scores (A2D, JHMDB, RefCOCO).
 
     \b
     rvos predict dog.mp4 "the dog" "the ball" --out runs/dog
     rvos predict --data data/refshapes --out runs/tiny
+    rvos predict --data data/ref-davis --memory 4GB --out runs/davis
+    rvos predict --data data/coco --split refcoco+_testA --out runs/refcoco
     """
     if (data is None) == (clip is None): raise Problem('rvos predict', 'a clip and --data' if data else 'neither a clip nor --data', 'one of them', 'see `rvos predict --help`')
     if not data and not sentences: raise Problem('rvos predict', 'a clip without a sentence', 'at least one', f'add it in quotes: rvos predict {clip} "the dog"')
-    from rvos_nb import predict as stage
-    if data: return _end(stage.predict(_here(data), _here(out), _model(model), split, short_side, clip_length, device, executor, force))
+    speed = dict(online=online, precision=precision, compile=compile, channels_last=channels_last)
+    if data:
+        from rvos_nb.protocols import run
+        report, scores = run(_here(data), _here(out), _model(model), split, layout, protocol, short_side, clip_length, threshold, memory, executor, force, device=device, **speed)
+        if scores: print(scores)
+        return _end(report)
     from rvos_nb.core import device_name
     from rvos_nb.data.video import open_clip
+    from rvos_nb.predict import predict_clip, referring
     opened = open_clip(_here(clip)) # before the model is loaded, which takes longer
-    path = stage.predict_clip(opened, sentences, _here(out), stage.referring(_model(model), device_name(device)), short_side, clip_length or 36)
+    path = predict_clip(opened, sentences, _here(out), referring(_model(model), device_name(device), **speed), short_side, clip_length or 36, fps, threshold, memory)
     print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #badccca0
@@ -107,23 +126,53 @@ def keyframe(run: RUN, policy: Annotated[str, typer.Option(help="How to choose; 
     chosen = choose(_here(run), policy)
     print(f"{sum(len(v) for v in chosen.values())} key frames of {len(chosen)} videos in {_here(run)/'key_frame.json'}")
 
+# %% ../nbs/09b_cli.ipynb #82d90e46
 @app.command()
 def propagate(
-    data: DATA, run: RUN, out: OUT = Path('runs/propagate'),
-    model: Annotated[str, typer.Option(help="A propagator: a name from `rvos models` or a checkpoint folder.")] = 'aot-tiny',
+    data: Annotated[Path, typer.Argument(metavar='DATA|CLIP', help="A data set in the Ref-YouTube-VOS layout; with --mask: a video file or a folder of pictures.")],
+    run: Annotated[Optional[Path], typer.Argument(metavar='[RUN]', help="For a data set: a results folder with Annotations/ and key_frame.json.")] = None,
+    out: OUT = Path('runs/propagate'),
+    mask: Annotated[Optional[list[Path]], typer.Option(help="For a clip: a mask PNG, palette (several objects) or black and white; may be repeated.")] = None,
+    frame: Annotated[Optional[list[int]], typer.Option(help="The frame of each --mask, counted from 0; default: the first.")] = None,
+    model: Annotated[str, typer.Option(help="A propagator: a name from `rvos models`, a checkpoint folder, or a SAM 2 model.")] = 'aot-tiny',
     direction: Annotated[str, typer.Option(help="both, forward or backward from the key frame.")] = 'both',
     restart: Annotated[bool, typer.Option(help="Start the backward half with an empty memory.")] = True,
     version: Annotated[str, typer.Option(help="clean, or challenge: as the challenge entries did.")] = 'clean',
+    ms: Annotated[str, typer.Option(metavar='SCALE...', help="Test-time augmentation: walk at these scales and average.")] = '1.0',
+    flip: Annotated[bool, typer.Option('--flip', help="Mirror every scale, too.")] = False,
+    feedback: Annotated[str, typer.Option(help="What each scale remembers: own or merged answers; default: as the version has it.")] = '',
+    soft: Annotated[bool, typer.Option('--soft', help="Remember probabilities instead of labels.")] = False,
+    gap: Annotated[Optional[int], typer.Option(help="Memorise every gap-th frame; default: as published.")] = None,
+    short_term_skip: Annotated[Optional[int], typer.Option(help="The short-term memory lies this many frames back; default: as published.")] = None,
+    max_memory_frames: Annotated[Optional[int], typer.Option(help="Limit of the long-term memory; default: none.")] = None,
+    empty: Annotated[str, typer.Option(help="An empty key mask: copy all masks, or start from the next_best frame.")] = 'copy',
+    online: Annotated[bool, typer.Option('--online', help="Allow the download of a published SAM 2 model.")] = False,
+    vos: Annotated[bool, typer.Option('--vos', help="DATA in the layout of DAVIS-2017 or YouTube-VOS: its given masks, forward.")] = False,
     split: SPLIT = 'valid', device: DEVICE = '', executor: EXECUTOR = 'local', force: FORCE = False,
 ):
-    """Carry masks from key frames to all other frames.
+    """Carry masks from key frames to all other frames, or one mask through a clip.
+
+    A clip gives overlay.mp4 and one palette PNG a frame; a data set gives a results folder for the later stages.
 
     \b
     rvos propagate data/refshapes runs/tiny --out runs/tiny-aot
+    rvos propagate dog.mp4 --mask dog.png --frame 0 --out runs/dog
+    rvos propagate --vos data/DAVIS --out runs/davis
     """
-    from rvos_nb.propagate import propagate as stage
-    _end(stage(_here(data), _here(run), _here(out), model=_model(model), split=split, direction=direction, restart=restart,
-               version=version, device=device, executor=executor, force=force))
+    if (mask is not None) + (run is not None) + vos > 1: raise Problem('rvos propagate', 'more than one of RUN, --mask and --vos', 'one of them', 'see `rvos propagate --help`')
+    if mask is None and run is None and not vos: raise Problem('rvos propagate', 'neither RUN nor --mask', 'a results folder (for a data set) or a mask (for a clip)', 'see `rvos propagate --help`')
+    if len(frame or [0]) != len(mask or [0]) or len({*(frame or [0])}) != len(frame or [0]): raise Problem('--frame', ' '.join(map(str, frame or ['none'])), 'one frame number for each --mask, all different', 'count the frames from 0')
+    try: scales = tuple(float(s) for s in ms.split(','))
+    except ValueError: raise Problem('--ms', ms, 'numbers, such as 0.8 1.0 1.2', 'correct the scales') from None
+    from rvos_nb import propagate as stage
+    options = dict(scales=scales, flip=flip, feedback=feedback, soft=soft, gap=gap, short_term_skip=short_term_skip, max_memory_frames=max_memory_frames)
+    if vos: return _end(stage.propagate_vos(_here(data), _here(out), _model(model), split, stage.How(version, 'forward', restart, **options), device, executor, force, online))
+    if mask is None:
+        return _end(stage.propagate(_here(data), _here(run), _here(out), model=_model(model), split=split, direction=direction, restart=restart,
+                                    version=version, device=device, executor=executor, force=force, empty=empty, online=online, **options))
+    from rvos_nb.data.video import open_clip
+    path = stage.propagate_clip(open_clip(_here(data)), dict(zip(frame or [0], map(_here, mask))), _here(out), _model(model), stage.How(version, direction, restart, **options), device, online)
+    print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #4b7c6cce
 @app.command()
@@ -146,11 +195,29 @@ def fuse(
     _end(stage(_here(data), [_here(r) for r in runs], _here(out), split=split, weights=weight or None, threshold=threshold, mode=mode,
                groups=groups, leftover=leftover, key_frame_member=key_frame_member, executor=executor, force=force))
 
+# %% ../nbs/09b_cli.ipynb #725426bb
+def _typed(pairs, paths) -> dict: # NAME=VALUE texts; names of parameters that are paths
+    "The `NAME=VALUE` pairs with the types YAML gives them."
+    import yaml
+    given = dict()
+    for pair in pairs or ():
+        name, sign, value = pair.partition('=')
+        if not sign: raise Problem(f'-p {pair}', 'a name without a value', '-p NAME VALUE', 'add the value')
+        is_path = name in paths or '/' in value and _here(value).exists()
+        try: given[name] = str(_here(value)) if is_path else yaml.safe_load(value)
+        except yaml.YAMLError: raise Problem(f'-p {name}', repr(value), 'a value in YAML', "quote it, as in '\"a: b\"'") from None
+    return given
+
+def _recipe(name: str):
+    "The name of a recipe that ships, or a YAML file's absolute path."
+    return str(_here(name)) if name.endswith(('.yaml', '.yml')) else name
+
 # %% ../nbs/09b_cli.ipynb #a3efc990
 @app.command()
 def evaluate(
     data: DATA, run: RUN, out: OUT = Path('runs/evaluate'), split: SPLIT = 'valid',
     zip: Annotated[Optional[Path], typer.Option(help="Also pack the masks for a benchmark server; needs no ground truth.")] = None,
+    vos: Annotated[bool, typer.Option('--vos', help="Objects given by masks instead of sentences: DATA in the layout of DAVIS-2017 or YouTube-VOS, palette PNGs VIDEO/FRAME.png in RUN.")] = False,
 ):
     """Score masks against the truth: J, F and J&F.
 
@@ -159,7 +226,13 @@ def evaluate(
     \b
     rvos evaluate data/refshapes runs/fused --out runs/fused/evaluation
     rvos evaluate data/ref-youtube-vos runs/fused --zip submission.zip
+    rvos evaluate --vos data/DAVIS runs/davis
     """
+    if vos:
+        from rvos_nb.evaluate import evaluate_vos
+        score = evaluate_vos(_here(data), _here(run), _here(out), split)
+        for video, why in score['missing'].items(): print(f"  {video}: {why}")
+        print(f"{score['protocol']}, {score['objects']} objects\n" + '   '.join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float)) + f"\ntables in {_here(out)}"); return
     from rvos_nb.evaluate import evaluate as stage, submission
     from rvos_nb.pipeline import has_masks
     if zip: submission(_here(data), _here(run), _here(zip), split); print(f"submission: {_here(zip)}")
@@ -173,6 +246,7 @@ def train(
     minutes: Annotated[Optional[float], typer.Option(help="Stop after this time; the same command goes on later.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Another length of the whole schedule.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = True, device: DEVICE = '',
+    workers: Annotated[int, typer.Option(help="Processes that prepare batches ahead.")] = 0, parameter: PARAMETERS = None,
 ):
     """Train a model by a recipe.
 
@@ -180,28 +254,19 @@ def train(
 
     \b
     rvos train train-aot-tiny --minutes 10 --out runs/my-aot
+    rvos train train-aot-pre -p images data/coco -p start mobilenet_v2.pth --out runs/pre
+    rvos train train-aot-ytb-dav -p youtube data/ytb -p davis data/davis -p start runs/pre/model -p model.variant aott
     """
-    from rvos_nb.train.loop import train as stage
-    path = _here(recipe) if recipe.endswith(('.yaml', '.yml')) else recipe
-    _end(stage(path, _here(out), minutes=minutes, steps=steps, resume=resume, device=device))
+    from rvos_nb.train.loop import recipe_mapping, train as stage
+    recipe = _recipe(recipe)
+    given = _typed(parameter, recipe_mapping(recipe).get('data') or ())
+    _end(stage(recipe, _here(out), minutes=minutes, steps=steps, resume=resume, device=device, workers=workers, given=given))
 
 # %% ../nbs/09b_cli.ipynb #a2418118
 def _given(recipe, pairs) -> dict:
-    "The `NAME=VALUE` pairs with the types YAML gives them."
-    import yaml
+    "The `NAME=VALUE` pairs of a pipeline's recipe."
     from rvos_nb.pipeline import load_recipe
-    paths, given = load_recipe(recipe).paths, dict()
-    for pair in pairs or ():
-        name, sign, value = pair.partition('=')
-        if not sign: raise Problem(f'-p {pair}', 'a name without a value', '-p NAME VALUE', 'add the value')
-        is_path = name in paths or '/' in value and _here(value).exists()
-        try: given[name] = str(_here(value)) if is_path else yaml.safe_load(value)
-        except yaml.YAMLError: raise Problem(f'-p {name}', repr(value), 'a value in YAML', "quote it, as in '\"a: b\"'") from None
-    return given
-
-def _recipe(name: str):
-    "The name of a recipe that ships, or a YAML file's absolute path."
-    return str(_here(name)) if name.endswith(('.yaml', '.yml')) else name
+    return _typed(pairs, load_recipe(recipe).paths)
 
 def _run(recipe: str, pairs, only=None, dry: bool = False):
     "Run a recipe and print what it came to, also where some units failed."
@@ -287,18 +352,38 @@ def doctor():
 
 # %% ../nbs/09b_cli.ipynb #f9cc78db
 @app.command()
-def models():
+def models(family: Annotated[str, typer.Argument(metavar='[FAMILY]', help="Only this family: referformer, soc, mutr, aot, deaot ...")] = ''):
     """List the models, shipped and published.
 
-    Those that ship with the package can be named in --model; the published ones can be built, and need their weights.
+    The column 'here' says how to use one: "by name" can be given to --model at once; "convert" needs the file from its
+    authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
     """
     from rvos_nb.models import zoo
-    rows = zoo.table(); names = list(rows[0])
-    cells = [names, *([('-' if r[n] is None else str(r[n])) for n in names] for r in rows)]
-    widths = [max(len(c[i]) for c in cells) for i in range(len(names))]
-    for c in cells: print('  '.join(x.ljust(w) for x, w in zip(c, widths)).rstrip())
-    print("\nparams: millions of parameters; score: J&F (published on Ref-YouTube-VOS; shipped ones on RefShapes easy)")
+    print(zoo.listing(zoo.table(family)))
+    print("params: millions; +CFBI: J&F after propagation by CFBI; models that ship: J&F on RefShapes easy")
 
+# %% ../nbs/09b_cli.ipynb #4b52b8ca
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(metavar='FILE', help="A published checkpoint: .pth, as its authors give it.")],
+    out: Annotated[Path, typer.Argument(metavar='OUT', help="The folder to make; then: --model OUT.")],
+    model: Annotated[str, typer.Option(help="Its name in `rvos models`; read from the file if left out.")] = '',
+    tokenizer: Annotated[Optional[Path], typer.Option(help="A folder with its tokenizer, copied in; default: the name roberta-base is kept.")] = None,
+    force: Annotated[bool, typer.Option('--force', help="Replace a checkpoint that lies there.")] = False,
+):
+    """Turn a published checkpoint into a folder that loads here.
+
+    The architecture is read from the tensors, every tensor must fit, and no code from the file is run. Prints what was
+    made and what was left out.
+
+    \b
+    rvos convert ytvos_video_swin_base.pth models/video-swin-b
+    rvos convert R50_DeAOTL_PRE_YTB_DAV.pth models/r50-deaotl
+    """
+    from rvos_nb.models.convert import convert as stage
+    print(stage(_here(file), _here(out), model, str(_here(tokenizer)) if tokenizer else '', force))
+
+# %% ../nbs/09b_cli.ipynb #647e2d71
 @app.command()
 def verify(paths: Annotated[list[Path], typer.Argument(metavar='PATH...', help="Golden cases: .npz files or folders of them.")]):
     """Compare with recorded answers of published code.
@@ -312,13 +397,14 @@ def verify(paths: Annotated[list[Path], typer.Argument(metavar='PATH...', help="
     raise typer.Exit(check([_here(p) for p in paths]))
 
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo.")]):
+def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo, scores, referformer or propagate.")]):
     """Measure time and memory against goals.
 
     Prints a line for each figure, and ends with exit code 1 where a goal is missed.
 
     \b
     rvos bench demo
+    rvos bench referformer
     """
     from rvos_nb.benchmarks import bench as measure
     raise typer.Exit(measure(name))

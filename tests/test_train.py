@@ -75,6 +75,35 @@ def test_propagation_formulas():
         np.testing.assert_allclose(total, arrays[f'out/step{step}/loss'], 1e-5)
 
 
+PUBLISHED = {'pre mobilenet': ('train-aot-pre', {}), 'main mobilenet': ('train-aot-ytb-dav', {}), 'main other': ('train-aot-ytb-dav', {'tuning.final': .05})}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_learning_rates(name):
+    "Rates of encoder, transformer and identity bank as recorded at ten steps; a rate of 0 is a bank that gets no gradient."
+    from torch import nn
+    from rvos_nb.train.loop import optimizer_for, rate, read_recipe, set_rates
+    meta = json.loads(str(np.load(GOLDEN / 'vos' / 'train_loss_aotl.npz', allow_pickle=False)['meta']))
+    recipe, given = PUBLISHED[name]
+    r = read_recipe(recipe, given)
+    tuning, loss = r.tuning, r.loss
+    optimizer = optimizer_for(nn.ModuleDict({n: nn.Linear(1, 1, bias=False) for n in ('encoder', 'LSTT')}), tuning)
+    for step, (encoder, lstt, bank) in meta['learning_rates'][name].items():
+        assert set_rates(optimizer, int(step), 100_000, tuning) == pytest.approx(lstt, rel=1e-6) and bank in (0, pytest.approx(lstt))
+        assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([encoder, lstt], rel=1e-6)
+        assert (bank == 0) == (loss.get('hold_identities', False) and int(step) / 100_000 >= loss['own'])
+
+
+def test_published_weight_decay():
+    from rvos_nb.train.loop import optimizer_for, read_recipe
+    from rvos_nb.vos.aot import AOT, VARIANTS
+    wanted = json.loads(str(np.load(GOLDEN / 'vos' / 'train_loss_aotl.npz', allow_pickle=False)['meta']))['weight_decay']
+    model = AOT(VARIANTS['r50_aotl'])
+    optimizer = optimizer_for(model, read_recipe('train-aot-ytb-dav').tuning)
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    assert {n: decay[id(model.get_parameter(n))] for n in wanted} == wanted
+
+
 TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2)
 NARROW = dict(backbone='conv_tiny', num_feature_levels=3, enc_layers=1, dec_layers=2, hidden_dim=16, dim_feedforward=16, nheads=2, enc_n_points=1, dec_n_points=1,
               mask_dim=8, fusion_heads=2, proj_groups=2, fpn_groups=2, short_side=32, text=TEXT)
@@ -90,6 +119,93 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def write_footage(root):
+    "Pictures with masks, and films laid out like YouTube-VOS, all of RefShapes."
+    from PIL import Image
+    from rvos_nb.data import refshapes
+    from rvos_nb.data.masks import write_labels
+    for i in range(3):
+        scene = refshapes.scene(i, 'easy', frames=5, size=(48, 64))
+        for t in range(5):
+            frame, label = root / f'films/JPEGImages/v{i}/{t:05d}.jpg', root / f'films/Annotations/v{i}/{t:05d}.png'
+            for path in (frame, label): path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(scene.frames[t]).save(frame); write_labels(label, scene.labels[t])
+        (root / 'pictures').mkdir(exist_ok=True)
+        Image.fromarray(scene.frames[0]).save(root / f'pictures/{i}.jpg'); write_labels(root / f'pictures/{i}.png', scene.labels[0])
+
+
+SMALL = {'model': dict(encoder='conv_tiny_vos', dim=32, heads=2, reach=2, align_corners=False, id_kernel=16, train_gap=2),
+         'stages.0.steps': 4, 'stages.0.clips': 2, 'stages.0.size': [32, 48], 'watch': dict(every=50, clips=2)}
+
+
+@pytest.mark.parametrize('recipe, data', [('train-aot-pre', dict(images='pictures')), ('train-aot-ytb-dav', dict(youtube='films', davis='films'))], ids=['pre', 'ytb-dav'])
+def test_published_trainings_run_and_resume(recipe, data, tmp_path):
+    from rvos_nb.models import zoo
+    from rvos_nb.train.loop import train
+    write_footage(tmp_path)
+    given = SMALL | {k: str(tmp_path / v) for k, v in data.items()} | ({'stages.0.short': 48} if 'ytb' in recipe else {})
+    train(recipe, tmp_path / 'a', given=given).check()
+    train(recipe, tmp_path / 'b', minutes=0, given=given).check()
+    (tmp_path / 'moved').mkdir()
+    for name in ('pictures', 'films'): (tmp_path / name).rename(tmp_path / 'moved' / name)
+    train(recipe, tmp_path / 'b', given=given | {k: str(tmp_path / 'moved' / v) for k, v in data.items()}).check()   # where data lie does not matter
+    assert (tmp_path / 'a' / 'model' / 'model.safetensors').read_bytes() == (tmp_path / 'b' / 'model' / 'model.safetensors').read_bytes()
+    assert str(tmp_path) not in json.dumps(zoo.card(tmp_path / 'a' / 'model'))
+    rows = (tmp_path / 'a' / 'validation.csv').read_text().split()
+    assert 'J sampled' in (tmp_path / 'a' / 'validation.csv').read_text() and len(rows) >= 2
+    from rvos_nb.train.loop import Trainer, read_recipe       # the second training goes on from the first
+    moved = {k: str(tmp_path / 'moved' / v) for k, v in data.items()}
+    later = Trainer(read_recipe(recipe, given | moved | {'start': str(tmp_path / 'a' / 'model')}), 'cpu')
+    first = zoo.load(tmp_path / 'a' / 'model').state_dict()
+    assert all(torch.equal(t, first[n]) for n, t in later.task.model.state_dict().items())
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_sequences_of_odd_footage(seed, tmp_path):
+    "Pictures and films of any size, grey ones too, with void pixels and objects that come and go: batches keep their promises."
+    from PIL import Image
+    from rvos_nb.data.masks import write_labels
+    from rvos_nb.data.sequences import Films, Stills
+    rng = np.random.default_rng(seed)
+    for v in range(2):
+        h, w, n = (int(x) for x in (*rng.integers(20, 90, 2), rng.integers(1, 7)))
+        for t in range(n):
+            labels = np.zeros((h, w), np.uint8)
+            for k in rng.integers(1, 30, 4):
+                y, x = (int(rng.integers(m)) for m in (h, w))
+                labels[max(y - 12, 0):y + 12, max(x - 12, 0):x + 12] = k
+            labels[:2] = 255
+            for name, ext in (('JPEGImages', 'jpg'), ('Annotations', 'png')): (tmp_path / name / str(v)).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).convert('L' if v else 'RGB')
+            picture.save(tmp_path / f'JPEGImages/{v}/{t}.jpg'); write_labels(tmp_path / f'Annotations/{v}/{t}.png', labels)
+    size, limit = [tuple(int(x) for x in rng.integers(33, 70, 2)), int(rng.integers(1, 6))]
+    for stage in (Stills(1, [str(tmp_path)], clips=3, size=size, objects=limit, look='v2'),
+                  Films(1, [dict(folder=str(tmp_path), repeat=1, gap=5)], clips=3, size=size, objects=limit, look='v2', paste=.5, short=int(rng.integers(20, 90)))):
+        b = stage.batch(seed, 0)
+        assert b.frames.shape == (5, 3, *size, 3) and b.labels.shape == (5, 3, *size) and b.frames.dtype == b.labels.dtype == np.uint8
+        for i, n in enumerate(b.objects):
+            assert 1 <= n <= limit and set(np.unique(b.labels[0, i])) - {255} <= set(range(n + 1)) and set(range(1, n + 1)) <= set(np.unique(b.labels[0, i]))
+            assert set(np.unique(b.labels[1:, i])) <= {*range(n + 1), 255}
+        again = stage.batch(seed, 0)
+        assert np.array_equal(b.frames, again.frames) and np.array_equal(b.labels, again.labels)
+
+
+def test_damaged_training_pictures_are_named(tmp_path):
+    from rvos_nb.data.sequences import Stills
+    write_footage(tmp_path)
+    broken = tmp_path / 'pictures/1.jpg'
+    broken.write_bytes(broken.read_bytes()[:200])
+    for name in ('0', '2'):
+        for ext in ('jpg', 'png'): (tmp_path / f'pictures/{name}.{ext}').unlink()
+    with pytest.raises(Problem, match='1.jpg'): Stills(1, [str(tmp_path / 'pictures')], size=(32, 48)).batch(0, 0)
+
+
+def test_training_without_its_data_says_what_is_missing(tmp_path):
+    from rvos_nb.train.loop import train
+    for recipe, said in (('train-aot-pre', '-p images FOLDER'), ('train-aot-ytb-dav', '-p youtube FOLDER')):
+        assert said in next(iter(train(recipe, tmp_path / recipe, given=SMALL).failed.values()))
 
 
 @pytest.mark.parametrize('recipe', [REFER, AOT], ids=['referformer', 'aot'])
@@ -140,6 +256,7 @@ def test_loss_that_explodes_is_named(tmp_path):
 @pytest.mark.parametrize('change, said', [
     (dict(family='dog'), "family 'dog'"), (dict(learning_rate=1), 'learning_rate'), (dict(tuning=dict(momentum=1)), 'momentum'),
     (dict(loss=dict(size=1)), 'size'), (dict(model=dict(width=1)), 'width'), (dict(stages=[]), 'at least one stage'), (dict(stages=[dict(clips=1)]), 'steps'),
+    (dict(stages=[dict(steps=1, source='dog')]), "source 'dog'"), (dict(stages=[dict(steps=1, folders=['x'], look='v3')]), 'v3'), (dict(tuning=dict(schedule='dog')), 'dog'),
     (dict(stages=[dict(steps=1, size=[30, 48])]), 'size'), (dict(stages=[dict(steps=1, levels={'odd': 1})]), 'levels'), (dict(stages=[dict(steps=1, kinds=['smell'])]), 'smell'),
     (dict(watch=3), 'watch'), (dict(tuning=None), 'tuning'), (dict(tuning=dict(lr='1e-3')), 'with a dot')])
 def test_bad_recipe(change, said, tmp_path):
@@ -155,7 +272,7 @@ def test_bad_recipe_file(tmp_path):
         with pytest.raises(Problem, match=said): read_recipe(recipe)
 
 
-@pytest.mark.parametrize('name', ['train-referformer-tiny', 'train-aot-tiny'])
+@pytest.mark.parametrize('name', ['train-referformer-tiny', 'train-aot-tiny', 'train-deaot-tiny'])
 def test_shipped_recipes_build(name):
     from rvos_nb.train.loop import Trainer, read_recipe
     trainer = Trainer(read_recipe(name), 'cpu')

@@ -173,7 +173,7 @@ class Stream:
     def __init__(self,
         kind: str,             # 'refer' or 'sequence'
         seed: int,
-        stages: Sequence[Draw],
+        stages: Sequence,      # of Draw, or of anything with `steps` and `batch(seed, step)`
     ):
         make = dict(refer=refer_batch, sequence=sequence_batch)
         if kind not in make: raise Problem('training batches', repr(kind), "'refer' or 'sequence'", 'correct the recipe')
@@ -186,4 +186,5 @@ class Stream:
 
     def __getitem__(self, step: int):
         if not 0 <= step < len(self): raise IndexError(step)
-        return self.make(self.seed, step, self.stages[self.stage(step)])
+        stage = self.stages[self.stage(step)]
+        return self.make(self.seed, step, stage) if isinstance(stage, Draw) else stage.batch(self.seed, step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLP', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'inverse_sigmoid', 'refine_boxes', 'dynamic_shapes', 'dynamic_size',
-           'pixel_centres', 'coordinate_plane', 'dynamic_mask_head', 'aligned_bilinear']
+           'pixel_centres', 'coordinate_plane', 'convolve_few', 'dynamic_mask_head', 'aligned_bilinear']
 
 # %% ../../nbs/02e_models.heads.ipynb #afbc1e58
 import torch, torch.nn.functional as F
@@ -89,6 +89,17 @@ def coordinate_plane(
     column, row = mix[..., :1] * (at[:, :1] - x)[:, None], mix[..., 1:] * (at[:, 1:] - y)[:, None]
     return (row[..., None] + column[..., None, :]).flatten(2)
 
+# %% ../../nbs/02e_models.heads.ipynb #dfe4052f
+def convolve_few(
+    weights: Tensor,   # (N, O, C) applied to the channels of what `conv` would answer; O well below C
+    conv: nn.Conv2d,   # C_in to C channels, stride 1, the map keeps its size
+    x: Tensor,         # (N, C_in, h, w)
+) -> Tensor:           # (N, O, h·w)
+    "`weights` @ `conv`(x), without computing `conv`(x)."
+    kernels = torch.einsum('noc,cikl->nokli', weights, conv.weight.flip(2, 3)).flatten(1, 3)     # (N, O·k·k, C_in)
+    taps = torch.bmm(kernels, x.flatten(2))
+    return F.fold(taps, x.shape[-2:], conv.kernel_size, padding=conv.padding).flatten(2) + weights @ conv.bias[:, None]
+
 # %% ../../nbs/02e_models.heads.ipynb #5c2cf00b
 def dynamic_mask_head(
     features: Tensor,                  # (B, T, C, h, w) mask features
@@ -98,16 +109,20 @@ def dynamic_mask_head(
     channels: int = 8,                 # width of the small networks
     layers: int = 3,                   # their depth
     stride: int = 4,                   # of `features` on the input
+    conv: nn.Conv2d | None = None,     # `features` are what this convolution would turn into mask features
 ) -> Tensor:                           # (B, T, Q, h, w) mask logits
     "Run each query's own small network over the features of its frame. ValueError where `params` has not the right length."
     (b, t, c, h, w), q = features.shape, params.shape[2]
+    if conv is not None: c = conv.out_channels
     shapes = dynamic_shapes(c + 2 * (reference is not None), channels, layers)
     sections = [o * i for o, i in shapes] + [o for o, _ in shapes]
     if params.shape[-1] != sum(sections): raise ValueError(f"params: expected {sum(sections)} numbers per query, got {params.shape[-1]}")
     numbers = params.flatten(0, 2).split(sections, -1)
     weights, biases = [n.unflatten(-1, s) for n, s in zip(numbers, shapes)], [n[..., None] for n in numbers[layers:]]
     first = weights[0][..., :c].reshape(b * t, -1, c)                               # (B·T, Q·channels, C)
-    x = torch.bmm(first, features.flatten(0, 1).flatten(2)).view(b * t * q, -1, h * w) + biases[0]
+    x = features.flatten(0, 1)
+    x = torch.bmm(first, x.flatten(2)) if conv is None else convolve_few(first, conv, x)
+    x = x.view(b * t * q, -1, h * w) + biases[0]
     if reference is not None: x = x + coordinate_plane(weights[0][..., c:], reference, sizes, (h, w), stride)
     for weight, bias in zip(weights[1:], biases[1:]): x = torch.baddbmm(bias, weight, F.relu(x))
     return x.view(b, t, q, h, w)

@@ -147,7 +147,8 @@ def scores(
     from rvos_nb.models import zoo
     from rvos_nb.predict import predict
     from rvos_nb.vos.propagator import AOTPropagator
-    referring, propagator, figures = zoo.load('referformer-tiny'), AOTPropagator(zoo.load('aot-tiny')), []
+    referring, figures = zoo.load('referformer-tiny'), []
+    propagators = {name: AOTPropagator(zoo.load(name)) for name in ('aot-tiny', 'deaot-tiny')}
     for level in refshapes.LEVELS:
         with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
             refshapes.write(folder, 'valid', level, videos=videos, seed=1)
@@ -155,9 +156,9 @@ def scores(
             predict(folder, Path(folder)/'run', referring).check()
             found = evaluate(folder, Path(folder)/'run', Path(folder)/'evaluation')
             kinds = '  '.join(f"{k} {v['J&F']:.1f}" for k, v in sorted(found['kinds'].items()))
-            given = propagator_jf(data, propagator)
-        print(f"{level}: referformer-tiny J {found['J']:.1f}  F {found['F']:.1f}  J&F {found['J&F']:.1f}  ({kinds}); aot-tiny from the true first mask J&F {given:.1f}", flush=True)
-        if level == 'easy': figures = [Figure('referformer-tiny.easy', found['J&F'], 70, '', least=True), Figure('aot-tiny.easy', given, 85, '', least=True)]
+            given = {name: propagator_jf(data, p) for name, p in propagators.items()}
+        print(f"{level}: referformer-tiny J {found['J']:.1f}  F {found['F']:.1f}  J&F {found['J&F']:.1f}  ({kinds}); from the true first mask J&F " + ', '.join(f'{name} {jf:.1f}' for name, jf in given.items()), flush=True)
+        if level == 'easy': figures = [Figure('referformer-tiny.easy', found['J&F'], 70, '', least=True), *(Figure(f'{name}.easy', jf, 85, '', least=True) for name, jf in given.items())]
     return figures
 
 # %% ../nbs/10_benchmarks.ipynb #50392d0d

@@ -277,3 +277,20 @@ def test_shipped_recipes_build(name):
     from rvos_nb.train.loop import Trainer, read_recipe
     trainer = Trainer(read_recipe(name), 'cpu')
     assert 3e5 < sum(p.numel() for p in trainer.task.model.parameters()) < 2e6
+
+
+def test_the_command_passes_parameters_on(tmp_path, monkeypatch, capsys):
+    from rvos_nb.cli import main
+    from rvos_nb.models import zoo
+    write_footage(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    def train(*more):
+        with pytest.raises(SystemExit) as e:
+            main(['train', 'train-aot-pre', '--steps', '2', '--out', 'out', '-p', 'stages.0.clips', '2', '-p', 'stages.0.size=[48, 64]', '-p', 'stages.0.objects', '5',
+                  '-p', 'model', '{variant: deaot-tiny}', '-p', 'family', 'deaot', '-p', 'watch.clips', '2', *more])
+        return e.value.code, capsys.readouterr()
+    code, said = train('-p', 'images', 'pictures')
+    assert not code and 'results in' in said.out and zoo.card(tmp_path / 'out' / 'model')['family'] == 'deaot'
+    for more, what in ((('-p', 'images', 'pictures', '-p', 'stages.0.size', '[50, 64]'), 'multiples of 8'), (('-p', 'pictures', '3'), 'pictures')):
+        code, said = train(*more, '--out', 'other')
+        assert code == 1 and what in said.err and said.err.startswith('rvos: ') and 'Traceback' not in said.err

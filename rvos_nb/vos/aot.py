@@ -187,7 +187,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:     # (B, h*w, C)
         return self.projection(attend(self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads))
 
-# %% ../../nbs/05d_vos.aot.ipynb #ca016155
+# %% ../../nbs/05d_vos.aot.ipynb #28bb30f6
 def depthwise(
     x: Tensor,             # (B, h*w, C)
     conv: nn.Conv2d,       # one filter per channel, no bias
@@ -211,6 +211,7 @@ def group_norm(
     shift = per_group(gn.bias) + (per_group(mean) - per_group(mean).mean(-1, keepdim=True)) * scale
     return torch.addcmul(shift.flatten(-2), x, scale.flatten(-2))
 
+# %% ../../nbs/05d_vos.aot.ipynb #ca016155
 class LocalActivation(nn.Module):
     "GroupNorm over the map, GELU, depth-wise 5×5."
     def __init__(self, dim: int):
@@ -505,9 +506,9 @@ class AOTEngine:
         challenge: bool = False,       # no identity is closed; a reference sets the clock to zero
         max_memory_frames: int | None = None, # long-term frames of a sub-engine; None: no limit
     ):
-        c = model.config
+        given = {k: v for k, v in dict(gap=gap, short_skip=short_skip).items() if v is not None}
         self.model, self.challenge = model, challenge
-        self.policy = dict(gap=c.gap if gap is None else gap, short_skip=c.short_skip if short_skip is None else short_skip, challenge=challenge, max_frames=max_memory_frames)
+        self.policy = dict(gap=model.config.gap, short_skip=model.config.short_skip, challenge=challenge, max_frames=max_memory_frames) | given
         Memory(**self.policy) # a wrong policy is said now
         self.restart()
 
@@ -518,8 +519,7 @@ class AOTEngine:
     @property
     def open(self) -> list[int]:
         "How many identities of each sub-engine are in use (in the challenge's version all)."
-        n = self.model.config.max_objects
-        return [n if self.challenge else min(self.objects - n * i, n) for i in range(len(self.memories))]
+        return [n if self.challenge else min(self.objects - n * i, n) for i, n in enumerate([self.model.config.max_objects] * len(self.memories))]
 
     @torch.inference_mode()
     def refer(self,

@@ -43,11 +43,10 @@ def attend_wide(
     q: Tensor, # (B, P, C) queries
     k: Tensor, # (B, S, C) keys
     v: Tensor, # (B, S, D) values of any width
-    weights: int = 2 ** 21, # how many attention weights may exist at once
+    portion: int = 256, # queries at a time
 ) -> Tensor:   # (B, P, D)
     "Attention of one head, a portion of queries at a time."
-    def portion(q): return torch.bmm(q, k.mT).float().softmax(-1).to(v.dtype) @ v
-    return torch.cat([portion(p) for p in (q * q.shape[-1] ** -.5).split(max(1, weights // (len(q) * k.shape[1])), 1)], 1)
+    return torch.cat([torch.bmm(part, k.mT).float().softmax(-1).to(v.dtype) @ v for part in (q * q.shape[-1] ** -.5).split(portion, 1)], 1)
 
 # %% ../../nbs/05c_vos.attention.ipynb #767fffb9
 def strips(

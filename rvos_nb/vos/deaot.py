@@ -43,7 +43,7 @@ class DepthWise(nn.Module):
         return F.dropout2d(x.mT[..., None], .1)[..., 0].mT if self.training else x
 
 class Gated:
-    "How every attention of a block ends (DeAOT, eq. 4). A mixin of modules."
+    "How every attention of a block ends (DeAOT, §4.2). A mixin of modules."
     def add_gate(self, dim: int): # C
         self.dw_conv, self.projection = DepthWise(4 * dim), nn.Linear(4 * dim, 2 * dim) # published names
 

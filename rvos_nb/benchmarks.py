@@ -167,6 +167,7 @@ BENCHMARKS = {
     'scores': 'rvos_nb.benchmarks:scores',
     'referformer': 'rvos_nb.bench.referformer:figures',
     'propagate': 'rvos_nb.bench.propagate:figures',
+    'metrics': 'rvos_nb.bench.metrics:figures',
 }
 
 def bench(

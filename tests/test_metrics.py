@@ -1,11 +1,14 @@
-"J, F and their statistics: the golden case, the definitions written out, and input that does not fit."
+"J, F, their statistics and the union of MeViS: golden cases, the definitions written out, and input that does not fit."
+import json
 from pathlib import Path
 import numpy as np
 import pytest
+from rvos_nb.bench.metrics import plain_f, plain_j
 from rvos_nb.core import Problem
-from rvos_nb.metrics import boundary, contour_f, jaccard, statistics
+from rvos_nb.data.masks import rle_encode
+from rvos_nb.metrics import boundary, contour_f, j_and_f, jaccard, sentence_scores, statistics
 from rvos_nb.verify.cases import compare, load_case
-from rvos_nb.verify.pipeline import jf_metrics
+from rvos_nb.verify.pipeline import jf_metrics, mevis_eval
 
 GOLDEN = Path(__file__).parent/'golden/pipeline'
 
@@ -34,13 +37,52 @@ def test_against_the_definitions(seed):
     h, w = rng.integers(1, 17, 2)
     blob = lambda: np.kron(rng.random((-(-h // 3), -(-w // 3))) < rng.random(), np.ones((3, 3), bool))[:h, :w].astype(bool) ^ (rng.random((h, w)) < .03)
     gt, pred, void = blob(), blob(), blob()
-    r = int(rng.integers(1, 5))
+    r = rng.choice([1, 2, 3, 4, 2.5, 3.3, 40])
     assert abs(contour_f(gt, pred, bound_th=r) - slow_f(gt, pred, r)) < 1e-12
     assert abs(contour_f(gt, pred, void, bound_th=r) - slow_f(gt & ~void, pred & ~void, r)) < 1e-12
     assert contour_f(gt, pred, bound_th=r) == contour_f(pred, gt, bound_th=r)
     union = ((gt | pred) & ~void).sum()
     assert jaccard(gt, pred, void) == ((gt & pred & ~void).sum() / union if union else 1)
     assert jaccard(np.stack([gt, pred]), np.stack([gt, gt]))[0] == 1
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 90), (90, 2), (61, 47), (121, 213), (480, 854)])
+def test_equal_to_the_plain_form_in_every_bit(size):
+    rng = np.random.default_rng(size[1])
+    def clip():
+        h, w = size
+        noise = np.stack([np.kron(rng.random((-(-h // k), -(-w // k))) < share, np.ones((k, k), bool))[:h, :w] for k, share in ((1, .5), (1, .01), (4, .5), (9, .3), (5, 0), (5, 1))])
+        for m in noise[:4:2]: m[:, :rng.integers(w)] = 0; m[rng.integers(h):] = 0  # leaves a box at the upper right
+        return noise.astype(bool)
+    gt, pred = clip(), clip()
+    j, f = j_and_f(gt, pred)
+    assert np.array_equal(j, plain_j(gt, pred)) and np.array_equal(f, plain_f(gt, pred))
+    assert np.array_equal(j, jaccard(gt, pred)) and np.array_equal(f, contour_f(gt, pred))
+
+
+def test_no_frames():
+    assert [len(x) for x in j_and_f(np.zeros((0, 4, 5)), np.zeros((0, 4, 5)))] == [0, 0]
+
+
+def test_mevis_union():
+    rng = np.random.default_rng(3)
+    objects = rng.random((3, 5, 33, 47)) < .3; objects[1, 2:] = objects[:, 4] = False
+    pred = rng.random((5, 33, 47)) < .5
+    codes = [[rle_encode(m) if m.any() else None for m in o] for o in objects]
+    assert sentence_scores(codes, pred) == tuple(x.mean() for x in j_and_f(objects.any(0), pred))
+    assert sentence_scores([], pred[:1] & False) == (1, 1) and sentence_scores([], pred) == (0, contour_f(pred & False, pred).mean())
+    assert sentence_scores(codes, None) == (0, 0)
+    for wrong in (pred[:4], pred[:, :, 1:]):
+        with pytest.raises(Problem): sentence_scores(codes, wrong)
+
+
+def test_a_sentence_without_an_answer_stays_in_the_mean():
+    case = load_case(GOLDEN/'mevis_eval.npz')
+    whole = dict(mevis_eval(case.meta, case.arrays))
+    part = dict(mevis_eval(case.meta, {k: a for k, a in case.arrays.items() if k != 'in/0ab4/0'}))
+    before, after = (json.loads(str(x['per_expression'])) for x in (whole, part))
+    assert after == before | {'0ab4_0': [0, 0]} and before['0ab4_0'] != [0, 0]
+    assert np.isclose(part['J_F_JF'][0], whole['J_F_JF'][0] - before['0ab4_0'][0] / len(before))
 
 
 def test_labels_and_greys_are_masks():

@@ -201,3 +201,100 @@ def test_reading_fuzzed_json_never_raises_anything_but_a_problem(tree):
         except Problem as e: one_line(e); continue
         for reason in data.faults.values(): one_line(reason)
         assert all(e.text.strip() for e in data)
+
+
+# six layouts, one index
+
+def spelt(root, layout, split):
+    "The scenes as `layout` tells them: for each video (its index) the sentences with their frames and masks."
+    write(root, split, 'hard', 2, seed=9, frames=5, size=(48, 72), layout=layout)
+    data = open_dataset(root, split)
+    assert data.layout == layout and not data.faults and len(data.videos) == 2
+    return data, {i: [(e.text, e.frame, data.masks(e)) for e in es] for i, es in enumerate(data.expressions.values())}
+
+
+@pytest.mark.parametrize('layout,split,like', [('ref-davis17', 'train', 'train'), ('mevis', 'valid_u', 'valid'), ('mevis', 'train', 'train'), ('a2d-sentences', 'test', 'test'), ('a2d-sentences', 'train', 'train'),
+                                               ('jhmdb-sentences', 'test', 'test'), ('refcoco', 'val', 'valid'), ('refcoco', 'refcoco+_test', 'test')])
+def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, split, like):
+    (usual, plain), (data, told) = spelt(tmp_path/'plain', 'ref-youtube-vos', like), spelt(tmp_path/layout, layout, split)
+    for i, (video, like) in enumerate(zip(data.videos.values(), usual.videos.values())):
+        truth = {text: masks for text, _, masks in plain[i]}
+        if layout == 'mevis': # asks for all objects and for none, too
+            (every, _, all_of_them), (_, _, none) = told[i][-2:]; told[i] = told[i][:-2]
+            assert every == 'every object' and (all_of_them == (usual.labels(like.id) > 0)).all() and not none.any()
+        for text, frame, masks in told[i]: assert (masks == (truth[text] if frame is None else truth[text][frame:frame + 1])).all()
+        asked = {text for text, *_ in told[i]}
+        assert len(asked) == 1 if layout == 'jhmdb-sentences' else asked == set(truth) or layout in ('a2d-sentences', 'refcoco')
+        ours, theirs = (next(read_video(v, names=v.frames[:1])).astype(int) for v in (video, like))
+        assert abs(ours - theirs).mean() < 8
+
+
+def test_written_twice_is_the_same_and_other_scenes_are_refused(tmp_path):
+    for layout, split in (('mevis', 'valid_u'), ('a2d-sentences', 'test'), ('refcoco', 'val')):
+        made = lambda: {p: p.read_bytes() for p in sorted((tmp_path/layout).rglob('*')) if p.is_file()}
+        for _ in range(2): write(tmp_path/layout, split, 'easy', 1, seed=1, frames=2, size=(48, 72), layout=layout); first = made()
+        assert made() == first
+        with pytest.raises(Problem, match='another folder'): write(tmp_path/layout, split, 'easy', 1, seed=2, frames=2, size=(48, 72), layout=layout)
+        with pytest.raises(Problem, match='split'): write(tmp_path/layout, 'testB', 'easy', 1, seed=1, layout=layout)
+
+
+# MeViS
+
+@pytest.fixture
+def mevis(tmp_path):
+    write(tmp_path/'mevis', 'valid_u', 'easy', 2, seed=3, frames=3, size=(48, 72), layout='mevis')
+    return tmp_path/'mevis'
+
+
+def change_mevis(root, change, name='meta_expressions.json'):
+    path = root/'valid_u'/name; found = json.loads(path.read_text()); change(found.get('videos', found)); path.write_text(json.dumps(found))
+
+
+TARGETS = [dict(obj_id='1', anno_id=[1]), dict(obj_id=[1]), dict(anno_id=[1]), dict(obj_id=[1, 2], anno_id=[1]), dict(obj_id=[None], anno_id=[1]), dict(obj_id=[1], anno_id=['../1']), dict(obj_id=[True], anno_id=[1])]
+
+
+@pytest.mark.parametrize('targets', TARGETS, ids=str)
+def test_targets_that_are_no_lists(mevis, targets):
+    before = len(open_dataset(mevis, ''))
+    change_mevis(mevis, lambda videos: videos['easy-00000']['expressions'].update({'0': dict(exp='a dog', **targets)}))
+    data = open_dataset(mevis, '')
+    assert list(data.faults) == ['easy-00000/0'] and len(data) == before - 1
+    one_line(data.faults['easy-00000/0'], 'easy-00000', 'expression 0')
+
+
+def test_hidden_targets_give_none(mevis):
+    def hide(videos):
+        for e in videos['easy-00000']['expressions'].values(): del e['obj_id'], e['anno_id']
+    change_mevis(mevis, hide)
+    data = open_dataset(mevis, '')
+    assert all((data.masks(e) is None) == (e.video == 'easy-00000') for e in data)
+    (mevis/'valid_u/mask_dict.json').unlink()
+    e = data.expressions['easy-00001'][0]
+    with pytest.raises(Problem) as said: data.masks(e)
+    one_line(said.value, 'no such file', 'mask_dict.json')
+
+
+@pytest.mark.parametrize('spoil', ['short', 'size', 'counts', 'unknown', 'cut', 'empty', 'text'])
+def test_a_bad_annotation_is_named_when_read(mevis, spoil):
+    path = mevis/'valid_u/mask_dict.json'; data = open_dataset(mevis, '')
+    e = data.expressions['easy-00001'][-2] # every object
+    last = data.union.named[e.video, e.id][-1]
+    def change(found):
+        if spoil == 'short': found[last].pop()
+        if spoil == 'size': found[last][0]['size'] = [72, 48]
+        if spoil == 'counts': found[last][0] = dict(size=[48, 72])
+        if spoil == 'unknown': del found[last]
+        if spoil == 'text': found[last] = 'lost'
+    if spoil == 'cut': path.write_bytes(path.read_bytes()[:-40])
+    elif spoil == 'empty': path.write_bytes(b'')
+    else: change_mevis(mevis, change, 'mask_dict.json')
+    with pytest.raises(Problem) as said: data.masks(e)
+    one_line(said.value, str(path))
+    if spoil != 'empty': assert data.masks(data.expressions['easy-00000'][0]).any()
+
+
+def test_predicting_on_mevis(mevis, tmp_path):
+    from rvos_nb.protocols import run
+    report, _ = run(mevis, tmp_path/'out', 'referformer-tiny')
+    data = open_dataset(mevis, '')
+    assert not report.failed and all(len(list((tmp_path/f'out/Annotations/{e.video}/{e.id}').glob('*.png'))) == 3 for e in data)

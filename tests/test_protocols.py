@@ -16,7 +16,7 @@ from rvos_nb import predict as stage
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import LAYOUTS, open_dataset
-from rvos_nb.data.masks import PALETTE, read_labels, rle_decode
+from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.models import zoo
 from rvos_nb.protocols import ask, merge, query_masks, run, score_frames, views, window
@@ -126,27 +126,27 @@ def test_the_command(trees, tmp_path, capsys):
 
 def test_films_and_frames_that_are_not_there(tree, model, tmp_path):
     root = tree('a2d-sentences'); rows = root/'a2d_sentences_single_frame_test_annotations.json'
-    (root/'Release/clips320H/film0.mp4').unlink()
-    odd = [['a dog', 'film1', 99, 1], ['a dog', 'film1', 0, 1], ['a dog', 'film1', '1 (copy)', 1], [' ', 'film1', 1, 1], ['a dog', 'film1', 1], 'row', None, ['a dog', '../film1', 1, 1], ['a dog', 'film1', 1, '1 (copy)'], [5, 'film1', 1, 1]]
+    (root/'Release/clips320H/test-easy-00000.mp4').unlink()
+    odd = [['a dog', 'test-easy-00001', 99, 1], ['a dog', 'test-easy-00001', 0, 1], ['a dog', 'test-easy-00001', '1 (copy)', 1], [' ', 'test-easy-00001', 1, 1], ['a dog', 'test-easy-00001', 1], 'row', None, ['a dog', '../test-easy-00001', 1, 1], ['a dog', 'test-easy-00001', 1, '1 (copy)'], [5, 'test-easy-00001', 1, 1]]
     edit(rows, lambda found: found + odd)
     report, lines = run(root, tmp_path/'out', model)
-    assert report.done == ['film1'] and 'film1/f_99_i_1' in report.failed and 'film0.mp4' in report.failed['film0'] and len(report.failed) == 2 + 8
+    assert report.done == ['test-easy-00001'] and 'test-easy-00001/f_99_i_1' in report.failed and 'test-easy-00000.mp4' in report.failed['test-easy-00000'] and len(report.failed) == 2 + 8
     assert all('\n' not in why and 'expected' in why for why in report.failed.values())
     assert 'mAP' in lines
 
 
 def test_a_film_cut_short(tree, model, tmp_path):
-    root = tree('a2d-sentences'); film = root/'Release/clips320H/film0.mp4'
+    root = tree('a2d-sentences'); film = root/'Release/clips320H/test-easy-00000.mp4'
     film.write_bytes(film.read_bytes()[:600])
     report, _ = run(root, tmp_path/'out', model)
-    assert 'film0' in report.failed and report.done == ['film1'] and sorted(p.name for p in (tmp_path/'out/results').iterdir()) == ['film1.json']
+    assert 'test-easy-00000' in report.failed and report.done == ['test-easy-00001'] and sorted(p.name for p in (tmp_path/'out/results').iterdir()) == ['test-easy-00001.json']
 
 
 def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     root = tree('jhmdb-sentences')
-    shutil.rmtree(root/'Rename_Images/jump/act0'); (root/'puppet_mask/jump/act1/puppet_mask.mat').write_bytes(b'no Matlab file')
+    shutil.rmtree(root/'Rename_Images/easy/test-easy-00000'); (root/'puppet_mask/easy/test-easy-00001/puppet_mask.mat').write_bytes(b'no Matlab file')
     with pytest.raises(Problem, match='puppet_mask.mat'): run(root, tmp_path/'out', model)
-    assert sorted(p.name for p in (tmp_path/'out/results').iterdir()) == ['act1.json']
+    assert sorted(p.name for p in (tmp_path/'out/results').iterdir()) == ['test-easy-00001.json']
     root = tree('refcoco')
     min((root/'train2014').iterdir()).unlink()
     listing = root/'refcoco+/instances_refcoco+_val.json'
@@ -190,7 +190,7 @@ def test_fuzzed_lists_never_raise_anything_but_a_problem(tree, name):
 
 
 def test_two_splits_of_one_name(tree):
-    root = write_refcoco(tree('refcoco'), name='refcocog')
+    root = write_refcoco(tree('refcoco'), split='refcocog_val')
     with pytest.raises(Problem, match='refcoco\\+_val, refcocog_val'): open_dataset(root, 'val')
     assert open_dataset(root, 'refcocog_val').truth.path.parent.name == 'refcocog'
 
@@ -198,8 +198,7 @@ def test_two_splits_of_one_name(tree):
 def test_results_of_another_size_are_refused(trees, model, tmp_path):
     data = open_dataset(trees['refcoco'], '')
     key = data.sample_id(next(iter(data)))
-    from helpers import code
-    with pytest.raises(Problem, match='as the truth has'): score_frames(data, [dict(image_id=key, score=1., bbox=[0, 0, 1, 1], segmentation=code(np.ones((5, 7), bool)))])
+    with pytest.raises(Problem, match='as the truth has'): score_frames(data, [dict(image_id=key, score=1., bbox=[0, 0, 1, 1], segmentation=rle_encode(np.ones((5, 7), bool)))])
 
 
 def test_a_model_that_gives_one_answer_only(trees, tmp_path):
@@ -228,8 +227,8 @@ def test_frames_of_a_video_are_read_once(trees, monkeypatch):
     def counted(video, names):
         for n, f in zip(names, real(video, names=names)): read.append(n); yield f
     monkeypatch.setattr(protocols, 'read_video', counted)
-    asked = [([e.frame for e in es], len(frames), at) for es, frames, at in views(data, 'film0', 3)]
-    assert [(a[0][0], a[1], a[2]) for a in asked] == [(0, 3, 0), (2, 3, 1), (5, 3, 1)] and all(len(set(a[0])) == 1 for a in asked)
+    asked = [([e.frame for e in es], len(frames), at) for es, frames, at in views(data, 'test-easy-00000', 3)]
+    assert [(a[0][0], a[1], a[2]) for a in asked] == [(0, 3, 0), (3, 3, 1), (5, 3, 1)] and all(len(set(a[0])) == 1 for a in asked)
     assert read == ['00000', '00001', '00002', '00003', '00004', '00005']
 
 
@@ -242,6 +241,29 @@ def test_odd_sizes(model, size):
     x = torch.nn.functional.interpolate(torch.tensor(a.logits[1])[None], scale_factor=4, mode='bilinear')[0, :, :a.inner[0], :a.inner[1]].sigmoid().numpy() > .5
     rows, cols = (np.arange(n) * m // n for n, m in zip(size, a.inner)) # nearest: floor(i · in / out)
     assert (masks == x[:, rows][:, :, cols]).mean() > .999
+
+
+# a sentence that no encoder reads
+
+LISTS = {'ref-davis17': 'meta_expressions/valid/meta_expressions.json', 'a2d-sentences': 'a2d_sentences_single_frame_test_annotations.json'}
+
+@pytest.mark.parametrize('layout', LISTS)
+def test_an_overlong_sentence_costs_itself_only(layout, tmp_path):
+    root = TREES[layout](tmp_path/'data')
+    before = run(root, tmp_path/'all', layout=layout)[0]
+    assert not before.failed
+    listing = json.loads((root/LISTS[layout]).read_text())
+    if layout == 'a2d-sentences': listing[0][0] += ' and so on' * 40
+    else: listing['videos']['easy-00000']['expressions']['1']['exp'] += ' and so on' * 40
+    (root/LISTS[layout]).write_text(json.dumps(listing))
+    report, scores = run(root, tmp_path/'rest', layout=layout)
+    [(unit, why)] = report.failed.items()
+    assert report.done == before.done and unit.split('/')[0] in ('easy-00000', 'test-easy-00000') and '64' in why and scores
+    if layout == 'a2d-sentences': assert len(json.loads((tmp_path/'all/results.json').read_text())) - len(json.loads((tmp_path/'rest/results.json').read_text())) == 5
+    else:
+        told = lambda out: {str(p.relative_to(tmp_path/out)): p.read_bytes() for p in (tmp_path/out).glob('*/anno_[023]/**/*.png')} | {str(p.relative_to(tmp_path/out)): p.read_bytes() for p in (tmp_path/out/'Annotations/easy-00001').rglob('*.png')}
+        assert unit == 'easy-00000/1' and told('all') == told('rest') and (tmp_path/'rest/valid/anno_1/easy-00000/00000.png').exists()
+        assert not (tmp_path/'rest/Annotations/easy-00000/1').exists() and len(list((tmp_path/'rest/Annotations/easy-00000').iterdir())) == len(list((tmp_path/'all/Annotations/easy-00000').iterdir())) - 1
 
 
 # one's own clip
@@ -321,8 +343,8 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
     root = tree('ref-davis17')
     for p in (root/'valid/JPEGImages').rglob('*.jpg'): p.write_bytes(b'')
     report, lines = run(root, tmp_path/'out', Bright())
-    assert set(report.failed) == {'clip-0', 'clip-1'} and lines == '' and not list(tmp_path.rglob('anno_*'))
-    for e in ('../x', 'first'): edit(root/'meta_expressions/valid/meta_expressions.json', lambda found: found['videos']['clip-0']['expressions'].update({e: dict(exp='it')}))
+    assert set(report.failed) == {'easy-00000', 'easy-00001'} and lines == '' and not list(tmp_path.rglob('anno_*'))
+    for e in ('../x', 'first'): edit(root/'meta_expressions/valid/meta_expressions.json', lambda found: found['videos']['easy-00000']['expressions'].update({e: dict(exp='it')}))
     shutil.rmtree(root/'valid/JPEGImages'); shutil.copytree(write_davis(tmp_path/'again')/'valid/JPEGImages', root/'valid/JPEGImages')
     report, lines = run(root, tmp_path/'out', Bright())
-    assert report.done == ['clip-0', 'clip-1'] and "'first'" in report.failed['clip-0'] and 'clip-0/../x' in report.failed and (tmp_path/'out/valid/anno_3/clip-1').is_dir()
+    assert report.done == ['easy-00000', 'easy-00001'] and "'first'" in report.failed['easy-00000'] and 'easy-00000/../x' in report.failed and (tmp_path/'out/valid/anno_3/easy-00001').is_dir()

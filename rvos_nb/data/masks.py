@@ -36,12 +36,13 @@ def _sized(array: np.ndarray, path, size) -> np.ndarray:
 
 # %% ../../nbs/01a_data.masks.ipynb #c95e5f71
 def read_mask(
-    path,        # a PNG in any of the five forms
+    path,        # a PNG in any of the six forms
     size: tuple[int, int] | None = None, # (H, W) that it must have
 ) -> np.ndarray: # (H, W) bool
     "True where the file holds anything above zero. Raises `Problem` for a missing, broken or wrongly sized file."
-    a = np.asarray(_open(path))
-    return _sized((a[..., :3] > 0).any(-1) if a.ndim == 3 else a > 0, path, size)
+    im = _open(path)
+    a = np.asarray(im) > 0
+    return _sized(a[..., [b != 'A' for b in im.getbands()]].any(-1) if a.ndim == 3 else a, path, size)
 
 def read_labels(
     path,        # a palette or grey PNG whose values are object ids

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'SIZES', 'NOUNS', 'UNITS', 'CELLS', 'TURN', 'STENCILS', 'DIRECTIONS', 'LEVELS',
-           'KINDS', 'SUBSETS', 'SUPERLATIVES', 'RELATIONS', 'WORDS', 'SPLITS', 'Dice', 'silhouette', 'stencil', 'Thing',
-           'Level', 'draw_looks', 'cast', 'stride', 'trajectory', 'place', 'lookup', 'paint', 'ground', 'colour_in',
-           'Phrases', 'compare', 'Sentence', 'noun', 'Fits', 'Speaker', 'two_sentences', 'Scene', 'scene', 'parse',
-           'observe', 'Judge', 'related', 'surpasses', 'holds', 'video_seed', 'write']
+           'KINDS', 'SUBSETS', 'SUPERLATIVES', 'RELATIONS', 'WORDS', 'SPLITS', 'LAYOUTS', 'WRITERS', 'Dice',
+           'silhouette', 'stencil', 'Thing', 'Level', 'draw_looks', 'cast', 'stride', 'trajectory', 'place', 'lookup',
+           'paint', 'ground', 'colour_in', 'Phrases', 'compare', 'Sentence', 'noun', 'Fits', 'Speaker', 'two_sentences',
+           'Scene', 'scene', 'parse', 'observe', 'Judge', 'related', 'surpasses', 'holds', 'video_seed', 'write']
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a6620835
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..core import Problem, progress, read_json, whole_folder, write_json
-from .masks import write_labels
+from ..core import Problem, progress, read_json, whole, whole_folder, write_json
+from .masks import mask_box, rle_encode, write_labels
 
 # %% ../../nbs/01c_data.refshapes.ipynb #d0fed1be
 class Dice:
@@ -673,7 +673,7 @@ def _scenes(split, level, videos, seed, frames, size) -> Iterator[tuple[str, Sce
     levels = list(LEVELS) if level == 'all' else [level]
     for i in range(videos):
         name = levels[i % len(levels)]
-        yield f'{name}-{i:05d}', scene(video_seed(seed, split, i), name, frames, size)
+        yield f"{'test-' * (split == 'test')}{name}-{i:05d}", scene(video_seed(seed, split, i), name, frames, size)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #10ade064
 def _write_video(root: Path, split: str, name: str, s: Scene, names: list[str]):
@@ -687,32 +687,133 @@ def _write_video(root: Path, split: str, name: str, s: Scene, names: list[str]):
             for frame, a in zip(names, s.frames):
                 Image.fromarray(a).save(tmp/f'{frame}.jpg', quality=95)
 
+# %% ../../nbs/01c_data.refshapes.ipynb #fef5c21b
+def _videos(root: Path, split: str, scenes: Iterable[tuple[str, Scene]], each: int = 0):
+    "The layout of Ref-YouTube-VOS; with `each` sentences for every object, that of Ref-DAVIS17."
+    expressions, objects = {}, {}
+    for name, s in scenes:
+        names, told = [f'{(1 if each else 5) * t:05d}' for t in range(len(s.frames))], s.expressions
+        _write_video(root, split, name, s, names)
+        if each:
+            of = [[e for e in told if e.object_id == o] for o in sorted({e.object_id for e in told})]
+            told = [es[a % len(es)] for es in of for a in range(each)]
+        said = {str(k): {'exp': e.text, 'obj_id': str(e.object_id), 'kind': e.kind} for k, e in enumerate(told)}
+        expressions[name] = {'expressions': said, 'frames': names}
+        shown = [[f for f, a in zip(names, s.labels) if (a == k + 1).any()] for k in range(len(s.facts))]
+        objects[name] = {'objects': {str(k + 1): {'category': t.shape, 'frames': shown[k]} for k, t in enumerate(s.facts)}}
+    write_json(root/split/'meta.json', {'videos': objects})
+    write_json(root/'meta_expressions'/split/'meta_expressions.json', {'videos': expressions})
+
+# %% ../../nbs/01c_data.refshapes.ipynb #036dab89
+def _code(mask: np.ndarray) -> dict:
+    "A (H, W) mask as run lengths that JSON can hold."
+    rle = rle_encode(mask)
+    return dict(size=rle['size'], counts=rle['counts'].decode())
+
+def _mevis(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
+    "The layout of MeViS: lists of objects and annotations, all masks in one file."
+    videos, masks = {}, {}
+    for name, s in scenes:
+        names, looks = [f'{t:05d}' for t in range(len(s.frames))], {(t.colour, t.shape) for t in s.facts}
+        with whole_folder(root/split/'JPEGImages'/name) as tmp:
+            for frame, a in zip(names, s.frames): Image.fromarray(a).save(tmp/f'{frame}.jpg', quality=95)
+        ids = [len(masks) + k for k in range(len(s.facts))]
+        for k, id in enumerate(ids): masks[str(id)] = [_code(a == k + 1) if (a == k + 1).any() else None for a in s.labels]
+        nobody = next((c, f) for f in SHAPES for c in COLOURS if (c, f) not in looks)
+        asked = [(e.text, [e.object_id - 1], e.kind) for e in s.expressions] + [('every object', list(range(len(ids))), 'several'), (f'the {nobody[0]} {nobody[1]}', [], 'none')]
+        videos[name] = dict(frames=names, expressions={str(n): dict(exp=text, obj_id=who, anno_id=[ids[k] for k in who], kind=kind) for n, (text, who, kind) in enumerate(asked)})
+    write_json(root/split/'mask_dict.json', masks, None)
+    write_json(root/split/'meta_expressions.json', {'videos': videos})
+
+# %% ../../nbs/01c_data.refshapes.ipynb #463b1d0f
+def _first_said(s: Scene) -> dict[int, Sentence]: # object id -> its first sentence
+    return {e.object_id: e for e in reversed(s.expressions)}
+
+def _some(frames: int) -> list[int]: return sorted({0, frames // 2, frames - 1})
+
+def _a2d_masks(path: Path, labels: np.ndarray): # (H, W)
+    "One annotated frame: `instance`, `reMask` and `reBBox`."
+    import h5py
+    ids = [int(i) for i in np.unique(labels) if i]
+    masks = np.stack([(labels == i).T for i in ids]).astype(np.uint8); boxes = np.array([mask_box(m.T) for m in masks], float).T
+    with whole(path) as tmp, h5py.File(tmp, 'w') as f:
+        f['instance'], f['reMask'], f['reBBox'] = np.array(ids, float)[:, None], masks if len(ids) > 1 else masks[0], boxes
+
+def _a2d(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
+    "The layout of A2D-Sentences: films, HDF5 masks, the list of samples, and for test the masks as run lengths."
+    from rvos_nb.data.video import write_video
+    rows, images, annotations = [], [], []
+    for name, s in scenes:
+        height, width = s.labels.shape[1:]
+        write_video(root/f'Release/clips320H/{name}.mp4', s.frames)
+        at = [t for t in _some(len(s.labels)) if s.labels[t].any()]
+        for t in at: _a2d_masks(root/f'text_annotations/a2d_annotation_with_instances/{name}/{t + 1:05d}.h5', s.labels[t])
+        for (o, e), t in ((pair, t) for pair in sorted(_first_said(s).items()) for t in at):
+            mask, key = s.labels[t] == o, f'v_{name}_f_{t + 1}_i_{o}'
+            if not mask.any(): continue
+            rows.append([e.text, name, t + 1, o]); images.append(dict(id=key, height=height, width=width))
+            annotations.append(dict(id=len(images), image_id=key, category_id=1, iscrowd=0, area=int(mask.sum()), segmentation=_code(mask)))
+    write_json(root/f'a2d_sentences_single_frame_{split}_annotations.json', rows, None)
+    if split == 'test': write_json(root/'a2d_sentences_test_annotations_in_coco_format.json', dict(images=images, annotations=annotations, categories=[dict(id=1, name='dummy')]), None)
+
+# %% ../../nbs/01c_data.refshapes.ipynb #c83ce3bf
+def _jhmdb(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
+    "The layout of JHMDB-Sentences: pictures, Matlab masks, and the frozen list of samples with the paths of its makers."
+    from scipy.io import savemat
+    rows = []
+    for name, s in scenes:
+        e, usable, action = s.expressions[0], max(1, len(s.frames) - 1), name.split('-')[-2]
+        pictures, masks = (f'{kind}/{action}/{name}' for kind in ('Rename_Images', 'puppet_mask'))
+        with whole_folder(root/pictures) as tmp:
+            for t, a in enumerate(s.frames): Image.fromarray(a).save(tmp/f'{t + 1:05d}.png')
+        with whole_folder(root/masks) as tmp: savemat(tmp/'puppet_mask.mat', {'part_mask': (s.labels[:usable] == e.object_id).astype(np.uint8).transpose(1, 2, 0)})
+        base = '/data/jhmdb_sentences'
+        rows += [[name, f'{base}/{pictures}/{t + 1:05d}.png', f'{base}/{masks}/puppet_mask.mat', usable, e.text] for t in _some(usable)]
+    write_json(root/'jhmdb_sentences_samples_metadata.json', rows, None)
+
+# %% ../../nbs/01c_data.refshapes.ipynb #d919a131
+def _refcoco(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
+    "The layout of RefCOCO, converted: one image entry and one annotation for each sentence."
+    dataset, _, part = split.rpartition('_'); dataset = dataset or 'refcocog'
+    images, annotations = [], []
+    for i, (_, s) in enumerate(scenes):
+        number, (height, width) = 100_000 * list(LAYOUTS['refcoco']).index(part) + i + 1, s.labels.shape[1:]
+        name = f'COCO_train2014_{number:012d}.jpg'
+        with whole(root/'train2014'/name) as tmp: Image.fromarray(s.frames[0]).save(tmp, quality=95)
+        for e in s.expressions:
+            if not (mask := s.labels[0] == e.object_id).any(): continue
+            id, (x1, y1, x2, y2) = len(images) + 1, mask_box(mask)
+            images.append(dict(id=id, file_name=name, height=height, width=width, original_id=number, caption=e.text, dataset_name=dataset))
+            annotations.append(dict(id=id, image_id=id, category_id=1, iscrowd=0, area=int(mask.sum()), bbox=[x1, y1, x2 + 1 - x1, y2 + 1 - y1], segmentation=_code(mask)))
+    write_json(root/dataset/f'instances_{dataset}_{part}.json', dict(images=images, annotations=annotations, categories=[]), None)
+
+LAYOUTS: dict[str, dict[str, str]] = { # layout -> its splits, and the split of RefShapes whose scenes each shows
+    'ref-youtube-vos': dict(train='train', valid='valid', test='test'), 'ref-davis17': dict(train='train', valid='valid'), 'mevis': dict(train='train', valid_u='valid', test='test'),
+    'a2d-sentences': dict(train='train', test='test'), 'jhmdb-sentences': dict(test='test'), 'refcoco': dict(train='train', val='valid', test='test')}
+WRITERS: dict[str, Callable] = {'ref-youtube-vos': _videos, 'ref-davis17': lambda *args: _videos(*args, each=4), 'mevis': _mevis, 'a2d-sentences': _a2d, 'jhmdb-sentences': _jhmdb, 'refcoco': _refcoco}
+
 # %% ../../nbs/01c_data.refshapes.ipynb #bae2b8f8
 def write(
     root,              # the data set's folder
-    split: str,        # 'train', 'valid' or 'test'
+    split: str,        # 'train', 'valid' or 'test', or what the layout calls them
     level: str,        # 'easy', 'medium', 'hard', or 'all': the three in turn
     videos: int,       # how many
     seed: int,         # of the data set
     frames: int = 12,
     size: tuple[int, int] = (96, 144), # (H, W) pixels
+    layout: str = 'ref-youtube-vos',   # one of LAYOUTS
 ) -> None:
-    "Write a split in the Ref-YouTube-VOS layout. Raises `Problem` for wrong arguments, or where other scenes lie already."
+    "Write a split in the layout of a benchmark. Raises `Problem` for wrong arguments, or where other scenes lie already."
     root = Path(root)
-    if split not in SPLITS: raise Problem('split', repr(split), ' or '.join(SPLITS), 'choose one of them')
+    if layout not in LAYOUTS: raise Problem('layout', repr(layout), ' or '.join(LAYOUTS), 'choose one of them')
+    splits, part = LAYOUTS[layout], split.rpartition('_')[2] if layout == 'refcoco' else split
+    if part not in splits: raise Problem('split', repr(split), ' or '.join(splits), 'choose one of them')
     if level not in (*LEVELS, 'all'): raise Problem('level', repr(level), ' or '.join([*LEVELS, 'all']), 'choose one of them')
     if videos < 1: raise Problem('videos', str(videos), '1 or more', 'ask for at least one')
-    meta = root/'meta_expressions'/split
-    recipe, mark = dict(benchmark='RefShapes', level=level, seed=seed, frames=frames, size=list(size)), meta/'refshapes.json'
-    found = read_json(mark) if mark.exists() else None if not (root/split).exists() else 'another data set'
-    if found not in (None, recipe): raise Problem(root/split, str(found), str(recipe), 'write into another folder, or remove this one')
+    recipe = dict(benchmark='RefShapes', level=level, seed=seed, frames=frames, size=list(size)) | (dict(layout=layout) if layout != 'ref-youtube-vos' else {})
+    tree = layout in ('ref-youtube-vos', 'ref-davis17'); mark = root/'meta_expressions'/split/'refshapes.json' if tree else root/f'refshapes_{split}.json'
+    strange = (root/split).exists() if tree else root.exists() and any(root.iterdir()) and not any(root.glob('refshapes_*.json'))
+    found = read_json(mark) if mark.exists() else 'another data set' if strange else None
+    if found not in (None, recipe): raise Problem(mark.parent if not tree else root/split, str(found), str(recipe), 'write into another folder, or remove this one')
     write_json(mark, recipe)
-    names, expressions, objects = [f'{5 * t:05d}' for t in range(frames)], {}, {}
-    for name, s in progress(_scenes(split, level, videos, seed, frames, tuple(size)), f'RefShapes {split}', videos):
-        _write_video(root, split, name, s, names)
-        said = {str(k): {'exp': e.text, 'obj_id': str(e.object_id), 'kind': e.kind} for k, e in enumerate(s.expressions)}
-        expressions[name] = {'expressions': said, 'frames': names}
-        shown = [[f for f, a in zip(names, s.labels) if (a == k + 1).any()] for k in range(len(s.facts))]
-        objects[name] = {'objects': {str(k + 1): {'category': t.shape, 'frames': shown[k]} for k, t in enumerate(s.facts)}}
-    write_json(root/split/'meta.json', {'videos': objects})
-    write_json(meta/'meta_expressions.json', {'videos': expressions})
+    WRITERS[layout](root, split, progress(_scenes(splits[part], level, videos, seed, frames, tuple(size)), f'RefShapes {split}', videos))

@@ -1,5 +1,5 @@
 "Key frames, evaluation, the submission zip and the report: scores that are known beforehand, and input that is wrong."
-import json, shutil, zipfile
+import io, json, shutil, stat, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
@@ -7,13 +7,17 @@ from PIL import Image
 from rvos_nb.core import Problem, StageFailed, read_json, write_json
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import read_mask, write_labels, write_mask, write_tree
+from rvos_nb.data.masks import encode_mask, read_mask, write_labels, write_mask, write_tree
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import MEASURES, NoTruth, evaluate, evaluate_vos, submission
+from rvos_nb.evaluate import MEASURES, Incomplete, NoTruth, evaluate, evaluate_vos, submission
 from rvos_nb.explore import overlays, report
 from rvos_nb.keyframe import choose, from_json
 from rvos_nb.metrics import contour_f, jaccard, statistics
 from rvos_nb.predict import save_candidates
+from rvos_nb.protocols import merge
+from rvos_nb.results import MEMBER_BYTES, open_results
+
+from helpers import make, write_davis
 
 
 @pytest.fixture
@@ -110,7 +114,7 @@ def test_zip_mends_the_form_of_masks(made):
 
 @pytest.mark.parametrize('spoil, words', [
     (lambda f: f.unlink(), 'no such file'), (lambda f: f.write_bytes(f.read_bytes()[:30]), 'cannot be read'),
-    (lambda f: write_mask(f, np.ones((64, 95), bool)), '64x95'), (lambda f: shutil.rmtree(f.parent), '3 faults')])
+    (lambda f: write_mask(f, np.ones((64, 95), bool)), '64x95'), (lambda f: shutil.rmtree(f.parent), 'none of its 3 masks')])
 def test_zip_refuses(made, spoil, words):
     tmp, data = made
     e = list(data)[-1]; spoil(tmp/'run/Annotations'/e.video/e.id/f'{data.videos[e.video].frames[0]}.png')
@@ -124,6 +128,140 @@ def test_zip_refuses_a_data_set_with_faults(made):
     path = tmp/'data/meta_expressions/valid/meta_expressions.json'; listing = read_json(path)
     listing['videos'][list(data.videos)[0]]['expressions']['0']['exp'] = ''; write_json(path, listing)
     with pytest.raises(Problem, match='empty sentence'): submission(tmp/'data', tmp/'run', tmp/'s.zip')
+
+
+def pack(path, members, method=zipfile.ZIP_STORED, mode=0):
+    "A zip of (name, bytes), with this type of file in its entries."
+    with zipfile.ZipFile(path, 'w', method) as box:
+        for name, content in members:
+            info = zipfile.ZipInfo(name); info.external_attr, info.compress_type = mode << 16, method
+            box.writestr(info, content)
+    return path
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+@pytest.mark.parametrize('names, words', [
+    (['../v.png'], 'leaves its folder'), (['v/../../x.png'], 'leaves its folder'), (['v//x.png'], 'leaves its folder'), (['/v/0/x.png'], 'absolute'),
+    (['c:/v/x.png'], 'absolute'), (['v\\x.png'], 'backslash'), (['v/a\nb.png'], 'control character'), (['v/0/x.png'] * 2, 'twice'), (['v/0', 'v/0/x.png'], 'file and a folder')])
+def test_zips_that_reach_out_are_not_read(tmp_path, names, words):
+    with pytest.raises(Problem, match=words) as e: open_results(pack(tmp_path/'x.zip', [('good/0/a.png', b''), *((n, b'') for n in names)]))
+    assert 'member' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_links_bombs_and_odd_zips_are_not_read(tmp_path):
+    name, path = 'v/0/x.png', tmp_path/'x.zip'
+    with pytest.raises(Problem, match='link'): open_results(pack(path, [(name, b'/etc/passwd')], mode=stat.S_IFLNK | 0o777))
+    for content, method, words in ((bytes(1 << 22), zipfile.ZIP_DEFLATED, 'unpack'), (bytes(9), zipfile.ZIP_LZMA, 'compression method'), (bytes(MEMBER_BYTES + 1), zipfile.ZIP_STORED, 'at most')):
+        with pytest.raises(Problem, match=words) as e: open_results(pack(path, [(name, content)], method))
+        assert name in str(e.value)
+    stored = bytearray(pack(path, [(name, bytes(5000)), ('v/1/x.png', bytes(5000))]).read_bytes())
+    start = stored.index(b'PK\x01\x02'); stored[start + 8] |= 1; path.write_bytes(stored)
+    with pytest.raises(Problem, match='encrypted'): open_results(path)
+    stored[start + 8] &= 254; second = stored.index(b'PK\x01\x02', start + 4)
+    for at in (start, second): stored[at + 20:at + 28] = (9000).to_bytes(4, 'little') * 2
+    path.write_bytes(stored)
+    with pytest.raises(Problem, match='do not overlap'): open_results(path)
+    path.write_bytes(stored[:200])
+    with pytest.raises(Problem, match='no zip'): open_results(path)
+
+
+def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
+    "Sizes in the entry are promises: what a member gives is bounded by them, and checked by its sum."
+    good = encode_mask(np.eye(64, 96) > 0); path = pack(tmp_path/'x.zip', [('v/0/a.png', good), ('v/0/b.png', good)], zipfile.ZIP_DEFLATED)
+    stored = bytearray(path.read_bytes()); at = stored.index(b'PK\x01\x02'); stored[at + 24:at + 28] = (10).to_bytes(4, 'little'); path.write_bytes(stored)
+    with open_results(path) as results:
+        with pytest.raises(Problem, match='a.png'): results.mask('v/0/a.png', (64, 96))
+        assert results.mask('v/0/b.png', (64, 96))[0].sum() == 64
+
+
+def test_random_damage_never_ends_the_evaluation(made):
+    tmp, data = made
+    packed = submission(tmp/'data', tmp/'run', tmp/'s.zip').read_bytes(); rng = np.random.default_rng(0)
+    for _ in range(12):
+        hurt = bytearray(packed)
+        for i in rng.integers(0, len(hurt), 40): hurt[i] ^= 1 << rng.integers(8)
+        (tmp/'hurt.zip').write_bytes(hurt)
+        try: result = evaluate(tmp/'data', tmp/'hurt.zip')
+        except Problem as e: assert 'hurt.zip' in str(e)
+        else: assert result['expressions'] == len(data)
+
+
+def test_a_zip_scores_as_its_folder(made):
+    tmp, data = made
+    e = list(data)[1]; shutil.rmtree(tmp/'run/Annotations'/e.video/e.id); (tmp/'run/Annotations/other').mkdir(); (tmp/'run/Annotations'/e.video/'99').mkdir()
+    write_mask(tmp/'run/Annotations'/e.video/'0'/'zzz.png', np.ones((64, 96), bool)); write_mask(tmp/'run/Annotations/other/0/a.png', np.ones((4, 4), bool)); write_mask(tmp/'run/Annotations'/e.video/'99'/'a.png', np.ones((4, 4), bool))
+    files = [(str(p.relative_to(tmp/'run')), p.read_bytes()) for p in sorted((tmp/'run').rglob('*.png'))]
+    folder, whole, bare = evaluate(tmp/'data', tmp/'run'), evaluate(tmp/'data', pack(tmp/'a.zip', files)), evaluate(tmp/'data', pack(tmp/'b.zip', [(n.removeprefix('Annotations/'), c) for n, c in files], zipfile.ZIP_DEFLATED))
+    for key in ('J&F', 'videos', 'kinds', 'by_object'): assert folder[key] == whole[key] == bare[key]
+    for found in (folder, whole, bare):
+        assert len(found['strays']) == 3 and all(w in ' '.join(found['strays']) for w in ('other', '99', 'zzz.png')) and list(found['missing']) == [f'{e.video}/{e.id}']
+    assert 'member' in whole['strays'][0]
+    with pytest.raises(Problem, match='folder around'): evaluate(tmp/'data', pack(tmp/'c.zip', [('mine/' + n, c) for n, c in files]))
+
+
+def test_masks_of_odd_forms_are_scored_and_named(made):
+    tmp, data = made
+    first, second, third = list(data)[:3]; name = data.videos[first.video].frames[0]
+    at = lambda e: tmp/'run/Annotations'/e.video/e.id/f'{name}.png'
+    Image.fromarray(data.masks(first)[0].astype(np.uint8)).save(at(first))
+    Image.fromarray(np.repeat(data.masks(second)[0][..., None], 3, 2).astype(np.uint8) * 255).save(at(second))
+    Image.fromarray(data.masks(third)[0]).convert('RGB').save(at(third), 'JPEG')
+    result = evaluate(tmp/'data', tmp/'run')
+    keys = [f'{e.video}/{e.id}' for e in (first, second, third)]
+    assert list(result['odd']) == keys[:2] and '1 of 3 masks: values other than' in result['odd'][keys[0]] and 'colour' in result['odd'][keys[1]]
+    assert 'no PNG' in result['missing'][keys[2]] and np.isclose(result['J'], 100 * (1 - 1 / 3 / len(data)), atol=1e-3)
+    p = Image.fromarray(data.masks(first)[0].astype(np.uint8)); p.putpalette([255] * 3 + [0] * 3); p.save(at(first))
+    with pytest.raises(Incomplete, match='not black') as e: submission(tmp/'data', tmp/'run', tmp/'s.zip')
+    assert len(e.value.faults) == 2 and 'entry 0 is not black' in evaluate(tmp/'data', tmp/'run')['odd'][keys[0]]
+
+
+def test_zip_of_ref_davis17(tmp_path):
+    root = write_davis(tmp_path/'davis'); data = open_dataset(root)
+    for e in data:
+        folder = tmp_path/'run/Annotations'/e.video/e.id; folder.mkdir(parents=True); write_tree(folder, data.videos[e.video].frames, data.masks(e))
+    merge(data, tmp_path/'run', tmp_path/'run'/'valid')
+    with zipfile.ZipFile(submission(root, tmp_path/'run', tmp_path/'s.zip')) as box:
+        assert box.namelist() == [f'anno_{a}/{v}/{t:05d}.png' for v in data.videos for a in range(4) for t in range(5)]
+        v = next(iter(data.videos))
+        with Image.open(io.BytesIO(box.read(f'anno_3/{v}/00001.png'))) as im: assert im.mode == 'P' and (np.array(im) == data.labels(v)[1]).all()
+    shutil.rmtree(tmp_path/'run/valid/anno_2'/v)
+    with pytest.raises(Incomplete, match='none of its 5') as e: submission(root, tmp_path/'run', tmp_path/'t.zip')
+    assert len(e.value.faults) == 1 and f'anno_2/{v}' in e.value.faults[0] and not (tmp_path/'t.zip').exists()
+
+
+def test_zip_of_mevis_has_no_folder_around(tmp_path):
+    for t in range(2): Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(((tmp_path/'mevis/valid/JPEGImages/v').mkdir(parents=True, exist_ok=True) or tmp_path/'mevis/valid/JPEGImages/v')/f'{t:05d}.jpg')
+    write_json(tmp_path/'mevis/valid/meta_expressions.json', {'videos': {'v': {'frames': ['00000', '00001'], 'expressions': {'0': {'exp': 'both birds'}, '1': {'exp': 'a bird'}}}}})
+    for e in '01':
+        for t in range(2): write_mask(tmp_path/'run/Annotations/v'/e/f'{t:05d}.png', np.eye(32, 48) > 0)
+    with zipfile.ZipFile(submission(tmp_path/'mevis', tmp_path/'run', tmp_path/'s.zip', 'valid')) as box: assert box.namelist() == [f'v/{e}/{t:05d}.png' for e in '01' for t in range(2)]
+    assert submission(tmp_path/'mevis', tmp_path/'s.zip', tmp_path/'t.zip', 'valid').read_bytes() == (tmp_path/'s.zip').read_bytes()
+
+
+def test_mevis_is_scored_over_sentences(tmp_path):
+    "Several objects under one sentence: the truth is their union, and a lost sentence counts as 0."
+    data = open_dataset(make(tmp_path/'mevis', 'mevis', 'valid_u'), 'valid_u')
+    for e in data:
+        folder = tmp_path/'run'/e.video/e.id; folder.mkdir(parents=True); write_tree(folder, data.videos[e.video].frames, data.masks(e))
+    assert evaluate(tmp_path/'mevis', submission(tmp_path/'mevis', tmp_path/'run', tmp_path/'s.zip', 'valid_u'), split='valid_u')['J&F'] == 100
+    e = list(data)[-1]; shutil.rmtree(tmp_path/'run'/e.video/e.id)
+    assert np.isclose(evaluate(tmp_path/'mevis', tmp_path/'run', split='valid_u')['J&F'], 100 * (1 - 1 / len(data)), atol=1e-3)
+
+
+def test_commands(made, capsys):
+    from rvos_nb.cli import main
+    tmp, data = made
+    def rvos(*words):
+        try: code = main([*map(str, words)])
+        except SystemExit as e: code = e.code
+        return code or 0, capsys.readouterr()
+    assert rvos('submit', tmp/'run', tmp/'s.zip', '--data', tmp/'data')[0] == 0 and (tmp/'s.zip').exists()
+    code, said = rvos('evaluate', tmp/'data', tmp/'s.zip', '--out', tmp/'scores')
+    assert code == 0 and 'J&F 100.0' in said.out and (tmp/'scores/report.html').read_text().count('<figure>') == min(20, len(data)) + 4
+    e = list(data)[0]; shutil.rmtree(tmp/'run/Annotations'/e.video/e.id)
+    assert 'missing, counted as 0' in rvos('evaluate', tmp/'data', tmp/'run', '--out', tmp/'scores')[1].out
+    code, said = rvos('submit', tmp/'run', tmp/'t.zip', '--data', tmp/'data')
+    assert code and f'{e.video}/{e.id}' in said.out and 'listed above' in said.err and not (tmp/'t.zip').exists()
 
 
 def test_report_is_self_contained_and_escapes(made):

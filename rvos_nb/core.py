@@ -96,6 +96,12 @@ def _named_errors(path: Path):
             raise Problem(path, f'no permission to write ({e.strerror})', 'a folder you may write to', 'choose another output folder') from e
         raise
 
+def _make(folder: Path, where: Path):
+    "Make `folder` and those above it; `where` is named in the `Problem` where a file is in the way."
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as e:
+        raise Problem(where, f'a place where no folder can be made ({e.strerror})', 'a folder, or a name that is free', 'choose another output folder') from e
+
 # %% ../nbs/00_core.ipynb #01c8462c
 @contextmanager
 def whole(
@@ -104,7 +110,7 @@ def whole(
     "Yield a temporary path with the suffix of `path`; rename it onto `path` on a clean exit, remove it on an error."
     path = Path(path); tmp = _temporary(path)
     with _named_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, path)
         try:
             yield tmp
             _flush(tmp); os.replace(tmp, path)
@@ -119,7 +125,7 @@ def whole_folder(
     path = Path(path); tmp, old = _temporary(path), _temporary(path)
     with _named_errors(path):
         try:
-            tmp.mkdir(parents=True)
+            _make(tmp, path)
             yield tmp
             with ThreadPoolExecutor(8) as pool: list(pool.map(_flush, tmp.rglob('*')))
             if path.exists(): os.replace(path, old)
@@ -225,7 +231,7 @@ class Report:
 
     def check(self):
         "Raise `StageFailed` with the table where a unit failed."
-        if self.failed: raise StageFailed(self.table() + f"\nThe other units are complete in {self.out}; mend the above and run the same command again.")
+        if self.failed: raise StageFailed(self.table() + f"\nWhat is done is complete in {self.out}; mend the above and run the same command again.")
         return self
 
 # %% ../nbs/00_core.ipynb #aba74268
@@ -233,10 +239,10 @@ class Report:
 def locked(
     folder, # a results folder
 ):
-    "Hold `folder` for this process; raise `Problem` where another one holds it."
+    "Hold `folder` for this process, and clear it of what a killed one left; raise `Problem` where another one holds it."
     path = Path(folder)/'.lock'
     with _named_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, folder)
         f = open(path, 'a+')
     try:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,8 +251,8 @@ def locked(
             raise Problem(folder, f"another run at work there ({f.read().strip() or 'unknown'})", 'a folder to itself',
                           'wait for it, end it, or choose another output folder') from None
         f.truncate(0); f.write(f"pid {os.getpid()} on {socket.gethostname()}"); f.flush()
-        yield
-        path.unlink(missing_ok=True)
+        try: sweep(folder); yield
+        finally: path.unlink(missing_ok=True)
     finally: f.close()
 
 # %% ../nbs/00_core.ipynb #723920d8
@@ -259,10 +265,12 @@ def versions() -> dict[str, str]:
     return found
 
 def device_name(device: str = '') -> str: # '' picks CUDA where it is available
-    "The torch device to use; the CPU where nothing else is there."
-    if device: return device
+    "The torch device to use; the CPU where nothing else is there. Raises `Problem` for one that is not there."
     import torch
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if not device: return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e: raise Problem('device', f'{device!r} ({str(e).splitlines()[0][:100]})', 'a device that torch can use here', "choose 'cpu', or look what `rvos doctor` finds") from e
+    return device
 
 # %% ../nbs/00_core.ipynb #25b8e990
 def _refuse_other(out: Path, stage: str, params: dict, force: bool):
@@ -301,7 +309,7 @@ def run_stage(
         write_json(out/'run.json', dict(stage=stage, params=params, versions=versions(), device=device,
                                         units={u: state[u] for u in sorted(state, key=natural_key)}, failures=dict(sorted(report.failed.items()))))
     with locked(out):
-        sweep(out); _refuse_other(out, stage, params, force)
+        _refuse_other(out, stage, params, force)
         if not (out/'run.json').exists(): record()
         todo = []
         for u in units:

@@ -231,6 +231,7 @@ def fuse(
 ) -> Report:
     "Fuse members video by video; a video that a member lacks is recorded and the others finish. `Problem` for wrong parameters."
     data, members, out = open_dataset(resolve(data_dir), split), [resolve(m) for m in member_dirs], resolve(out_dir)
+    if groups != 'none' and data.layout == 'mevis': raise Problem('groups', repr(groups), "'none': sentences of MeViS mean any number of objects, and neighbours do not mean the same", "set groups to 'none'")
     rule = _settings(members, out, weights, mode, groups, leftover, key_frame_member, threshold)
     params = dict(rule, split=split, members=[os.path.relpath(m, out.parent) for m in members], groups=groups, key_frame_member=key_frame_member)
     report = run_stage('fuse', out, params, list(data.videos), partial(_fuse_unit, data=data, members=members, out=out, groups=groups, **rule),

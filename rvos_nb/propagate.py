@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import Problem, Report, SomeFailed, check_id, device_name, read_json, run_stage, whole_folder
+from .core import Problem, Report, SomeFailed, check_id, device_name, locked, read_json, run_stage, whole_folder
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
@@ -309,7 +309,7 @@ def propagate_clip(
     size = next(read_video(clip, names=[names[min(given)]])).shape[:2]
     labels = {t: m if isinstance(m, np.ndarray) else read_given(m, size) for t, m in given.items()}
     propagator = make_propagator(model, how, device_name(device), online)
-    with whole_folder(out/'Annotations'/check_id(clip.id, clip.folder)) as folder:
+    with locked(out), whole_folder(out/'Annotations'/check_id(clip.id, clip.folder)) as folder:
         ids = propagate_labels(propagator, clip, labels, folder, how)
         def painted():
             for name, frame in zip(names, read_video(clip)):

@@ -152,6 +152,12 @@ def test_an_empty_sentence_keeps_its_place_in_the_pairs(copy):
     assert (masks(tmp/'out', data, v, '2') == masks(tmp/'out', data, v, '3')).all()                    # 2 and 3 are still a pair
 
 
+def test_sentences_of_mevis_are_not_pooled(tmp_path):
+    refshapes.write(tmp_path/'data', 'valid_u', 'easy', videos=1, seed=1, layout='mevis')
+    for i in range(2): (tmp_path/f'm{i}'/'Annotations').mkdir(parents=True)
+    with pytest.raises(Problem, match='MeViS'): fuse(tmp_path/'data', [tmp_path/'m0', tmp_path/'m1'], tmp_path/'out', split='valid_u')
+
+
 def test_objects_need_ids(copy):
     tmp, data = copy
     path = tmp/'data/meta_expressions/valid/meta_expressions.json'; listing = read_json(path)

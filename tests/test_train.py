@@ -162,6 +162,21 @@ def test_published_trainings_run_and_resume(recipe, data, tmp_path):
     assert all(torch.equal(t, first[n]) for n, t in later.task.model.state_dict().items())
 
 
+def test_a_referring_model_begins_where_its_recipe_says(tmp_path):
+    from rvos_nb.models import zoo
+    from rvos_nb.train.loop import Trainer, read_recipe
+    net = Trainer(read_recipe('train-referformer-tiny', {'start': 'referformer-tiny'}), 'cpu').task.model
+    shipped = zoo.load('referformer-tiny').state_dict()
+    assert all(torch.equal(t, shipped[n]) for n, t in net.state_dict().items())
+    from torchvision.models import resnet50
+    torch.save((file := resnet50()).state_dict(), tmp_path/'resnet50.pth')
+    body = Trainer(read_recipe('train-referformer-tiny', {'start': str(tmp_path/'resnet50.pth'), 'model.backbone': 'resnet50'}), 'cpu').task.model.backbone[0].body
+    assert torch.equal(body.layer3[5].conv2.weight, file.layer3[5].conv2.weight)
+    with pytest.raises(Problem, match='missing'):
+        torch.save({'fc.weight': torch.ones(2)}, tmp_path/'other.pth')
+        Trainer(read_recipe('train-referformer-tiny', {'start': str(tmp_path/'other.pth')}), 'cpu')
+
+
 @pytest.mark.parametrize('seed', range(6))
 def test_sequences_of_odd_footage(seed, tmp_path):
     "Pictures and films of any size, grey ones too, with void pixels and objects that come and go: batches keep their promises."

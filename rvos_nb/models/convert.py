@@ -202,7 +202,7 @@ class Converted:
     dropped: dict[str, list[str]] # reason -> names
 
     def __str__(self) -> str:
-        def some(names): return f'{len(names)} ' + ('tensor' if len(names) == 1 else 'entries') + f' ({", ".join(names[:3])}{", …" * (len(names) > 3)})'
+        def some(names): return f'{len(names)} ' + ('entry' if len(names) == 1 else 'entries') + f' ({", ".join(names[:3])}{", …" * (len(names) > 3)})'
         head = f'{self.folder}: {self.found.variant}, {self.count / 1e6:.1f} million numbers, float32'
         return '\n'.join([head, *(f'dropped {some(names)}: {why}' for why, names in self.dropped.items()), *(f'note: {n}' for n in self.found.notes)])
 
@@ -250,6 +250,7 @@ def convert(
     with torch.device('meta'): wanted, aliases = zoo.unique_tensors(cls(config))
     zoo.check_tensors(wanted, {n: t for n, t in published.tensors.items() if n not in aliases}, file)
     words = tokenizer_for(config.text['vocab_size'], tokenizer, file) if getattr(cls, 'reads_sentences', False) else None
+    if isinstance(words, str): found.notes.append(f'reads sentences with the tokenizer {words}, which is looked up when the model is loaded; --tokenizer FOLDER copies one in')
     dropped = published.dropped | {'second names of tensors that are kept once': twice for twice in [[n for n in published.tensors if n in aliases]] if twice}
     with open(file, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
     about = {k: v for k, v in zoo.published().get(found.variant, {}).items() if k in ('page', 'licence')}

@@ -180,6 +180,6 @@ class DeformableTransformer(nn.Module):
         padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
         ratios = None if masks is None else valid_ratios(masks)
         memory = self.encoder(x, pos, cell_centres(shapes, ratios, x), shapes, padding)
-        start = self.reference_points(query_embed).sigmoid().expand(len(x), -1, -1)
+        with torch.autocast(x.device.type, enabled=False): start = self.reference_points(query_embed).sigmoid().expand(len(x), -1, -1)
         hs, references = self.decoder(content, query_embed[None], start, memory, shapes, ratios, padding)
         return Decoded(hs, start, references, unroll(memory, shapes), memory)

@@ -48,6 +48,7 @@ def refine_boxes(
     reference: Tensor,   # (..., 2) points or (..., 4) boxes in [0, 1]
 ) -> Tensor:             # (..., 4) cxcywh in [0, 1]
     "The reference, moved by `delta` before the sigmoid."
+    delta, reference = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (delta, reference))   # places need their digits
     before = inverse_sigmoid(reference)
     return (delta + F.pad(before, (0, 4 - before.shape[-1]))).sigmoid()
 

@@ -393,7 +393,8 @@ class Computing:
         "Choose how `see` and `refer` compute; answers stay float32. Raises `Problem` for another precision."
         if precision not in ('float32', 'bfloat16', 'float16'): raise Problem('precision', repr(precision), 'float32, bfloat16 or float16', 'correct the option')
         self.precision = getattr(torch, precision)
-        if channels_last: self.to(memory_format=torch.channels_last)
+        if channels_last:
+            for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)): conv.to(memory_format=torch.channels_last)
         if compile:
             for part in (self.backbone[0].body, self.transformer): part.compile()
         return self

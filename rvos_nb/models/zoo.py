@@ -222,7 +222,8 @@ def read_tokenizer(
     try: return tokenizer_from(folder/'tokenizer' if (folder/'tokenizer').is_dir() else said['tokenizer'], online)
     except Problem as p:
         if (folder/'tokenizer').is_dir(): raise
-        raise Problem(folder, f'its tokenizer {said["tokenizer"]!r} is not at hand', p.expected, f'copy the tokenizer\'s files to {folder/"tokenizer"}, or: {p.remedy}') from p
+        raise Problem(folder, f'its tokenizer {said["tokenizer"]!r} is not at hand', p.expected,
+                      f'copy its files (vocab.json and merges.txt, or tokenizer.json) to {folder/"tokenizer"}, fetch it once with `hf download {said["tokenizer"]}`, or allow the Hub (--online, online=True)') from p
 
 # %% ../../nbs/03h_models.zoo.ipynb #002c7c0b
 def load(
@@ -234,7 +235,7 @@ def load(
     "Load a checkpoint, strictly; every fault is a Problem that names the file."
     folder = find(name, online); said = card(folder)
     if family and said['family'] != family:
-        raise Problem(folder, f'a checkpoint of family {said["family"]!r}', f'family {family!r}', f'name a {family} checkpoint')
+        raise Problem(folder, f'a checkpoint of family {said["family"]!r}', f'family {family!r}', f'name a checkpoint of {family}')
     cls, config_class = family_of(said['family'], folder/'config.json')
     config = read_config(config_class, said['config'], folder/'config.json')
     tensors = read_tensors(folder/'model.safetensors')

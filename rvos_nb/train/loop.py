@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALIDATION', 'TASKS', 'SOURCES', 'Tuning', 'Watch', 'Recipe', 'identity', 'same_recipe', 'build', 'rescale',
-           'stages_of', 'rate', 'ema_decay', 'optimizer_for', 'set_rates', 'normalised', 'ask', 'clip_scores',
-           'options', 'Refer', 'begin_from', 'configured', 'check_stages', 'Propagate', 'recipe_mapping', 'with_given',
+           'stages_of', 'rate', 'ema_decay', 'optimizer_for', 'set_rates', 'begin_from', 'normalised', 'ask',
+           'clip_scores', 'options', 'Refer', 'configured', 'check_stages', 'Propagate', 'recipe_mapping', 'with_given',
            'build_stage', 'read_recipe', 'Trainer', 'batches_from', 'Log', 'run_steps', 'card_of', 'train']
 
 # %% ../../nbs/04b_train.loop.ipynb #6f612842
@@ -165,6 +165,16 @@ def set_rates(
     for group in optimizer.param_groups: group['lr'] = floor + group['factor'] * (now - floor)
     return now
 
+# %% ../../nbs/04b_train.loop.ipynb #366e6180
+def begin_from(
+    model: nn.Module, # ReferFormer, AOT or DeAOT
+    start: str,       # a checkpoint folder or a shipped name, or a file of ImageNet or Kinetics (.pth)
+):
+    "Take the weights of a whole model or of its backbone; raises Problem where names or shapes differ."
+    backbone = model.encoder if hasattr(model, 'encoder') else model.backbone[0].body
+    if start.endswith(('.pth', '.pt')): start_from(backbone, read_published(start), start)
+    else: zoo.load_tensors(model, zoo.unique_tensors(zoo.load(start))[0], start)
+
 # %% ../../nbs/04b_train.loop.ipynb #567bec7c
 def normalised(
     frames: np.ndarray, # (B, T, H, W, 3) uint8 RGB
@@ -236,6 +246,7 @@ class Refer:
         tokenizer, settings = make_tokenizer(refshapes.WORDS), copy.deepcopy(dict(recipe.model))
         settings['text'] = dict(settings.get('text', {}), vocab_size=len(tokenizer))
         self.model = cls(zoo.read_config(config, settings, 'recipe, model'), tokenizer=tokenizer)
+        if recipe.start: begin_from(self.model, recipe.start)
         self.pixel = PixelLoss(self.model.pixel_channels, o['target'])
         self.modules = nn.ModuleDict(dict(model=self.model, pixel=self.pixel)).to(device)
         self.criterion, self.weight, self.device = Criterion(o['weights'], o['weights'], o['target'], o['mask_per']), o['pixel'], device
@@ -267,15 +278,6 @@ class Refer:
             s = clip_scores(out['pred_logits'], out['pred_masks'], batch)
             rows += [(level, kind, *(v[i].item() for v in s.values())) for i, kind in enumerate(batch.kinds)]
         return _means(rows)
-
-# %% ../../nbs/04b_train.loop.ipynb #e9762803
-def begin_from(
-    model: nn.Module, # AOT or DeAOT
-    start: str,       # a checkpoint folder or a shipped name, or an ImageNet file (.pth)
-):
-    "Take the weights of a whole model or of its encoder; raises Problem where names or shapes differ."
-    if start.endswith(('.pth', '.pt')): start_from(model.encoder, read_published(start), start)
-    else: zoo.load_tensors(model, zoo.unique_tensors(zoo.load(start))[0], start)
 
 # %% ../../nbs/04b_train.loop.ipynb #f3782b99
 def configured(

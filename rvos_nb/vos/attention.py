@@ -43,10 +43,12 @@ def attend_wide(
     q: Tensor, # (B, P, C) queries
     k: Tensor, # (B, S, C) keys
     v: Tensor, # (B, S, D) values of any width
-    portion: int = 256, # queries at a time
+    weights: int = 2 ** 21, # how many attention weights may exist at once,
+    least: int = 256,       # but so many queries go together at least
 ) -> Tensor:   # (B, P, D)
     "Attention of one head, a portion of queries at a time."
-    return torch.cat([torch.bmm(part, k.mT).float().softmax(-1).to(v.dtype) @ v for part in (q * q.shape[-1] ** -.5).split(portion, 1)], 1)
+    portions = (q * q.shape[-1] ** -.5).split(max(least, weights // (len(q) * k.shape[1])), 1)
+    return torch.cat([torch.bmm(p, k.mT).float().softmax(-1).to(v.dtype) @ v for p in portions], 1)
 
 # %% ../../nbs/05c_vos.attention.ipynb #767fffb9
 def strips(

@@ -53,11 +53,11 @@ def is_sam(
 # %% ../../nbs/05f_vos.sam2.ipynb #c7acc756
 def absent(name, found) -> Problem:
     "What to tell somebody who has not got the weights."
-    about, reason = NAMES.get(str(name)), ' '.join(str(found).split())[:160]
+    about, reason = NAMES.get(str(name)), ' '.join(str(found).split()).split('. ')[0][:160]
     if about and about.gated:
         return Problem(name, f'a gated model that is not here ({reason})', 'weights that its authors have granted you',
-                       f'ask for access on huggingface.co/{name}, log in (hf auth login), load it once with online=True, or download it and name the folder')
-    if about: return Problem(name, f'no weights here ({reason})', 'a model in the cache of the Hub', 'load it once with online=True, or download it and name the folder')
+                       f'ask for access on huggingface.co/{name}, log in (hf auth login), load it once with online=True (--online on the command line), or download it and name the folder')
+    if about: return Problem(name, f'no weights here ({reason})', 'a model in the cache of the Hub', 'load it once with online=True (--online on the command line), or download it and name the folder')
     return Problem(name, f'a folder that does not load ({reason})', "config.json, the weights and the processor's files, as save_pretrained writes them", 'copy the whole folder again')
 
 def load_sam(

@@ -373,7 +373,7 @@ class Fitting:
         "The longest clip that `see` and `refer` answer within `memory`; raises `Problem` where not even one frame fits."
         def needed(frames): return self.memory_needed(frames, size, sentences, short_side)
         if needed(1) > memory:
-            raise Problem('memory', f'{memory / 1e6:.0f} MB', f'{needed(1) / 1e6:.0f} MB for one frame of {size[0]}×{size[1]} and {sentences} sentences', 'allow more memory, or choose a smaller short side')
+            raise Problem('memory', f'{memory / 1e6:.0f} MB', f'{needed(1) / 1e6:.0f} MB for one frame of {size[0]}×{size[1]} and {sentences} sentence{"s" * (sentences > 1)}', 'allow more memory, or choose a smaller short side')
         low, high = 1, 2
         while needed(high) <= memory: low, high = high, 2 * high
         while high - low > 1: low, high = (m, high) if needed(m := (low + high) // 2) <= memory else (low, m)

@@ -181,7 +181,8 @@ def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
     nbformat.write(nb, tmp_path/'sleep.ipynb')
     recipe = dict(name='sleep', parameters=dict(out=str(tmp_path/'out')), paths=['out'],
                   stages=[dict(name='sleep', notebook=str(tmp_path/'sleep.ipynb'), parameters=dict(pid_file=str(tmp_path/'pid')))])
-    driver = subprocess.Popen([sys.executable, '-c', f'from rvos_nb.pipeline import run; run({recipe!r})'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, '-c', 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n' # a background job ignores Ctrl-C
+                               f'from rvos_nb.pipeline import run; run({recipe!r})'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             if (tmp_path/'pid').exists() and (tmp_path/'pid').read_text(): break

@@ -4,12 +4,13 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.prepare import DAVIS_TEXTS, check, prepare, splits_of
+from rvos_nb.data.datasets import JHMDB_LISTS, open_dataset
+from rvos_nb.data.prepare import DAVIS_TEXTS, JHMDB_SEED, check, draw_jhmdb, prepare, splits_of
 from rvos_nb.data.refshapes import LAYOUTS, write
 
 
@@ -209,6 +210,111 @@ def test_lists_that_lie_there_are_kept(tree, capsys):
     assert code == 1 and 'another list' in said.err and path.read_text() == '[]'
 
 
+def jhmdb(root, lines=None):
+    "The archive's sentences, out of the published list, which is removed."
+    path = root/JHMDB_LISTS[0]; texts = {v: t for v, *_, t in json.loads(path.read_text())}; path.unlink()
+    (root/'jhmdb_annotation.txt').write_text('video_id,query\n' + '\n'.join(lines or [f'{v},"{t}"' for v, t in texts.items()]) + '\n')
+    return texts
+
+
+def longer(root, video, frames, masks):
+    "A video with more pictures and masks."
+    from scipy.io import savemat
+    folder = next(root.glob(f'Rename_Images/*/{video}'))
+    for t in range(1, frames + 1): (folder/f'{t:05d}.png').exists() or shutil.copy(folder/'00001.png', folder/f'{t:05d}.png')
+    savemat(root/f'puppet_mask/{folder.parent.name}/{video}/puppet_mask.mat', {'part_mask': np.arange(1, masks + 1, dtype=np.uint8) * np.ones((48, 72, 1), np.uint8)})
+
+
+def test_jhmdb_from_the_archive(tree, capsys):
+    root = tree('jhmdb-sentences'); texts = jhmdb(root)
+    longer(root, 'test-easy-00000', 40, 25); longer(root, 'test-easy-00001', 9, 1)
+    originals = files(root)
+    for _ in range(2):
+        code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+        assert code == 0 and said.err == '' and '4 samples' in said.out and f'seed {JHMDB_SEED}' in said.out
+        after = files(root); again = after if _ == 0 else again
+        assert after == again and {k: v for k, v in after.items() if k in originals} == originals and set(after) - set(originals) == {JHMDB_LISTS[1]}
+    data = open_dataset(root, 'test')
+    assert data.layout == 'jhmdb-sentences' and not data.faults and {e.video: e.text for e in data} == texts and {v: len(x.frames) for v, x in data.videos.items()} == {'test-easy-00000': 25, 'test-easy-00001': 1}
+    asked = [e.frame for e in data.expressions['test-easy-00000']]
+    assert len(asked) == 3 and asked == sorted({*asked}) and 0 <= asked[0] <= asked[-1] < 25 and all(data.masks(e).all() for e in data)
+    assert check(root).odd == [] and check(root).counts['test'] == dict(videos=2, expressions=4, frames=4, masks=4)
+
+
+def test_the_draw_of_jhmdb_depends_on_names_only(tree):
+    root = tree('jhmdb-sentences'); texts = jhmdb(root)
+    longer(root, 'test-easy-00000', 40, 40); longer(root, 'test-easy-00001', 40, 40)
+    one = draw_jhmdb(root)[0]
+    (root/'jhmdb_annotation.txt').write_text('video_id,query\n' + '\n'.join(f'{v},{t}' for v, t in reversed(texts.items())))
+    two = draw_jhmdb(root)[0]
+    assert one != two and sorted(one) == sorted(two) and [r[1] for r in one[:3]] != [r[1].replace('00001/', '00000/') for r in one[3:]]
+    (root/'jhmdb_annotation.txt').write_text('video_id,query\ntest-easy-00001,another\n')
+    assert [r[:4] for r in draw_jhmdb(root)[0]] == [r[:4] for r in one if r[0] == 'test-easy-00001']
+
+
+def test_jhmdb_published_samples_go_first(tree, capsys):
+    root = tree('jhmdb-sentences'); published, ours = (root/n for n in JHMDB_LISTS); originals = files(root)
+    known = [(e.video, e.id, e.text) for e in open_dataset(root, 'test')]
+    for _ in range(2):
+        code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+        assert code == 0 and 'with paths from this folder' in said.out and {k: v for k, v in files(root).items() if k != ours.name} == originals
+    rows = json.loads(ours.read_text())
+    assert all((root/p).exists() for r in rows for p in r[1:3]) and [(r[0], r[3:]) for r in rows] == [(r[0], r[3:]) for r in json.loads(published.read_text())]
+    published.unlink(); assert [(e.video, e.id, e.text) for e in open_dataset(root, 'test')] == known
+    ours.rename(published) # its paths need no other list
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 0 and 'as they are' in said.out and not ours.exists()
+    rows[1][1] = 'somewhere'; rows[2] = rows[2][:3]; rows[3][1] = '/data/Rename_Images/../test-easy-00000/00001.png'; published.write_text(json.dumps(rows))
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 1 and said.out.count('left out: ') == 3 and all(f'entry {n}' in said.out for n in (1, 2, 3))
+
+
+def test_jhmdb_lines_and_masks_that_are_odd(tree, capsys):
+    root = tree('jhmdb-sentences')
+    texts = jhmdb(root, ['test-easy-00000,it runs', 'test-easy-00000,again', 'nobody,it', 'test-easy-00001,it', '../x,it', 'test-easy-00001'])
+    mask = next(root.glob('puppet_mask/*/test-easy-00001/puppet_mask.mat')); mask.write_bytes(b'no Matlab')
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 1 and said.out.count('left out: ') == 5 and 'cannot be read' in said.out and 'line 3' in said.out and said.err == '' and len(texts) == 2
+    mask.unlink(); shutil.rmtree(next(root.glob('puppet_mask/*/test-easy-00000'))); (root/JHMDB_LISTS[1]).unlink()
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 1 and 'no usable sentence' in said.err and said.err.count('\n') == 1 and not (root/JHMDB_LISTS[1]).exists()
+
+
+def test_ytvos_for_uninext(tree, capsys):
+    root = tree('ref-youtube-vos'); originals = files(root)
+    for _ in range(2):
+        code, said = command(root, capsys, 'prepare', 'ref-youtube-vos')
+        assert code == 0 and said.err == '' and {k: v for k, v in files(root).items() if k not in ('valid.json', 'test.json')} == originals
+        again = files(root) if _ == 0 else again
+        assert files(root) == again
+    for split in ('valid', 'test'):
+        made, data = json.loads((root/f'{split}.json').read_text()), open_dataset(root, split)
+        assert set(made) == {'videos', 'categories'} and [(c['id'], c['name']) for c in made['categories']] == [(1, 'object')]
+        assert [v['id'] for v in made['videos']] == list(range(1, len(data) + 1))
+        for v, e in zip(made['videos'], data):
+            assert v == dict(id=v['id'], height=48, width=72, length=3, file_names=[f'{e.video}/{n}.jpg' for n in data.videos[e.video].frames], expressions=[e.text], video=e.video, exp_id=e.id)
+
+
+def test_ytvos_with_faults_is_not_written(tree, capsys):
+    root = tree('ref-youtube-vos')
+    shutil.rmtree(root/'test/JPEGImages/test-easy-00001')
+    code, said = command(root, capsys, 'prepare', 'ref-youtube-vos')
+    assert code == 1 and 'left out: test-easy-00001' in said.out and (root/'valid.json').exists() and not (root/'test.json').exists()
+    for s in ('valid', 'test'): shutil.rmtree(root/'meta_expressions'/s)
+    code, said = command(root, capsys, 'prepare', 'ref-youtube-vos')
+    assert code == 1 and said.err.count('\n') == 1
+
+
+def test_annotations_that_are_missing_are_named(tree):
+    root = tree('ref-youtube-vos'); assert check(root).counts['train']['masks'] == 6
+    shutil.rmtree(root/'train/Annotations/easy-00000')
+    survey = check(root)
+    assert survey.counts['train']['masks'] == 3 and [(s, u) for s, u, _ in survey.odd] == [('train', 'easy-00000')] and '3 of 3 masks missing: 00000, 00005, 00010' in survey.odd[0][2]
+    path = root/'meta_expressions/train/meta_expressions.json'; listing = json.loads(path.read_text())
+    for e in listing['videos']['easy-00000']['expressions'].values(): del e['obj_id']
+    path.write_text(json.dumps(listing)); assert check(root).odd == [] # the answer is hidden
+
+
 def test_unknown_names(tmp_path):
-    for name in ('imagenet', '', 'refcoco', 'ref-davis17', 'a2d-sentences'):
+    for name in ('imagenet', '', 'refcoco', 'ref-davis17', 'a2d-sentences', 'jhmdb-sentences', 'ref-youtube-vos', 'mevis'):
         with pytest.raises(Problem): prepare(name, tmp_path)

@@ -226,6 +226,34 @@ def _findings(score: dict, most: int = 20) -> list[str]:
         if len(found) > most: lines.append(f"{sort}: and {len(found) - most} more (all of them in scores.json)")
     return lines
 
+# %% ../nbs/09b_cli.ipynb #ffbb9f89
+def _frames_score(data, run: Path) -> dict:
+    "The numbers of A2D, JHMDB or RefCOCO for a results.json, or the folder that holds it."
+    from rvos_nb.core import read_json
+    from rvos_nb.protocols import score_frames
+    path = run if run.is_file() else run/'results.json'
+    if not path.exists(): raise Problem(path, 'no such file', 'results of every sample', 'run `rvos predict --data` first')
+    found, keys = read_json(path), {'image_id', 'score', 'segmentation'} | ({'bbox'} if data.layout == 'refcoco' else set())
+    def good(r): return isinstance(r, dict) and keys <= r.keys() and isinstance(r['score'], (int, float)) and isinstance(r['segmentation'], dict) and isinstance(r['segmentation'].get('counts'), str)
+    wrong = next((n for n, r in enumerate(found) if not good(r)), None) if isinstance(found, list) else 0
+    if wrong is not None: raise Problem(f'{path}, entry {wrong}', 'no result', 'a list of objects with ' + ', '.join(sorted(keys)), 'write the file again')
+    try: return score_frames(data, found)
+    except (TypeError, ValueError, KeyError) as e: raise Problem(path, f'masks or boxes that cannot be read ({type(e).__name__}: {e})', 'run lengths with size and counts, boxes of four numbers', 'write the file again') from None
+
+def _maps_score(data, run: Path) -> tuple[dict | None, list[str]]: # scores, and what was missing or unusable
+    "The numbers of Ref-DAVIS17 for merged label maps in a folder or a zip; None where there are none."
+    import tempfile
+    from rvos_nb.core import write_bytes
+    from rvos_nb.data.datasets import frame_size
+    from rvos_nb.protocols import score_maps
+    from rvos_nb.results import open_results
+    where, faults = next((p for p in (run, run/data.split) if (p/'anno_0').is_dir()), run), []
+    with open_results(where) as results, tempfile.TemporaryDirectory() as folder:
+        for file in (f'{a}/{v}/{t:05d}.png' for a in sorted(results.names()) if re.fullmatch(r'anno_\d+', a) for v, x in data.videos.items() for t in range(len(x.frames))):
+            try: results.labels(file, frame_size(data.videos[file.split('/')[1]])); write_bytes(Path(folder)/file, results.read(file))
+            except Problem as e: faults.append(str(e))
+        return score_maps(data, folder), faults
+
 # %% ../nbs/09b_cli.ipynb #846d9b3c
 @app.command()
 def evaluate(
@@ -236,6 +264,8 @@ def evaluate(
     """Score masks against the truth: J, F and J&F.
 
     J is region similarity (intersection over union), F contour accuracy, J&F their mean; all in percent.
+    A2D, JHMDB and RefCOCO: mAP, precision and IoU of RUN/results.json. Ref-DAVIS17: also the merged
+    maps anno_0 to anno_3, in a folder or a zip, as DAVIS scores them.
 
     \b
     rvos evaluate data/refshapes runs/fused --out runs/fused/evaluation
@@ -247,13 +277,25 @@ def evaluate(
         score = evaluate_vos(_here(data), _here(run), _here(out), split)
         for video, why in score['missing'].items(): print(f"  {video}: {why}")
         print(f"{score['protocol']}, {score['objects']} objects\n" + '   '.join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float)) + f"\ntables in {_here(out)}"); return
-    from rvos_nb.evaluate import evaluate as stage, submission
+    from rvos_nb.core import write_json
+    from rvos_nb.data.datasets import open_dataset
+    from rvos_nb.evaluate import NoTruth, evaluate as stage, submission
     from rvos_nb.explore import report
-    from rvos_nb.pipeline import has_masks
     if zip: submission(_here(data), _here(run), _here(zip), split); print(f"submission: {_here(zip)}")
-    if not has_masks(_here(data), split): print(f"not scored: {_here(data)} has no masks for every frame of split {split}"); return
-    rows: list = []
-    score = stage(_here(data), _here(run), _here(out), split, rows.extend)
+    known, rows = open_dataset(_here(data), split), []
+    if known.truth is not None:
+        from rvos_nb.protocols import score_table
+        write_json(_here(out)/'metrics.json', score := _frames_score(known, _here(run)))
+        for unit, why in known.faults.items(): print(f"  left out of the mean: {unit}: {why}")
+        print(f"{score_table(score)}\ntables in {_here(out)}"); return
+    if known.layout == 'ref-davis17':
+        maps, faults = _maps_score(known, _here(run))
+        for line in faults: print(f"  its video counts as empty: {line}")
+        for name, row in (maps or {}).items(): print(f"{name:7}" + '  '.join(f'{m} {x:z.1f}' for m, x in row.items()))
+        if maps: write_json(_here(out)/'metrics.json', maps)
+        if maps and not (_here(run)/'Annotations').is_dir(): print(f"tables in {_here(out)}"); return
+    try: score = stage(_here(data), _here(run), _here(out), split, rows.extend)
+    except NoTruth as e: print(f"not scored: {e}"); return
     report(_here(data), {run.name: _here(run)}, _here(out)/'report.html', split, 20, {run.name: rows})
     for line in _findings(score): print(f"  {line}")
     print('   '.join(f"{k} {score[k]:.1f}" for k in ('J', 'F', 'J&F')) + f"   over {score['expressions']} expressions\ntables and report.html in {_here(out)}")
@@ -448,7 +490,7 @@ def data_check(
 
 @data_app.command('prepare')
 def data_prepare(
-    name: Annotated[str, typer.Argument(metavar='NAME', help="ref-davis17, a2d-sentences or refcoco.")],
+    name: Annotated[str, typer.Argument(metavar='NAME', help="ref-davis17, a2d-sentences, jhmdb-sentences, refcoco or ref-youtube-vos.")],
     root: Annotated[Path, typer.Argument(metavar='ROOT', help="The folder in which its archives were unpacked.")],
 ):
     """Convert a data set as its authors publish it, once.

@@ -33,7 +33,7 @@ def score_expression(
     pool: ThreadPoolExecutor | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, int]]: # J (T,), F (T,), what was missing or unusable, and how often each key of `REMARKS`
     "J and F of every frame; an unusable mask scores 0 and is named."
-    if not results.names(folder): return np.zeros(len(frames)), np.zeros(len(frames)), [f'{results.name(folder)}: no masks of this expression'], {}
+    if not results.names(folder): return np.zeros(len(frames)), np.zeros(len(frames)), [f'{results.name(folder)}: no masks of this expression; ask about the video again'], {}
     def one(pair):
         gt, name = pair
         try: pred, odd = results.mask(f'{folder}/{check_id(name, folder)}.png', gt.shape)
@@ -91,7 +91,7 @@ def strays(
     "Videos, expressions and files that the data set does not list, by the folder that they lie in."
     def line(folder, extra):
         names = sorted(extra, key=natural_key)
-        return str(Problem(results.name(folder), f"{len(names)} names that the data set does not list ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", f'only those of split {data.split!r}', 'not scored; remove them, or name the right split'))
+        return str(Problem(results.name(folder), f"{len(names)} name{'s' * (len(names) > 1)} that the data set does not list ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", f'only those of split {data.split!r}', 'not scored; remove them, or name the right split'))
     asked = {v: {e.id for e in es} | {u.split('/')[1] for u in data.faults if u.startswith(f'{v}/')} for v, es in data.expressions.items()}
     if extra := results.names() - asked.keys() - data.faults.keys(): yield line('', extra)
     for v, ids in asked.items():
@@ -115,12 +115,14 @@ class NoTruth(Problem):
     "The split has no true masks."
 
 def summary(
-    rows: Sequence[dict], # of `score_rows`
+    rows: Sequence[dict],     # of `score_rows`
+    faults: Iterable[str] = (), # what was wrong with the rest of the data set
 ) -> dict:
     "All averages of a split, in percent; `NoTruth` where no expression has truth."
     scored = [r for r in rows if r['J&F'] is not None]
     if not scored:
-        raise NoTruth('evaluate', f'{len(rows)} expressions, none with true masks' + (f" (the first: {rows[0]['unscored']})" if rows else ''), 'a split with object ids and annotations of every frame',
+        reasons = [*dict.fromkeys([*(r['unscored'] for r in rows), *faults])]
+        raise NoTruth('evaluate', f'{len(rows)} expressions, none with true masks' + (f" ({'; '.join(reasons[:3])}{'; …' if len(reasons) > 3 else ''})" if reasons else ''), 'a split with object ids and annotations of every frame',
                       'this split cannot be scored here: look at it with 08_explore, or pack it with submission() for the server')
     by_object = averages(scored, lambda r: (r['video'], r['object'] or f"expression {r['expression']}"))
     total, objects = averages(scored, lambda r: '')[''], averages(by_object.values(), lambda r: '')['']
@@ -168,8 +170,11 @@ def evaluate(
 ) -> dict:                 # J&F, J, F, recalls and decays in percent; 'objects', 'kinds', 'videos', 'by_object'; 'missing', 'odd', 'strays', 'unscored' and 'faults' with reasons
     "Score a run. Missing masks score 0 and are listed; `NoTruth` where the split has no true masks."
     data = open_dataset(resolve(data_dir), split)
-    with open_results(pred_dir) as results: rows, extra = list(score_rows(data, results)), list(strays(data, results))
-    result = _round({'split': split, **summary(rows), 'strays': extra, 'faults': dict(data.faults)})
+    if data.truth is not None: raise Problem(data.root, f'{data.layout}, which asks about single frames', 'whole videos', 'score its results.json with `rvos evaluate`')
+    with open_results(pred_dir) as results:
+        if 'anno_0' in results.names() - data.videos.keys(): raise Problem(results.where, 'label maps of several annotators', 'a mask for each sentence', 'score the run that was merged; the maps are scored by `rvos evaluate`')
+        rows, extra = list(score_rows(data, results)), list(strays(data, results))
+    result = _round({'split': split, **summary(rows, data.faults.values()), 'strays': extra, 'faults': dict(data.faults)})
     if out_dir: write_scores(resolve(out_dir), rows, result)
     keep(rows)
     return result
@@ -263,7 +268,7 @@ def _packed(data: Dataset, results: Results, video: str, maps: bool, pool: Threa
     for pair in members(data, video, maps): folders.setdefault(pair[1].rsplit('/', 1)[0], []).append(pair)
     for folder, pairs in folders.items():
         if results.names(folder): yield from pool.map(one, pairs)
-        else: yield folder, None, f'{results.name(folder)}: none of its {len(pairs)} masks'
+        else: yield folder, None, f'{results.name(folder)}: none of its {len(pairs)} masks; run the video again'
 
 # %% ../nbs/07b_evaluate.ipynb #bbdb4942
 def submission(
@@ -275,6 +280,8 @@ def submission(
     "Pack a complete tree; `Incomplete` with the list of what is missing or unusable, and no zip, otherwise."
     data, run, path = open_dataset(resolve(data_dir), split), resolve(pred_dir), resolve(zip_path)
     merged = next((p for p in (run, run/split) if (p/'anno_0').is_dir()), None) if data.layout == 'ref-davis17' else None
+    if data.truth is not None: raise Problem(data.root, f'{data.layout}, which no server scores', 'Ref-YouTube-VOS, MeViS or Ref-DAVIS17', 'score it here, with `rvos evaluate`')
+    if path.is_dir(): raise Problem(path, 'a folder', 'a file name for the zip', 'add a name, such as submission.zip')
     faults, count = [f'{u}: {why}' for u, why in data.faults.items()], 0
     with open_results(merged or run) as results, whole(path) as tmp, ThreadPoolExecutor(4) as pool:
         with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as box:

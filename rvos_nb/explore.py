@@ -179,12 +179,12 @@ def loss_charts(
         scored = [r for r in every if r['J&F'] is not None]
         values = sorted(t['J&F'] for t in summary(scored)['videos'].values())
         video.step(np.arange(len(values) + 1), [values[0], *values], color=f'C{i}', label=name)
-        groups = np.digitize([r['area'] for r in scored], SIZES)
-        there = np.unique(groups)
-        size.plot(there, [np.mean([r['J&F'] for r, g in zip(scored, groups) if g == k]) for k in there], 'o-', ms=3, color=f'C{i}')
+        seen = [r for r in scored if r['area'] > 0]
+        groups = np.digitize([r['area'] for r in seen], SIZES); there = np.unique(groups)
+        size.plot(there, [np.mean([r['J&F'] for r, g in zip(seen, groups) if g == k]) for k in there], 'o-', ms=3, color=f'C{i}')
         time.plot(np.arange(5, 100, 10), np.mean([r['tenths'] for r in scored], 0), color=f'C{i}')
     video.set(ylabel='J&F, %', xlabel='videos, worst first', title='by video')
-    size.set_xticks(range(len(SIZES) + 1), [f'<{SIZES[0]}', *map(str, SIZES)], fontsize=7); size.set(xlabel='object, % of the frame, from', title='by size')
+    size.set_xticks(range(len(SIZES) + 1), ['0', *map(str, SIZES)], fontsize=7); size.set(xlabel='object, % of the frame, from', title='by size')
     time.set(xlabel='part of the clip, %', title='over time')
     for ax in (video, size, time): ax.set_ylim(0, 102)
     return fig

@@ -76,6 +76,7 @@ def decode(
 ) -> tuple[np.ndarray, str]:             # (H, W) bool, and a key of `REMARKS` or ''
     "A mask out of the bytes of a PNG. Raises `Problem` for anything else, and for another size."
     check_png(data, where, size)
+    if data[24:25] == b'\x10': raise Problem(where, 'a picture of 16 bits', 'a mask of 8-bit grey', 'save it as 8-bit grey, 0 and 255')
     try:
         if data[25:26] not in (b'\x00', b'\x03'): return read_mask(io.BytesIO(data), size), 'a colour picture'
         values = read_labels(io.BytesIO(data), size)

@@ -83,8 +83,8 @@ class Dataset:
     expressions: dict[str, list[Expression]] = field(default_factory=dict) # by video
     faults: dict[str, str] = field(default_factory=dict)                   # 'VIDEO', 'VIDEO/EXP' or 'entry N' -> reason
     layout: str = 'ref-youtube-vos'                                        # one of `LAYOUTS`
-    truth: 'CocoTruth | H5Truth | MatTruth | None' = None                  # reads the masks of single frames
-    union: 'UnionTruth | None' = None                                      # reads the masks of videos that lie in one file
+    truth: object = None                                                   # a CocoTruth, H5Truth or MatTruth, which read the masks of single frames
+    union: object = None                                                   # a UnionTruth, which reads the masks of videos that lie in one file
 
     def __iter__(self) -> Iterator[Expression]: return (e for es in self.expressions.values() for e in es)
     def __len__(self) -> int: return sum(map(len, self.expressions.values()))

@@ -64,7 +64,7 @@ def load_sam(
     name,                  # one of NAMES, or a folder
     device: str = 'cpu',
     online: bool = False,  # allow a look at the Hub, and a download
-) -> 'SamPropagator':
+):                         # a SamPropagator
     "A propagator with published or own weights. Raises `Problem` where they are missing, gated or incomplete."
     import transformers
     about = NAMES.get(str(name))

@@ -168,6 +168,8 @@ BENCHMARKS = {
     'referformer': 'rvos_nb.bench.referformer:figures',
     'propagate': 'rvos_nb.bench.propagate:figures',
     'metrics': 'rvos_nb.bench.metrics:figures',
+    'fuse': 'rvos_nb.bench.fuse:figures',
+    'deform_attn': 'rvos_nb.bench.deform_attn:figures',
 }
 
 def bench(

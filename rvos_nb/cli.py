@@ -62,7 +62,7 @@ RUN = Annotated[Path, typer.Argument(metavar='RUN', help="A results folder: it h
 OUT = Annotated[Path, typer.Option('--out', '-o', help="Where the results go.")]
 SPLIT = Annotated[str, typer.Option(help="Which split of the data set.")]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
-EXECUTOR = Annotated[str, typer.Option(help="local: this process; ray: a Ray cluster.")]
+EXECUTOR = Annotated[str, typer.Option(help="local: this process; processes:4: four of this machine; ray: a Ray cluster.")]
 FORCE = Annotated[bool, typer.Option('--force', help="Replace results that were made with other parameters.")]
 PARAMETERS = Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help="Replace a parameter of the recipe; may be repeated.")]
 
@@ -178,25 +178,55 @@ def propagate(
     print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #4b7c6cce
+def _command(data, parameters: dict) -> str: # of `fuse`: member_dirs, and options by name
+    "`rvos fuse` with these parameters."
+    import shlex
+    words = ['rvos', 'fuse', str(data), *(os.path.relpath(m) for m in parameters['member_dirs'])]
+    for name, value in parameters.items():
+        option = '--' + {'weights': 'weight'}.get(name, name).replace('_', '-')
+        if value is True: words.append(option)
+        elif name != 'member_dirs': words += [x for v in (value if isinstance(value, list) else [value]) for x in (option, f'{v:g}' if isinstance(v, float) else str(v))]
+    return shlex.join(words)
+
+# %% ../nbs/09b_cli.ipynb #327c042d
 @app.command()
 def fuse(
-    data: DATA, runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help="The results folders to fuse, best first.")],
-    out: OUT = Path('runs/fuse'), weight: Annotated[Optional[list[float]], typer.Option(help="One weight for each run, in their order; default: all alike.")] = None,
+    data: DATA, runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help="What to fuse, best first: results folders, trees of masks, submission zips, published .pth files.")],
+    out: OUT = Path('runs/fuse'),
+    rule: Annotated[str, typer.Option(help="The published rule to begin with; round1: a sentence without a partner is the first run's; round2: a majority decides on it.")] = 'round2',
+    weight: Annotated[Optional[list[float]], typer.Option(help="One weight for each run, in their order; default: all alike.")] = None,
     threshold: Annotated[Optional[float], typer.Option(help="Votes a pixel needs; default: half of them.")] = None,
-    mode: Annotated[str, typer.Option(help="vote: masks vote; mean: probabilities are averaged.")] = 'vote',
-    groups: Annotated[str, typer.Option(help="Expressions of one object that share a result: pairs (consecutive), objects (by id), none.")] = 'pairs',
-    leftover: Annotated[str, typer.Option(help="An expression without a partner: majority, or first (the first run alone).")] = 'majority',
-    key_frame_member: Annotated[int, typer.Option(help="The run whose key frames are kept (0: the first).")] = 0,
+    mode: Annotated[Optional[str], typer.Option(help="vote (default): masks vote; mean: probabilities are averaged.")] = None,
+    groups: Annotated[Optional[str], typer.Option(help="Sentences that share a result: pairs (default; two by two), matched (pairs, but with an odd count the likeness of masks says which is alone), objects (by id), none.")] = None,
+    guard: Annotated[Optional[float], typer.Option(help="Pool sentences only where the first run's masks of them overlap so much, 0 to 1; default: always.")] = None,
+    leftover: Annotated[Optional[str], typer.Option(help="A sentence without a partner: majority, first (the first run alone), or how many votes it needs.")] = None,
+    confidence: Annotated[bool, typer.Option('--confidence', help="Opinions weigh as much as their runs were sure (runs with candidates, .pth).")] = False,
+    union: Annotated[Optional[float], typer.Option(help="Vote on objects, not on pixels: the object of most weight, with all that have this share of it; 1: one object only.")] = None,
+    absent: Annotated[Optional[float], typer.Option(help="With --confidence: draw nothing where the mean confidence is below this.")] = None,
+    key_frames: Annotated[Optional[str], typer.Option(help="member (default): those of one run; pooled: where all are surest; nonempty: the same, among frames with a mask.")] = None,
+    key_frame_member: Annotated[Optional[str], typer.Option(help="The run whose key frames are kept, by position from 0 or by name; default: the first.")] = None,
+    search: Annotated[bool, typer.Option('--search', help="Do not fuse: look on a labelled split for weights, threshold and groups that are better than those given.")] = False,
+    folds: Annotated[int, typer.Option(help="With --search: parts of the cross-validation over videos.")] = 5,
     split: SPLIT = 'valid', executor: EXECUTOR = 'local', force: FORCE = False,
 ):
-    """Make one result out of several, pixel by pixel.
+    """Make one result out of several, pixel by pixel or object by object.
+
+    With --search nothing is fused. It prints the rule that was found, its gain on videos that had no part in finding it, what
+    each run is worth and where runs disagree; writes search.json and pictures into OUT; and ends with the command that takes the rule over.
 
     \b
     rvos fuse data/refshapes runs/a-aot runs/b-aot --out runs/fused
+    rvos fuse data/refshapes runs/a-aot runs/b-aot --search --out runs/search
+    rvos fuse data/refshapes runs/a runs/b --confidence --union 1 --out runs/surest
+    rvos fuse data/mevis runs/a runs/b --split valid_u --groups none --union 0.3 --out runs/fused
     """
     from rvos_nb.fuse import fuse as stage
-    _end(stage(_here(data), [_here(r) for r in runs], _here(out), split=split, weights=weight or None, threshold=threshold, mode=mode,
-               groups=groups, leftover=leftover, key_frame_member=key_frame_member, executor=executor, force=force))
+    asked = dict(weights=weight, threshold=threshold, mode=mode, groups=groups, guard=guard, leftover=leftover, union=union, absent=absent, key_frames=key_frames, key_frame_member=key_frame_member)
+    asked = dict(confidence=confidence) | {k: v for k, v in asked.items() if v is not None and v != []}
+    if not search: return _end(stage(_here(data), [_here(r) for r in runs], _here(out), split, rule, executor, force, **asked))
+    from rvos_nb.search import study
+    best, tables = study(_here(data), [_here(r) for r in runs], _here(out), split, rule, folds, **asked)
+    print(f"{tables}\nsearch.json and pictures in {_here(out)}\nto fuse by the chosen setting: {_command(data, best)}")
 
 # %% ../nbs/09b_cli.ipynb #725426bb
 def _typed(pairs, paths) -> dict: # NAME=VALUE texts; names of parameters that are paths
@@ -215,50 +245,10 @@ def _recipe(name: str):
     "The name of a recipe that ships, or a YAML file's absolute path."
     return str(_here(name)) if name.endswith(('.yaml', '.yml')) else name
 
-# %% ../nbs/09b_cli.ipynb #a3efc990
-def _findings(score: dict, most: int = 20) -> list[str]:
-    "What was wrong with data and results, at most `most` lines of each sort."
-    sorts = {'missing, counted as 0': score['missing'], 'odd, scored': score['odd'], 'not asked for, ignored': dict.fromkeys(score['strays'], ''),
-             'left out of the mean': score['unscored'] | score['faults']}
-    lines = []
-    for sort, found in sorts.items():
-        lines += [f"{sort}: {unit}{': ' if why else ''}{why}" for unit, why in list(found.items())[:most]]
-        if len(found) > most: lines.append(f"{sort}: and {len(found) - most} more (all of them in scores.json)")
-    return lines
-
 # %% ../nbs/09b_cli.ipynb #ffbb9f89
-def _frames_score(data, run: Path) -> dict:
-    "The numbers of A2D, JHMDB or RefCOCO for a results.json, or the folder that holds it."
-    from rvos_nb.core import read_json
-    from rvos_nb.protocols import score_frames
-    path = run if run.is_file() else run/'results.json'
-    if not path.exists(): raise Problem(path, 'no such file', 'results of every sample', 'run `rvos predict --data` first')
-    found, keys = read_json(path), {'image_id', 'score', 'segmentation'} | ({'bbox'} if data.layout == 'refcoco' else set())
-    def good(r): return isinstance(r, dict) and keys <= r.keys() and isinstance(r['score'], (int, float)) and isinstance(r['segmentation'], dict) and isinstance(r['segmentation'].get('counts'), str)
-    wrong = next((n for n, r in enumerate(found) if not good(r)), None) if isinstance(found, list) else 0
-    if wrong is not None: raise Problem(f'{path}, entry {wrong}', 'no result', 'a list of objects with ' + ', '.join(sorted(keys)), 'write the file again')
-    try: return score_frames(data, found)
-    except (TypeError, ValueError, KeyError) as e: raise Problem(path, f'masks or boxes that cannot be read ({type(e).__name__}: {e})', 'run lengths with size and counts, boxes of four numbers', 'write the file again') from None
-
-def _maps_score(data, run: Path) -> tuple[dict | None, list[str]]: # scores, and what was missing or unusable
-    "The numbers of Ref-DAVIS17 for merged label maps in a folder or a zip; None where there are none."
-    import tempfile
-    from rvos_nb.core import write_bytes
-    from rvos_nb.data.datasets import frame_size
-    from rvos_nb.protocols import score_maps
-    from rvos_nb.results import open_results
-    where, faults = next((p for p in (run, run/data.split) if (p/'anno_0').is_dir()), run), []
-    with open_results(where) as results, tempfile.TemporaryDirectory() as folder:
-        for file in (f'{a}/{v}/{t:05d}.png' for a in sorted(results.names()) if re.fullmatch(r'anno_\d+', a) for v, x in data.videos.items() for t in range(len(x.frames))):
-            try: results.labels(file, frame_size(data.videos[file.split('/')[1]])); write_bytes(Path(folder)/file, results.read(file))
-            except Problem as e: faults.append(str(e))
-        return score_maps(data, folder), faults
-
-# %% ../nbs/09b_cli.ipynb #846d9b3c
 @app.command()
 def evaluate(
-    data: DATA, run: RUN, out: OUT = Path('runs/evaluate'), split: SPLIT = 'valid',
-    zip: Annotated[Optional[Path], typer.Option(help="Also pack the masks for a benchmark server; needs no ground truth.")] = None,
+    data: DATA, run: RUN, out: OUT = Path('runs/evaluate'), split: Annotated[str, typer.Option(help="Which split of the data set; default: the one that is usually scored.")] = '',
     vos: Annotated[bool, typer.Option('--vos', help="Objects given by masks instead of sentences: DATA in the layout of DAVIS-2017 or YouTube-VOS, palette PNGs VIDEO/FRAME.png in RUN.")] = False,
 ):
     """Score masks against the truth: J, F and J&F.
@@ -269,35 +259,32 @@ def evaluate(
 
     \b
     rvos evaluate data/refshapes runs/fused --out runs/fused/evaluation
-    rvos evaluate data/ref-youtube-vos runs/fused --zip submission.zip
+    rvos evaluate data/ref-youtube-vos submission.zip
     rvos evaluate --vos data/DAVIS runs/davis
     """
     if vos:
         from rvos_nb.evaluate import evaluate_vos
-        score = evaluate_vos(_here(data), _here(run), _here(out), split)
+        score = evaluate_vos(_here(data), _here(run), _here(out), split or 'valid')
         for video, why in score['missing'].items(): print(f"  {video}: {why}")
         print(f"{score['protocol']}, {score['objects']} objects\n" + '   '.join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float)) + f"\ntables in {_here(out)}"); return
     from rvos_nb.core import write_json
     from rvos_nb.data.datasets import open_dataset
-    from rvos_nb.evaluate import NoTruth, evaluate as stage, submission
-    from rvos_nb.explore import report
-    if zip: submission(_here(data), _here(run), _here(zip), split); print(f"submission: {_here(zip)}")
+    from rvos_nb.evaluate import NoTruth, evaluate as stage, findings, write_samples
+    from rvos_nb.explore import report, samples_report
+    from rvos_nb.protocols import maps_table, score_file, score_maps, score_table
     known, rows = open_dataset(_here(data), split), []
     if known.truth is not None:
-        from rvos_nb.protocols import score_table
-        write_json(_here(out)/'metrics.json', score := _frames_score(known, _here(run)))
-        for unit, why in known.faults.items(): print(f"  left out of the mean: {unit}: {why}")
-        print(f"{score_table(score)}\ntables in {_here(out)}"); return
+        write_json(_here(out)/'metrics.json', score := score_file(known, _here(run), rows.extend)); write_samples(_here(out), rows)
+        samples_report(known, score, rows, _here(out)/'report.html')
+        print(f"{score_table(score)}\ntables and report.html in {_here(out)}"); return
     if known.layout == 'ref-davis17':
-        maps, faults = _maps_score(known, _here(run))
-        for line in faults: print(f"  its video counts as empty: {line}")
-        for name, row in (maps or {}).items(): print(f"{name:7}" + '  '.join(f'{m} {x:z.1f}' for m, x in row.items()))
-        if maps: write_json(_here(out)/'metrics.json', maps)
+        maps, notes = score_maps(known, _here(run))
+        if maps: write_json(_here(out)/'metrics.json', maps | dict(notes=notes)); print(maps_table(maps, notes))
         if maps and not (_here(run)/'Annotations').is_dir(): print(f"tables in {_here(out)}"); return
-    try: score = stage(_here(data), _here(run), _here(out), split, rows.extend)
+    try: score = stage(_here(data), _here(run), _here(out), known.split, rows.extend)
     except NoTruth as e: print(f"not scored: {e}"); return
-    report(_here(data), {run.name: _here(run)}, _here(out)/'report.html', split, 20, {run.name: rows})
-    for line in _findings(score): print(f"  {line}")
+    report(_here(data), {_here(run).name: _here(run)}, _here(out)/'report.html', known.split, 20, {_here(run).name: rows})
+    for line in findings(score): print(f"  {line}")
     print('   '.join(f"{k} {score[k]:.1f}" for k in ('J', 'F', 'J&F')) + f"   over {score['expressions']} expressions\ntables and report.html in {_here(out)}")
 
 # %% ../nbs/09b_cli.ipynb #11d5adf5
@@ -411,6 +398,12 @@ def _attention(device: str) -> str:
     on = [n for n, f in (('flash', b.flash_sdp_enabled), ('memory-efficient', b.mem_efficient_sdp_enabled), ('math', b.math_sdp_enabled)) if f()]
     return f"scaled_dot_product_attention: {', '.join(on)} enabled; PyTorch takes the first that fits (flash needs half precision)"
 
+def _deformable(device: str) -> str:
+    "Which implementation of deformable attention a device gets, and why."
+    from rvos_nb.ops.deform_attn import implementation
+    try: return ': '.join(implementation(device))
+    except Problem as e: return str(e)
+
 # %% ../nbs/09b_cli.ipynb #f3aa1a69
 @app.command()
 def doctor():
@@ -420,18 +413,17 @@ def doctor():
     """
     import platform, shutil, torch
     from rvos_nb import __version__
-    from rvos_nb.ops.deform_attn import implementation
     cuda = torch.cuda.is_available()
-    device, (way, why) = 'cuda' if cuda else 'cpu', implementation('cuda' if cuda else 'cpu')
+    device = 'cuda' if cuda else 'cpu'
     rows = [('python', f"{platform.python_version()} on {platform.system()} {platform.machine()}"), ('rvos_nb', __version__), *((n, _found(n)) for n in ('torch', 'torchvision', 'transformers', 'av', 'papermill')),
             ('device', ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else 'cpu: torch sees no CUDA device'),
             ('threads', f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})"),
-            ('deformable attention', f"{way}: {why}"), ('attention', _attention(device)),
+            *((f'deformable attention, {d}', _deformable(d)) for d in ('cpu', 'cuda')), ('attention', _attention(device)),
             ('video files', f"PyAV {_found('av')}" + ('' if shutil.which('ffmpeg') else ' (its own FFmpeg libraries; no ffmpeg program is needed)')),
             ('cluster', f"Ray {_found('ray')}" + ('' if _found('ray') != 'not installed' else ": executor 'local' only; `pip install 'rvos_nb[cluster]'` adds it")),
             ('checkpoints', ', '.join(p.parent.name for p in sorted(shipped('checkpoints').glob('*/config.json'))) or f"none in {shipped('checkpoints')}"),
             ('hub', 'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'asked only where a command is told to')]
-    for name, value in rows: print(f"{name:22}{value}")
+    for name, value in rows: print(f"{name:28}{value}")
 
 # %% ../nbs/09b_cli.ipynb #f9cc78db
 @app.command()
@@ -448,21 +440,30 @@ def models(family: Annotated[str, typer.Argument(metavar='[FAMILY]', help="Only 
 # %% ../nbs/09b_cli.ipynb #4b52b8ca
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(metavar='FILE', help="A published checkpoint: .pth, as its authors give it.")],
-    out: Annotated[Path, typer.Argument(metavar='OUT', help="The folder to make; then: --model OUT.")],
+    file: Annotated[Path, typer.Argument(metavar='FILE', help="A published checkpoint: .pth, as its authors give it; with --predictions: logits or probabilities, or the folder of their shards.")],
+    out: Annotated[Path, typer.Argument(metavar='OUT', help="The folder to make; then: --model OUT. With --predictions: a results folder.")],
     model: Annotated[str, typer.Option(help="Its name in `rvos models`; read from the file if left out.")] = '',
     tokenizer: Annotated[Optional[Path], typer.Option(help="A folder with its tokenizer, copied in; default: the name roberta-base is kept.")] = None,
-    force: Annotated[bool, typer.Option('--force', help="Replace a checkpoint that lies there.")] = False,
+    force: Annotated[bool, typer.Option('--force', help="Replace what lies there.")] = False,
+    predictions: Annotated[bool, typer.Option('--predictions', help="FILE holds predictions: masks, scores and key frames of a whole split.")] = False,
+    kind: Annotated[str, typer.Option(help="With --predictions: logit or probability; default: told by the values.")] = '',
+    data: Annotated[Optional[Path], typer.Option(help="With --predictions: the data set, which knows the names of the frames; default: they are numbered.")] = None,
+    split: Annotated[str, typer.Option(help="With --data: which split.")] = 'valid',
 ):
     """Turn a published checkpoint into a folder that loads here.
 
     The architecture is read from the tensors, every tensor must fit, and no code from the file is run. Prints what was
-    made and what was left out.
+    made and what was left out. Predictions become a results folder, video by video; interrupted, the same command goes on.
 
     \b
     rvos convert ytvos_video_swin_base.pth models/video-swin-b
     rvos convert R50_DeAOTL_PRE_YTB_DAV.pth models/r50-deaotl
+    rvos convert --predictions vit_huge.pth runs/vit-huge --kind probability --data data/ref-youtube-vos
     """
+    if not predictions and (kind or data): raise Problem('rvos convert', '--kind or --data', 'these with --predictions only', 'add --predictions, or leave them out')
+    if predictions:
+        from rvos_nb.members import convert_predictions
+        return _end(convert_predictions(_here(file), _here(out), kind, _here(data) if data else '', split, force=force))
     from rvos_nb.models.convert import convert as stage
     print(stage(_here(file), _here(out), model, str(_here(tokenizer)) if tokenizer else '', force))
 
@@ -520,7 +521,7 @@ def verify(paths: Annotated[list[Path], typer.Argument(metavar='PATH...', help="
     raise typer.Exit(check([_here(p) for p in paths]))
 
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo, scores, referformer or propagate.")]):
+def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo, scores, referformer, propagate, metrics, fuse or deform_attn.")]):
     """Measure time and memory against goals.
 
     Prints a line for each figure, and ends with exit code 1 where a goal is missed.

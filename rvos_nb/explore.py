@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORANGE', 'WHITE', 'DARK', 'SIZES', 'STYLE', 'panel', 'label', 'comparison', 'spread', 'overlays', 'sheet', 'charts',
-           'loss_charts', 'report']
+           'by_size', 'loss_charts', 'report', 'sample_sheet', 'sample_charts', 'samples_report']
 
 # %% ../nbs/08_explore.ipynb #f0904a2d
 import base64, html, io, textwrap
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .core import Problem, natural_key, progress, resolve, write_bytes
 from .data.datasets import Dataset, frame_size, open_dataset
+from .data.masks import rle_decode
 from .data.video import Expression, Video, read_video, write_video
 from .evaluate import MEASURES, score_rows, summary, true_masks
 from .results import Results, open_results
@@ -169,6 +170,13 @@ def charts(
 # %% ../nbs/08_explore.ipynb #b3ff158c
 SIZES = (.25, .5, 1, 2, 4, 8, 16, 32)  # bounds between groups of objects, % of the frame
 
+def by_size(ax, rows: Sequence[dict], measure: str, color: str = 'C0'):
+    "Draw the mean of a measure over the size of the object; what is not in the picture has none."
+    seen = [r for r in rows if r['area'] > 0]
+    groups = np.digitize([r['area'] for r in seen], SIZES); there = np.unique(groups)
+    ax.plot(there, [np.mean([r[measure] for r, g in zip(seen, groups) if g == k]) for k in there], 'o-', ms=3, color=color)
+    ax.set_xticks(range(len(SIZES) + 1), ['0', *map(str, SIZES)], fontsize=7); ax.set(xlabel='object, % of the frame, from', ylim=(0, 102), title='by size')
+
 def loss_charts(
     rows: Mapping[str, list[dict]], # run name -> scored rows of `evaluate.score_rows`
 ):                                  # a matplotlib figure
@@ -179,14 +187,11 @@ def loss_charts(
         scored = [r for r in every if r['J&F'] is not None]
         values = sorted(t['J&F'] for t in summary(scored)['videos'].values())
         video.step(np.arange(len(values) + 1), [values[0], *values], color=f'C{i}', label=name)
-        seen = [r for r in scored if r['area'] > 0]
-        groups = np.digitize([r['area'] for r in seen], SIZES); there = np.unique(groups)
-        size.plot(there, [np.mean([r['J&F'] for r, g in zip(seen, groups) if g == k]) for k in there], 'o-', ms=3, color=f'C{i}')
+        by_size(size, scored, 'J&F', f'C{i}')
         time.plot(np.arange(5, 100, 10), np.mean([r['tenths'] for r in scored], 0), color=f'C{i}')
     video.set(ylabel='J&F, %', xlabel='videos, worst first', title='by video')
-    size.set_xticks(range(len(SIZES) + 1), ['0', *map(str, SIZES)], fontsize=7); size.set(xlabel='object, % of the frame, from', title='by size')
     time.set(xlabel='part of the clip, %', title='over time')
-    for ax in (video, size, time): ax.set_ylim(0, 102)
+    for ax in (video, time): ax.set_ylim(0, 102)
     return fig
 
 # %% ../nbs/08_explore.ipynb #78141f22
@@ -248,6 +253,12 @@ def _gallery(data: Dataset, trees: Mapping[str, Results], picked: Sequence[dict]
         out.append(f'<figure><figcaption>{caption}</figcaption>{picture}</figure>')
     return ''.join(out)
 
+# %% ../nbs/08_explore.ipynb #43342ca1
+def _page(data: Dataset, body: str) -> bytes:
+    "An HTML file."
+    count = f"{len(data.videos)} videos, {sum(map(len, data.expressions.values()))} expressions of split “{html.escape(data.split)}”"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>rvos_nb report</title><style>{STYLE}</style><h1>Referring video object segmentation</h1><p>{count}.</p>{body}</html>\n'.encode()
+
 # %% ../nbs/08_explore.ipynb #032eadb5
 def report(
     data_dir,              # a data set in the Ref-YouTube-VOS layout
@@ -269,7 +280,43 @@ def report(
         body = _scores(rows) + f'<h2>Worst of {html.escape([*rows][-1])}</h2><p>Orange outline: the run; white outline: the truth.</p>' + gallery(last[:examples])
         body += '<h2>Best</h2>' + gallery(last[-1:-min(examples, 4) - 1:-1])
     else: body = '<p>This split has no true masks, so nothing could be scored here.</p><h2>Examples</h2>' + gallery(spread(next(iter(rows.values())), 2 * examples))
-    count = f"{len(data.videos)} videos, {sum(map(len, data.expressions.values()))} expressions of split “{html.escape(split)}”"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>rvos_nb report</title><style>{STYLE}</style><h1>Referring video object segmentation</h1><p>{count}.</p>{body}</html>\n'
-    write_bytes(out, page.encode())
+    write_bytes(out, _page(data, body))
+    return out
+
+# %% ../nbs/08_explore.ipynb #5257b928
+def sample_sheet(data: Dataset, row: dict, height: int = 144) -> np.ndarray:
+    "(h, w, 3) uint8: the truth and the answer of one row of `score_frames`. Raises `Problem` for a frame that cannot be read."
+    e = next(e for e in data.expressions[row['video']] if e.id == row['expression'])
+    video = data.videos[e.video]; frame = next(read_video(video, names=[video.frames[e.frame]]))
+    truth, size = data.masks(e)[0], _panel_size(video, height)
+    answer = None if row['answer'] is None else rle_decode(row['answer'])
+    return np.hstack([panel(frame, truth, None, size), panel(frame, answer, truth, size)])
+
+# %% ../nbs/08_explore.ipynb #23b56b76
+def sample_charts(rows: Sequence[dict]):
+    "A matplotlib figure: every sample sorted by IoU, and IoU by size of the object."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(9, 2.7), layout='constrained'); curve, size = fig.subplots(1, 2)
+    curve.plot(np.linspace(0, 100, len(rows)), sorted((r['IoU'] for r in rows), reverse=True))
+    curve.set(xlabel='share of the samples, %', ylabel='IoU, %', ylim=(0, 102), title='every sample, best first'); by_size(size, rows, 'IoU')
+    return fig
+
+def samples_report(
+    data: Dataset,         # of a layout with annotated frames
+    scores: dict,          # of `protocols.score_frames`
+    rows: Sequence[dict],  # that it kept
+    out_html,              # where the report shall appear
+    examples: int = 20,    # worst samples shown
+) -> Path:                 # the report
+    "Write one self-contained HTML file."
+    numbers = lambda found: [[kind, *('' if x is None else x for x in row.values())] for kind, row in found.items()]
+    ap, kinds = scores['AP'], [k for k in ('box', 'mask') if k in scores]
+    body = f"<h2>Scores</h2><p>Percent over {scores['samples']} samples; one without an answer counts as 0.</p>" + _table(['AP', *ap['all']], numbers(ap))
+    body += ''.join(_table([k, *scores[k]], numbers({k: scores[k]})) for k in kinds) + f'<img alt="charts" src="data:image/png;base64,{base64.b64encode(_png(sample_charts(rows))).decode()}">'
+    body += '<h2>Worst</h2><p>Left the truth, right the answer; orange outline: the answer; white outline: the truth.</p>'
+    for r in sorted(rows, key=lambda r: r['IoU'])[:examples]:
+        try: picture = _img(sample_sheet(data, r), r['text'])
+        except Problem as p: picture = f'<p>{html.escape(str(p))}</p>'
+        body += f"<figure><figcaption><b>“{html.escape(r['text'])}”</b> <small>{html.escape(r['video'])}/{html.escape(r['expression'])} · IoU {r['IoU']:.0f}</small></figcaption>{picture}</figure>"
+    out = resolve(out_html); write_bytes(out, _page(data, body))
     return out

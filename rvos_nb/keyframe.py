@@ -6,12 +6,12 @@
 __all__ = ['key_frame', 'key_frame_nonempty', 'as_json', 'from_json', 'read_scores', 'choose_one', 'choose']
 
 # %% ../nbs/05b_keyframe.ipynb #2074b1ee
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, natural_key, resolve, write_json
+from .core import Problem, Report, check_id, natural_key, resolve, write_made
 from .data.masks import read_mask
 from .predict import load_candidates
 
@@ -28,11 +28,11 @@ def key_frame(
 # %% ../nbs/05b_keyframe.ipynb #14606ce1
 def key_frame_nonempty(
     scores, # (T,) the model's confidence, one value a frame
-    drawn,  # (T,) bool, whether the frame's mask has a pixel
+    drawn: Callable[[int], bool], # whether the mask of a frame has a pixel; asked about one frame after the other, the best first
 ) -> int:   # a position in the video's list of frames
     "The best-scored frame among those with a mask; the best-scored of all where no mask has a pixel."
-    s, drawn = np.asarray(scores, np.float64), np.asarray(drawn, bool)
-    return key_frame(np.where(drawn, s, np.nan) if (drawn & ~np.isnan(s)).any() else s)
+    s, best = np.asarray(scores, np.float64).ravel(), key_frame(scores)
+    return next((int(t) for t in np.argsort(-s, kind='stable') if not np.isnan(s[t]) and drawn(int(t))), best)
 
 # %% ../nbs/05b_keyframe.ipynb #3f171335
 def as_json(
@@ -68,7 +68,7 @@ def choose_one(
     "The key frame of one expression under a policy."
     scores, frames = read_scores(run/'candidates'/video/f'{expression}.safetensors')
     if policy == 'score': return key_frame(scores)
-    return key_frame_nonempty(scores, [read_mask(run/'Annotations'/video/expression/f'{check_id(f, run)}.png').any() for f in frames])
+    return key_frame_nonempty(scores, lambda t: read_mask(run/'Annotations'/video/expression/f'{check_id(frames[t], run)}.png').any())
 
 # %% ../nbs/05b_keyframe.ipynb #869ad797
 def choose(
@@ -87,6 +87,6 @@ def choose(
         try: chosen.setdefault(video, {})[expression] = choose_one(run, video, expression, policy)
         except Problem as e: failed[f'{video}/{expression}'] = str(e)
     answer = as_json({v: es for v, es in chosen.items() if es})
-    write_json(run/'key_frame.json', answer)
+    write_made(run/'key_frame.json', answer, 'keyframe', dict(policy=policy), {'.': run})
     Report('keyframe', run, [f'{v}/{e}' for v, es in chosen.items() for e in es], failed=failed).check()
     return answer

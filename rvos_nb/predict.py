@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'bytes_of', 'check_numbers', 'clips', 'ahead', 'opened', 'answers', 'joined', 'segment', 'referring',
-           'full_masks', 'save_candidates', 'load_candidates', 'write_masks', 'readable', 'predict', 'predict_clip',
-           'unknown_words']
+           'full_size', 'full_masks', 'save_candidates', 'load_candidates', 'write_masks', 'readable', 'predict',
+           'predict_clip', 'unknown_words']
 
 # %% ../nbs/05a_predict.ipynb #34455b51
 import json, re
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, device_name, locked, run_stage, whole, whole_folder
+from .core import Problem, Report, check_id, device_name, locked, made_from, run_stage, whole, whole_folder
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_mask, overlay
 from .data.video import Video, frame_rate, read_video, write_video
@@ -124,6 +124,16 @@ def referring(
     return model.optimise(**speed)
 
 # %% ../nbs/05a_predict.ipynb #79bbd03c
+def full_size(
+    values: np.ndarray,    # (T, h, w) float32
+    size: tuple[int, int], # (H, W) of the frames
+    kind: str = 'logit',   # enlarged bilinearly; or 'probability': by the nearest pixel
+) -> np.ndarray:           # (T, H, W) float32
+    "Logits or probabilities at the frames' own size, as the published models enlarge them."
+    import torch
+    how = dict(mode='bilinear', align_corners=False) if kind == 'logit' else dict(mode='nearest')
+    return torch.nn.functional.interpolate(torch.as_tensor(values, dtype=torch.float32)[None], size=tuple(size), **how)[0].numpy()
+
 def full_masks(
     logits: np.ndarray,    # (T, h, w) float32
     size: tuple[int, int], # (H, W) of the frames
@@ -132,21 +142,22 @@ def full_masks(
 ) -> np.ndarray:           # (T, H, W) bool
     "Masks at the frames' own size."
     import torch
-    x = torch.nn.functional.interpolate(torch.as_tensor(logits, dtype=torch.float32)[None], size=tuple(size), mode='bilinear', align_corners=False)[0]
+    x = torch.from_numpy(full_size(logits, size, kind))
     return ((x.sigmoid() if kind == 'logit' else x) > threshold).numpy()
 
 # %% ../nbs/05a_predict.ipynb #ef077974
 def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndarray, info: dict):
-    "Write logits (T,h,w), scores (T,), boxes (T,4) and `info` (kind, size, model, frames); whole or not at all."
+    "Write logits (T,h,w) float32, or uint8 levels of probability, scores (T,), boxes (T,4) and `info` (kind, size, model, frames); whole or not at all."
     from safetensors.numpy import save
-    f = lambda a: np.ascontiguousarray(a, dtype=np.float32)
+    f = lambda a: np.ascontiguousarray(a, dtype=np.uint8 if getattr(a, 'dtype', None) == np.uint8 else np.float32)
     with whole(path) as tmp: tmp.write_bytes(save(dict(logits=f(logits), scores=f(scores), boxes=f(boxes)), metadata={'rvos': json.dumps(info)}))
 
-def load_candidates(path, names=('logits', 'scores', 'boxes')) -> tuple[dict, dict]:
-    "Read the arrays called `names`, and info. Raises `Problem` where the file is missing or not a candidate file."
+def load_candidates(path, names=('logits', 'scores', 'boxes'), levels: bool = False) -> tuple[dict, dict]:
+    "Read the arrays called `names`, and info; levels as probabilities unless asked for. Raises `Problem` where the file is missing or not a candidate file."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(str(path), 'numpy') as f: return {k: f.get_tensor(k) for k in names}, json.loads(f.metadata()['rvos'])
+        with safe_open(str(path), 'numpy') as f: arrays, info = {k: f.get_tensor(k) for k in names}, json.loads(f.metadata()['rvos'])
+        return {k: (a + np.float32(.5)) / np.float32(256) if a.dtype == np.uint8 and not levels else a for k, a in arrays.items()}, info
     except FileNotFoundError: raise Problem(path, 'no such file', 'the candidates of an expression', 'run the predict stage for it') from None
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise Problem(path, f'a file that cannot be read ({e})', 'candidates written by the predict stage', 'remove it and run the predict stage again') from None
@@ -229,7 +240,7 @@ def predict(
     out, clip = Path(out_dir), dict(short_side=short_side, clip_length=clip_length, memory=memory)
     return run_stage('predict', out, dict(split=data.split, model=name, threshold=threshold) | clip | PLAIN | speed, list(data.videos),
                      partial(_predict_video, model=model, data=data, out=out, name=name, threshold=threshold, short_side=short_side), partial(_stands, data=data, out=out),
-                     prepare=partial(_open_video, model=model, data=data, **clip), faults=data.faults, executor=executor, force=force, device=device)
+                     prepare=partial(_open_video, model=model, data=data, **clip), faults=data.faults, executor=executor, force=force, device=device, inputs=made_from(out, model=name))
 
 # %% ../nbs/05a_predict.ipynb #3421dea5
 def predict_clip(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import Problem, Report, SomeFailed, check_id, device_name, locked, read_json, run_stage, whole_folder
+from .core import Problem, Report, SomeFailed, check_id, device_name, locked, made_from, read_json, run_stage, whole_folder
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
@@ -235,7 +235,7 @@ def propagate(
     units = [f'{v}/{e.id}' for v in data.videos for e in data.expressions[v]]
     return run_stage('propagate', out_dir, params, units, partial(_propagate_units, propagator=propagator, keys=keys, pred=pred, how=how, empty=empty, **shared),
         partial(_stands, **shared), faults=data.faults, executor=executor, force=force, device=device,
-        groups=partial(companies, most=together if propagator.fork() is not None else 1))
+        groups=partial(companies, most=together if propagator.fork() is not None else 1), inputs=made_from(out_dir, pred, pred/'key_frame.json', model=title))
 
 # %% ../nbs/05g_propagate.ipynb #2b5b8e68
 def read_given(

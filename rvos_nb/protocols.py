@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BACKGROUND', 'PROTOCOLS', 'USUAL', 'merge_labels', 'annotators', 'by_annotator', 'plane_reader', 'merge',
-           'score_maps', 'window', 'Answers', 'ask', 'query_masks', 'query_boxes', 'sample_results', 'views',
-           'score_frames', 'score_table', 'predict_frames', 'Protocol', 'protocol_of', 'run']
+           'score_maps', 'maps_table', 'window', 'Answers', 'ask', 'query_masks', 'query_boxes', 'sample_results',
+           'views', 'usable_results', 'score_frames', 'score_table', 'score_file', 'predict_frames', 'Protocol',
+           'protocol_of', 'run']
 
 # %% ../nbs/05a2_protocols.ipynb #8ec0e7bc
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, device_name, read_json, run_stage, whole_folder, write_json
+from .core import Problem, Report, check_id, device_name, natural_key, read_json, run_stage, whole_folder, write_json
 from .data.datasets import Dataset, open_dataset
-from .data.masks import encode_labels, read_labels, read_mask, rle_encode
+from .data.masks import encode_labels, read_mask, rle_encode
 from .data.video import Expression, read_video
-from .metrics import average_precision, chosen, davis_mean, frame_scores, label_scores, overlaps, precision_of_first
+from .evaluate import listed
+from .metrics import PRECISION_AT, average_precision, chosen, davis_mean, frame_scores, label_scores, overlaps, precision_of_first
 from .predict import PLAIN, ahead, check_numbers, predict, readable, referring
+from .results import check_code, label_maps, maps_folder, open_results, strays_in
 
 # %% ../nbs/05a2_protocols.ipynb #ebe17d8e
 BACKGROUND = 0.1 # what the background claims everywhere
@@ -114,23 +118,38 @@ def merge(
                      partial(_merge_video, run=Path(run), threshold=threshold, **shared), partial(_merged, **shared), executor=executor, force=force)
 
 # %% ../nbs/05a2_protocols.ipynb #4fd96642
+def _scored(truth: np.ndarray, maps: np.ndarray, where: str) -> tuple[list, list[str]]:
+    "`label_scores`, and a line where it refuses the maps."
+    try: return label_scores(truth, maps), []
+    except Problem as e: return label_scores(truth, np.zeros_like(maps)), [str(Problem(where, e.found, e.expected, e.remedy))]
+
 def score_maps(
     data: Dataset,
-    out,            # of `merge`
-) -> dict | None:   # {'anno_0': {'J&F': …}, …, 'mean': …} in percent; None where there is no annotation
-    "Seven numbers for each annotator and their mean; a map that is missing or unusable makes its video an empty result."
-    out, found = Path(out), {}
-    for folder in sorted(out.glob('anno_*')):
-        objects = []
-        for v, video in data.videos.items():
-            truth = data.labels(v)
-            if truth is None: return None
-            try: maps = np.stack([read_labels(folder/v/f'{t:05d}.png', truth.shape[1:]) for t in range(len(truth))])
-            except Problem: maps = np.zeros_like(truth)
-            objects += label_scores(truth, maps)
-        found[folder.name] = {k: 100 * x for k, x in davis_mean(objects).items()}
+    out,                # of `merge`, a run that holds it, or a zip
+) -> tuple[dict, dict[str, list[str]]]: # {'anno_0': {'J&F': …}, …, 'mean': …} in percent, empty without maps or annotation; findings of each sort
+    "Seven numbers for each annotator and their mean, and a line for all that was not as it should be."
+    empty, ignored, out_of_mean = [], [], []
+    with open_results(maps_folder(Path(out), data.split)) as results:
+        objects: dict[str, list] = {n: [] for n in sorted(results.names(), key=natural_key) if re.fullmatch(r'anno_\d+', n)}
+        for n in objects: ignored += strays_in(results, n, data.videos)
+        for v in data.videos if objects else ():
+            try: truth = data.labels(v)
+            except Problem as e: out_of_mean.append(f'{v}: {e}'); continue
+            if truth is None: return {}, {}
+            if not (truth[0] % 255).any(): out_of_mean.append(f'{v}: no object in the first annotation'); continue
+            for n, scored in objects.items():
+                names = [f'{t:05d}' for t in range(len(truth))]
+                maps, bad = label_maps(results, f'{n}/{v}', names, truth.shape[1:])
+                pairs, refused = _scored(truth, maps, results.name(f'{n}/{v}'))
+                scored += pairs; empty += bad + refused
+                ignored += strays_in(results, f'{n}/{v}', [f'{name}.png' for name in names])
+    found = {n: {k: 100 * x for k, x in davis_mean(scored).items()} for n, scored in objects.items() if scored}
     if found: found['mean'] = {k: float(np.mean([f[k] for f in found.values()])) for k in next(iter(found.values()))}
-    return found or None
+    return found, {'counted as empty': empty, 'not asked for, ignored': ignored, 'left out of the mean': out_of_mean}
+
+def maps_table(scores: dict, notes: dict[str, list[str]]) -> str:
+    "`score_maps` for a reader."
+    return '\n'.join([f"{k:7}" + '  '.join(f'{m} {x:z.1f}' for m, x in row.items()) for k, row in scores.items()] + [f'  {line}' for line in listed(notes)])
 
 # %% ../nbs/05a2_protocols.ipynb #a3b281cf
 def window(
@@ -244,31 +263,78 @@ def _predict_frames(unit: str, windows, model, data: Dataset, out: Path, short_s
     return partial(_write_frames, unit, data, out, asked, threshold)
 
 # %% ../nbs/05a2_protocols.ipynb #e5e6f1c9
+def _numbers(*values) -> bool: return all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18 for x in values)
+
+def usable_results(
+    results: Sequence,               # whatever stood in a results.json
+    sizes: dict,                     # image_id -> (H, W)
+    boxes: bool,                     # whether a result needs its box
+    where='results',                 # for the messages
+) -> tuple[list[dict], list[str], list]: # the good ones; why the others are not; ids that nobody asked for
+    "Sort out results that cannot be used."
+    good, bad, strays = [], [], {}
+    for n, r in enumerate(results):
+        at = f'{where}, entry {n}'
+        key = r.get('image_id') if isinstance(r, dict) else None
+        try:
+            if not isinstance(key, (str, int)) or isinstance(key, bool): raise Problem(at, 'no result', '"image_id", "score" and "segmentation"', 'write the file again')
+            if key not in sizes: strays[key] = None; continue
+            if not _numbers(r.get('score')): raise Problem(at, f'"score" {r.get("score")!r}', 'a number', 'write the result again')
+            check_code(r.get('segmentation'), sizes[key], at)
+            box = r.get('bbox')
+            if boxes and not (isinstance(box, (list, tuple)) and len(box) == 4 and _numbers(*box) and min(box[2:]) >= 0): raise Problem(at, f'"bbox" {box!r}'[:80], '[x, y, width, height]', 'write the result again')
+        except Problem as e: bad.append(str(e)); continue
+        good.append(r)
+    return good, bad, list(strays)
+
+# %% ../nbs/05a2_protocols.ipynb #7b5a7a6c
 def score_frames(
     data: Dataset,
     results: Sequence[dict], # of `sample_results`, any number for each sample
-) -> dict:                   # 'AP' {'all': …, 'best': …}, 'mask' and perhaps 'box' {'P@0.5': …, 'oIoU', 'mIoU'}, in percent; samples, unscored
-    "The numbers that A2D, JHMDB and RefCOCO report. Raises `Problem` for results of another size than the truth, or where no truth is readable."
-    truth, boxes, unscored = {}, {}, {}
-    for e in data:
-        key = data.sample_id(e)
+    where='results',         # their file, for the messages
+    keep: Callable[[list[dict]], object] = lambda rows: None, # is given a row for each sample, for tables
+) -> dict:                   # 'AP' {'all': …, 'best': …}, 'mask' and perhaps 'box' {'P@0.5': …, 'oIoU', 'mIoU'}, in percent; 'samples'; 'missing', 'unusable', 'strays', 'unscored', 'faults'
+    "The numbers that A2D, JHMDB and RefCOCO report, and what was not as it should be. Raises `Problem` where no truth is readable."
+    from pycocotools.mask import area
+    truth, boxes, unscored, asked = {}, {}, {}, {data.sample_id(e): e for e in data}
+    for key, e in asked.items():
         try:
             truth[key] = rle_encode(data.masks(e)[0])
             if data.layout == 'refcoco': boxes[key] = data.truth.box(key)
         except Problem as p: truth.pop(key, None); unscored[f'{e.video}/{e.id}'] = str(p)
     if not truth: raise Problem(data.root, 'no sample with a readable true mask', 'at least one', next(iter(unscored.values()), 'check the annotations'))
-    results = [r for r in results if r['image_id'] in truth]
+    good, bad, unknown = usable_results(results, {k: c['size'] for k, c in truth.items()}, bool(boxes), where)
+    strange, answers, rows = [k for k in unknown if k not in asked], chosen(good), overlaps(truth, good)
+    strays = [str(Problem(where, f"results of what the data set does not list ({len(strange)} ids: {', '.join(map(repr, strange[:3]))}{', …' if len(strange) > 3 else ''})", f'only those of split {data.split!r}', 'not scored; name the right split'))] if strange else []
     percent = lambda scores: {k: 100 * x if x >= 0 else None for k, x in scores.items()}
-    found = dict(samples=len(truth), AP=dict(all=percent(average_precision(truth, results)), best=percent(average_precision(truth, chosen(results).values()))),
-                 mask=percent(frame_scores(overlaps(truth, results))), unscored=unscored)
-    if boxes: found['box'] = percent(frame_scores(overlaps(boxes, results, 'box')) | dict(zip(('P@1', 'P@5', 'P@10'), precision_of_first(boxes, results))))
+    found = dict(samples=len(truth), AP=dict(all=percent(average_precision(truth, good)), best=percent(average_precision(truth, answers.values()))),
+                 mask=percent(frame_scores(rows)), missing=[k for k in truth if k not in answers], unusable=bad, strays=strays, unscored=unscored, faults=dict(data.faults))
+    if boxes: found['box'] = percent(frame_scores(overlaps(boxes, good, 'box')) | dict(zip(('P@1', 'P@5', 'P@10'), precision_of_first(boxes, good))))
+    keep([dict(video=(e := asked[k]).video, expression=e.id, object=e.object_id, kind=e.kind or '', text=e.text, answer=answers[k]['segmentation'] if k in answers else None,
+               area=100 * float(area(c)) / (c['size'][0] * c['size'][1]), IoU=100 * iou) | {f'P@{p}': 100. * (iou > np.float32(p)) for p in PRECISION_AT} for (k, c), iou in zip(truth.items(), rows[:, 0].tolist())])
     return found
 
 def score_table(scores: dict) -> str:
     "A few lines of `score_frames` for a reader."
     lines = [f"{scores['samples']} samples; mAP {scores['AP']['all']['AP']:.1f} with all queries, {scores['AP']['best']['AP']:.1f} with the best one"]
     lines += [f'{kind:5}' + '  '.join(f'{k} {x:.1f}' for k, x in scores[kind].items()) for kind in ('mask', 'box') if kind in scores]
-    return '\n'.join(lines + [f'  not scored: {unit}: {why}' for unit, why in scores['unscored'].items()])
+    none = scores['missing']
+    found = {'no usable answer, counted as 0': [f"{len(none)} samples ({', '.join(map(str, none[:3]))}{', …' if len(none) > 3 else ''})"] if none else [], 'unusable, ignored': scores['unusable'],
+             'not asked for, ignored': scores['strays'], 'left out of the mean': [f'{u}: {why}' for u, why in (scores['unscored'] | scores['faults']).items()]}
+    return '\n'.join(lines + [f'  {line}' for line in listed(found)])
+
+# %% ../nbs/05a2_protocols.ipynb #726de3d3
+def score_file(
+    data: Dataset,
+    run,         # a results.json, or a folder that holds one
+    keep: Callable[[list[dict]], object] = lambda rows: None, # as in `score_frames`
+) -> dict:       # of `score_frames`
+    "The numbers of A2D, JHMDB or RefCOCO for a file. Raises `Problem` where there is none or it is no list."
+    path = Path(run) if Path(run).is_file() else Path(run)/'results.json'
+    if not path.exists(): raise Problem(path, 'no such file', 'results of every sample', 'run `rvos predict --data` first')
+    found = read_json(path)
+    if not isinstance(found, list): raise Problem(path, 'no list', 'a list of results, as COCO takes it', 'write the file again')
+    return score_frames(data, found, path, keep)
 
 # %% ../nbs/05a2_protocols.ipynb #5e2efd82
 def predict_frames(
@@ -295,7 +361,7 @@ def predict_frames(
                        prepare=partial(_open_frames, data=asked, length=length), faults=asked.faults, executor=executor, force=force, device=device)
     results = [r for v in data.videos if (path := out/'results'/f'{v}.json').exists() for r in read_json(path)]
     write_json(out/'results.json', results, indent=None)
-    if results: write_json(out/'metrics.json', score_frames(data, results))
+    if results: write_json(out/'metrics.json', score_frames(data, results, out/'results.json'))
     return report
 
 # %% ../nbs/05a2_protocols.ipynb #8b88da50
@@ -346,6 +412,6 @@ def run(
     said = {v: [e for e in es if not {v, f'{v}/{e.id}'} & report.failed.keys()] for v, es in data.expressions.items()}
     whole = replace(data, videos={v: x for v, x in data.videos.items() if said[v]}, expressions=said)
     report.failed |= merge(whole, out_dir, out, threshold, annotators(data), executor, force).failed
-    scores = score_maps(data, out)
-    if scores: write_json(out/'metrics.json', scores)
-    return report, '\n'.join(f"{k:7}" + '  '.join(f'{m} {x:z.1f}' for m, x in row.items()) for k, row in (scores or {}).items())
+    scores, notes = score_maps(data, out)
+    if scores: write_json(out/'metrics.json', scores | dict(notes=notes))
+    return report, maps_table(scores, notes)

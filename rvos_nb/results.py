@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MEMBERS', 'MEMBER_BYTES', 'TOTAL_BYTES', 'RATIO', 'REMARKS', 'member_fault', 'checked_members', 'check_png', 'decode',
-           'decode_labels', 'Results', 'open_results']
+           'decode_labels', 'plain_bytes', 'Results', 'open_results', 'strays_in', 'maps_folder', 'label_maps',
+           'run_lengths', 'check_code']
 
 # %% ../nbs/05h_results.ipynb #7c2f8905
 import io, re, stat, struct, zipfile, zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from .core import Problem, resolve
+from .core import Problem, natural_key, resolve
 from .data.masks import PALETTE, read_labels, read_mask
 
 # %% ../nbs/05h_results.ipynb #00a75527
@@ -69,6 +71,11 @@ def check_png(data: bytes, where, size: tuple[int, int] | None = None):
     if len(data) >= 26 and size is not None and (found := struct.unpack('>II', data[16:24])[::-1]) != tuple(size):
         raise Problem(where, '{}x{} pixels'.format(*found), '{}x{} pixels, as the frames have'.format(*size), 'make the mask again at the size of the frames')
 
+def _pixels(read: Callable, data: bytes, where, size) -> np.ndarray:
+    "What a reader of files makes of the bytes; its `Problem` under their name."
+    try: return read(io.BytesIO(data), size)
+    except Problem as e: raise Problem(where, re.sub(r' ?<[^>]* at 0x\w+>', '', e.found), e.expected, e.remedy) from None
+
 def decode(
     data: bytes,
     where,                               # what it is, for the messages
@@ -77,13 +84,10 @@ def decode(
     "A mask out of the bytes of a PNG. Raises `Problem` for anything else, and for another size."
     check_png(data, where, size)
     if data[24:25] == b'\x10': raise Problem(where, 'a picture of 16 bits', 'a mask of 8-bit grey', 'save it as 8-bit grey, 0 and 255')
-    try:
-        if data[25:26] not in (b'\x00', b'\x03'): return read_mask(io.BytesIO(data), size), 'a colour picture'
-        values = read_labels(io.BytesIO(data), size)
-    except Problem as e: raise Problem(where, e.found, e.expected, e.remedy) from None
-    mask = values > 0
+    if data[25:26] not in (b'\x00', b'\x03'): return _pixels(read_mask, data, where, size), 'a colour picture'
+    values = _pixels(read_labels, data, where, size); mask = values > 0
     if data[25:26] == b'\x03': return mask, 'a palette picture' if (Image.open(io.BytesIO(data)).getpalette() or [0])[:3] == [0, 0, 0] else 'a palette whose entry 0 is not black'
-    return mask, '' if np.array_equal(values, mask * np.uint8(255)) else 'values other than 0 and 255'
+    return mask, '' if cv2.sumElems(values)[0] == 255 * cv2.countNonZero(values) else 'values other than 0 and 255'
 
 # %% ../nbs/05h_results.ipynb #83722a7c
 def decode_labels(
@@ -93,13 +97,21 @@ def decode_labels(
 ) -> np.ndarray:                         # (H, W) uint8
     "A label map out of the bytes of a PNG. Raises `Problem` for anything else, another size, and a palette out of order."
     check_png(data, where, size)
-    try: values = read_labels(io.BytesIO(data), size)
-    except Problem as e: raise Problem(where, e.found, e.expected, e.remedy) from None
-    palette, davis = Image.open(io.BytesIO(data)).getpalette() or [], [tuple(PALETTE[i:i + 3]) for i in range(0, 768, 3)]
-    shown = {int(i): tuple(palette[3 * i:3 * i + 3]) for i in np.unique(values).tolist()} if palette else {}
+    values = _pixels(read_labels, data, where, size)
+    if data[25:26] != b'\x03': return values
+    palette, davis = Image.open(io.BytesIO(data)).getpalette(), [tuple(PALETTE[i:i + 3]) for i in range(0, 768, 3)]
+    shown = {int(i): tuple(palette[3 * i:3 * i + 3]) for i in np.unique(values).tolist()}
     if any(c != davis[i] for i, c in shown.items()) and {*shown.values()} <= {*davis}:
         raise Problem(where, f'a palette out of order (value {next(i for i, c in shown.items() if c != davis[i])} has the colour of another object)', 'value k with the k-th colour of DAVIS', 'save the ids again without optimising the palette')
     return values
+
+# %% ../nbs/05h_results.ipynb #b7239aac
+def plain_bytes(path: Path) -> bytes:
+    "A file's bytes; `Problem` for a folder, a pipe, a device or a huge file, and OSError for a missing one."
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode): raise Problem(path, 'no plain file', 'a mask PNG', 'write the mask again')
+    if about.st_size > MEMBER_BYTES: raise Problem(path, f'{about.st_size} bytes', f'at most {MEMBER_BYTES}', 'write the mask again')
+    return path.read_bytes()
 
 # %% ../nbs/05h_results.ipynb #e84ab45a
 class Results:
@@ -134,10 +146,10 @@ class Results:
         "The bytes of a file; `Problem` where it is missing or damaged."
         missing = Problem(self.name(file), 'no such file', 'a mask PNG', 'write the mask; a missing one scores 0')
         try:
-            if self.box is None: return (self.where/(self.root + file)).read_bytes()
+            if self.box is None: return plain_bytes(self.where/(self.root + file))
             if self.root + file not in self.files: raise missing
             return self.box.read(self.files[self.root + file])
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError): raise missing from None
+        except (FileNotFoundError, NotADirectoryError): raise missing from None
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
             raise Problem(self.name(file), f'bytes that cannot be read ({type(e).__name__})', 'a complete file', 'copy or pack it again') from None
 
@@ -161,3 +173,64 @@ def open_results(
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as e: raise Problem(path, f'a file that is no zip ({e})', 'a folder or a zip of masks', 'copy or pack it again') from None
     try: return Results(path, box, checked_members(box, path))
     except Problem: box.close(); raise
+
+# %% ../nbs/05h_results.ipynb #2e0f5a13
+def strays_in(
+    results: Results,
+    folder: str,
+    wanted: Iterable[str], # names that may lie in it
+) -> list[str]:            # one line or none
+    "A line where a folder holds names that nobody asked for."
+    names = sorted(results.names(folder) - {*wanted}, key=natural_key)
+    if not names: return []
+    shown = f"{len(names)} name{'s' * (len(names) > 1)} that the data set does not list ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    return [str(Problem(results.name(folder), shown.encode(errors='replace').decode(), 'only what the split lists', 'not scored; remove them, or name the right split'))]
+
+# %% ../nbs/05h_results.ipynb #a0d489d1
+def maps_folder(
+    run: Path, # a folder or a zip
+    split: str,
+) -> Path:
+    "RUN/SPLIT where that holds anno_0, otherwise RUN."
+    return run/split if (run/split/'anno_0').is_dir() else run
+
+def label_maps(
+    results: Results,
+    folder: str,           # holds NAME.png
+    names: Sequence[str],  # T names
+    size: tuple[int, int], # (H, W)
+) -> tuple[np.ndarray, list[str]]: # (T, H, W) uint8 ids, and a line for each map that is missing or unusable, or one for all of them
+    "The label maps of a video."
+    maps, faults = np.zeros((len(names), *size), np.uint8), []
+    if not results.names(folder): return maps, [f'{results.name(folder)}: none of its {len(names)} label maps; run the video again']
+    for t, name in enumerate(names):
+        try: maps[t] = results.labels(f'{folder}/{name}.png', size)
+        except Problem as e: faults.append(str(e))
+    return maps, faults
+
+# %% ../nbs/05h_results.ipynb #d0445ce9
+def run_lengths(
+    counts: bytes,          # characters from '0' to 'o'
+) -> np.ndarray | None:     # (n,) int64; None for other characters and for a digit that is not followed
+    "The lengths that a COCO code holds."
+    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32: return None
+    ends = np.flatnonzero(digits & 32 == 0); starts = np.append(0, ends[:-1] + 1)
+    place = np.arange(digits.size) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 8: return None
+    values = np.add.reduceat((digits & 31) << 5 * place, starts) - (digits[ends] >> 4 & 1) * (1 << 5 * (place[ends] + 1))
+    values[1::2] = values[1::2].cumsum(); values[2::2] = values[2::2].cumsum()
+    return values
+
+def check_code(
+    code,                  # {'size': [H, W], 'counts': text}
+    size: tuple[int, int], # (H, W) that it must have
+    where,                 # for the message
+):
+    "Raise `Problem` for run lengths that are none, of another size, or that do not fill the mask."
+    if not isinstance(code, dict) or not isinstance(code.get('size'), (list, tuple)) or not isinstance(code.get('counts'), (str, bytes)):
+        raise Problem(where, 'no run lengths', '"segmentation" with "size" and "counts", as pycocotools encodes it', 'write the result again')
+    if list(code['size']) != list(size) or not all(isinstance(n, int) for n in code['size']): raise Problem(where, f"a mask of {list(code['size'])}", f'{list(size)}, as the truth has', 'predict again on the original frames')
+    counts = code['counts'].encode(errors='replace') if isinstance(code['counts'], str) else code['counts']
+    lengths = run_lengths(counts)
+    if lengths is None or lengths.min() < 0 or lengths.sum() != size[0] * size[1]: raise Problem(where, 'run lengths that do not fill the mask', f'lengths that add up to {size[0] * size[1]}', 'write the result again')

@@ -6,6 +6,17 @@ from pathlib import Path
 from rvos_nb.data.refshapes import write
 
 SIZE = (64, 96)
+ODD = [None, 3, -1, '', [], {}, '../x', [None], {'a': 1}, 1.5, True, '9' * 5000, '\ud800', [[[[]]]]] # what a value of a broken list may be
+
+
+def spoil(listing, rng, share: float = .3):
+    "Put something odd in the place of one value of a JSON, in place; of a list or object with the probability `share`."
+    while True:
+        keys = list(listing) if isinstance(listing, dict) else list(range(len(listing)))
+        if not keys: return
+        key = keys[rng.integers(len(keys))]
+        if not isinstance(listing[key], (dict, list)) or rng.random() < share: listing[key] = ODD[rng.integers(len(ODD))]; return
+        listing = listing[key]
 
 
 def make(root: Path, layout: str, split: str, videos: int = 2, frames: int = 5) -> Path:

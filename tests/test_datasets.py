@@ -1,14 +1,17 @@
-"Reading the Ref-YouTube-VOS layout: what is tolerated, and one clear line for everything else."
+"Reading six layouts: what is tolerated, and one clear line for everything else."
 import copy
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import spoil
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.datasets import annotation, open_dataset, read_code, run_pixels
+from rvos_nb.data.masks import rle_encode
 from rvos_nb.data.refshapes import write
 from rvos_nb.data.video import read_video
 
@@ -172,30 +175,70 @@ def test_a_truncated_frame_is_named_when_read(tree):
     one_line(e.value, str(path))
 
 
-@pytest.mark.parametrize('spoil', ['size', 'truncated', 'missing', 'colour'])
-def test_a_bad_mask_is_named_when_read(tree, spoil):
+@pytest.mark.parametrize('damage', ['size', 'truncated', 'missing', 'colour'])
+def test_a_bad_mask_is_named_when_read(tree, damage):
     path = tree/'valid/Annotations/easy-00001/00005.png'
-    if spoil == 'size': Image.fromarray(np.ones((20, 30), np.uint8)).save(path)
-    if spoil == 'truncated': path.write_bytes(path.read_bytes()[:60])
-    if spoil == 'missing': path.unlink()
-    if spoil == 'colour': Image.fromarray(np.ones((48, 72, 3), np.uint8)).save(path)
+    if damage == 'size': Image.fromarray(np.ones((20, 30), np.uint8)).save(path)
+    if damage == 'truncated': path.write_bytes(path.read_bytes()[:60])
+    if damage == 'missing': path.unlink()
+    if damage == 'colour': Image.fromarray(np.ones((48, 72, 3), np.uint8)).save(path)
     data = open_dataset(tree)
     with pytest.raises(Problem) as e: data.masks(data.expressions['easy-00001'][0])
     one_line(e.value, str(path))
     assert data.masks(data.expressions['easy-00002'][0]).any()
 
 
+def twice(text, key, of, level):
+    "The text of a JSON in which the entry `key` of the object `of` stands once more, with the same or another value."
+    for same in (True, False):
+        found = json.loads(text); at = found['videos']
+        for k in level: at = at[k]
+        yield text.replace(json.dumps(at), json.dumps(at)[:-1] + f', {json.dumps(key)}: {json.dumps(at[key] if same else of)}}}', 1)
+
+
+@pytest.mark.parametrize('layout,split,file', [('ref-youtube-vos', 'valid', JSON), ('ref-davis17', 'valid', JSON), ('mevis', 'valid_u', 'valid_u/meta_expressions.json')])
+def test_ids_given_twice(tmp_path, layout, split, file):
+    root = tmp_path/layout; write(root, split, 'easy', 2, seed=4, frames=2, size=(48, 72), layout=layout)
+    whole, path = open_dataset(root, split, layout), root/file
+    text = json.dumps(json.loads(path.read_text())); rest = [e for e in whole if e.video == 'easy-00001']
+    cases = {('easy-00001', ()): ('easy-00001', [e for e in whole if e.video == 'easy-00000']), ('0', ('easy-00000', 'expressions')): ('easy-00000/0', list(whole)[1:]),
+             ('exp', ('easy-00000', 'expressions', '0')): ('easy-00000/0', list(whole)[1:]), ('obj_id', ('easy-00000', 'expressions', '0')): ('easy-00000/0', list(whole)[1:]), ('frames', ('easy-00000',)): ('easy-00000', rest)}
+    for (key, level), (unit, left) in cases.items():
+        for spoilt in twice(text, key, {'exp': 'another'}, level):
+            path.write_text(spoilt); assert spoilt != text
+            data = open_dataset(root, split, layout)
+            assert list(data.faults) == [unit] and list(data) == left; one_line(data.faults[unit], str(path), 'easy-0000')
+    path.write_text(text[:-1] + ', "videos": {}}')
+    with pytest.raises(Problem) as e: open_dataset(root, split, layout)
+    one_line(e.value, '"videos" twice')
+
+
+def test_nested_json(tree):
+    deep = 0
+    for _ in range(500): deep = [deep]
+    edit(tree, lambda videos: videos['easy-00000'].update(frames=['00000', deep]))
+    data = open_dataset(tree); one_line(data.faults['easy-00000'], 'easy-00000'); assert len(data.videos) == 2 and len(data.faults['easy-00000']) < 500
+    (tree/JSON).write_text('{"videos": ' + '[' * 100_000)
+    with pytest.raises(Problem) as e: open_dataset(tree)
+    one_line(e.value, 'nested')
+
+
+@pytest.mark.parametrize('value', ['9' * 5000, '\ud800', 'a' * 10 ** 6], ids=['long number', 'half a character', 'a megabyte'])
+def test_values_that_break_python(tree, value):
+    def change(videos):
+        videos['easy-00000']['expressions']['0']['obj_id'] = value; videos['easy-00000']['expressions'][value] = {'exp': 'it'}
+        videos['easy-00001']['frames'][1] = value; videos['easy-00002']['expressions']['0']['exp'] = value
+    edit(tree, change); data = open_dataset(tree)
+    assert 'easy-00000/0' in data.faults and 'easy-00001' in data.faults and ('easy-00002/0' in data.faults) == (value == '\ud800') and len(data.faults) == 3 + (value == '\ud800')
+    assert all(len(unit.encode()) <= 200 for unit in data.faults)
+    for reason in data.faults.values(): one_line(reason.replace(value, '')); assert len(reason) < 700 + 2 * len(value)
+
+
 def test_reading_fuzzed_json_never_raises_anything_but_a_problem(tree):
     "Replace one value of the JSON at a time by something odd."
-    listing, rng, odd = json.loads((tree/JSON).read_text()), np.random.default_rng(0), [None, 3, '', [], {}, '../x', [None], {'a': 1}, 1.5, True]
+    listing, rng = json.loads((tree/JSON).read_text()), np.random.default_rng(0)
     for _ in range(200):
-        spoilt = copy.deepcopy(listing); at = spoilt
-        while True:
-            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-            if not keys: break
-            key = keys[rng.integers(len(keys))]
-            if not isinstance(at[key], (dict, list)) or rng.random() < .3: at[key] = odd[rng.integers(len(odd))]; break
-            at = at[key]
+        spoilt = copy.deepcopy(listing); spoil(spoilt, rng)
         (tree/JSON).write_text(json.dumps(spoilt))
         try: data = open_dataset(tree)
         except Problem as e: one_line(e); continue
@@ -238,6 +281,67 @@ def test_written_twice_is_the_same_and_other_scenes_are_refused(tmp_path):
         with pytest.raises(Problem, match='split'): write(tmp_path/layout, 'testB', 'easy', 1, seed=1, layout=layout)
 
 
+# masks as text
+
+def test_run_lengths_are_measured():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        size, share = tuple(rng.integers(1, 60, 2)), rng.choice([0, .02, .5, .98, 1]); code = rle_encode(rng.random(size) < share)
+        assert run_pixels(code['counts']) == run_pixels(code['counts'].decode()) == size[0] * size[1]
+        cut = code['counts'][:rng.integers(0, len(code['counts']))]; assert run_pixels(cut) < size[0] * size[1] or not share
+    big = np.zeros((3000, 4000), bool); big[1500:, 2000:] = True; assert run_pixels(rle_encode(big)['counts']) == 12_000_000
+
+
+def test_codes_that_are_none():
+    "Half a code is refused, whatever lies in memory; a polygon out of this world costs no time."
+    code = rle_encode(np.eye(40, dtype=bool)); text = code['counts'].decode()
+    for odd in (dict(size=[40, 40], counts=text[:-3]), dict(size=[40, 40], counts=text + '1'), dict(size=[40, 40], counts='0' * 10 ** 5), dict(size=[40, 40], counts=[1599]), dict(size=[40, 40], counts=[-1, 1601]), dict(size=[10 ** 9, 10 ** 9], counts=text),
+                dict(size=[40.5, 40], counts=text), dict(size='40', counts=text), [[0, 0, 1e300, 0, 5, 5]], [[0, 0, float('inf'), 0, 5, 5]], [[0, 0, float('nan'), 0, 5, 5]], [['a'] * 6], [[0, 0, 1, 1, 2]], [{}], [[]], True):
+        with pytest.raises(Problem) as e: read_code(odd, (40, 40), 'JSON')
+        one_line(e.value, 'JSON')
+    with pytest.raises(Problem): read_code(dict(size=[10 ** 6, 10 ** 6], counts=text), (10 ** 6, 10 ** 6), 'JSON')
+    for good in (dict(size=[40, 40], counts=text), dict(size=[40.0, 40], counts=text.encode())): assert (read_code(good, (40, 40), 'JSON') == np.eye(40)).all()
+    assert read_code([[0, 0, 10, 0, 10, 10, 0, 10], [20, 20, 30, 20, 30, 30, 20, 30]], (40, 40), 'JSON').sum() == 200
+
+
+# RefCOCO
+
+@pytest.fixture
+def refcoco(tmp_path):
+    write(tmp_path/'refcoco', 'val', 'easy', 2, seed=3, frames=1, size=(48, 72), layout='refcoco')
+    return tmp_path/'refcoco'
+
+
+def change_coco(root, change):
+    path = root/'refcocog/instances_refcocog_val.json'; listing = json.loads(path.read_text()); change(listing['images'], listing['annotations']); path.write_text(json.dumps(listing))
+    return path
+
+
+def spoil_coco(images, annotations):
+    annotations.pop(0); annotations.append(dict(annotations[1])); images.append(dict(images[3], caption='another')); images.append('strange'); annotations[3]['image_id'] = 999
+    images[6]['id'] = True; annotations[4].pop('segmentation')
+
+
+def test_coco_entries_without_their_partner_are_named(refcoco):
+    before = [e.id for e in open_dataset(refcoco, '')]; path = change_coco(refcoco, spoil_coco)
+    data = open_dataset(refcoco, '')
+    told = ' '.join(data.faults.values())
+    assert {e.id for e in data} == set(before) - {'1', '3', '4', '5', '7'} and all(f'id {i}: ' in told for i in (1, 3, 4, 5, 7, 999)) and told.count('"images"') == 2
+    for reason in data.faults.values(): one_line(reason, str(path))
+    with pytest.raises(Problem) as e: data.masks(next(e for e in data if e.id == '6'))
+    one_line(e.value, str(path), 'id 6')
+
+
+def test_a_coco_file_that_was_changed_is_read_again(refcoco):
+    e = next(iter(open_dataset(refcoco, ''))); path = refcoco/'refcocog/instances_refcocog_val.json'; was = path.stat()
+    change_coco(refcoco, lambda images, annotations: images[0].update(caption=e.text.upper()))
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 1)) # the same size, changed a moment later
+    data = open_dataset(refcoco, ''); assert next(iter(data)).text == e.text.upper() != e.text
+    path.unlink()
+    with pytest.raises(Problem) as said: data.masks(e)
+    one_line(said.value, 'no such file')
+
+
 # MeViS
 
 @pytest.fixture
@@ -274,23 +378,33 @@ def test_hidden_targets_give_none(mevis):
     one_line(said.value, 'no such file', 'mask_dict.json')
 
 
-@pytest.mark.parametrize('spoil', ['short', 'size', 'counts', 'unknown', 'cut', 'empty', 'text'])
-def test_a_bad_annotation_is_named_when_read(mevis, spoil):
+@pytest.mark.parametrize('damage', ['short', 'size', 'counts', 'unknown', 'cut', 'empty', 'text'])
+def test_a_bad_annotation_is_named_when_read(mevis, damage):
     path = mevis/'valid_u/mask_dict.json'; data = open_dataset(mevis, '')
     e = data.expressions['easy-00001'][-2] # every object
     last = data.union.named[e.video, e.id][-1]
     def change(found):
-        if spoil == 'short': found[last].pop()
-        if spoil == 'size': found[last][0]['size'] = [72, 48]
-        if spoil == 'counts': found[last][0] = dict(size=[48, 72])
-        if spoil == 'unknown': del found[last]
-        if spoil == 'text': found[last] = 'lost'
-    if spoil == 'cut': path.write_bytes(path.read_bytes()[:-40])
-    elif spoil == 'empty': path.write_bytes(b'')
+        if damage == 'short': found[last].pop()
+        if damage == 'size': found[last][0]['size'] = [72, 48]
+        if damage == 'counts': found[last][0] = dict(size=[48, 72])
+        if damage == 'unknown': del found[last]
+        if damage == 'text': found[last] = 'lost'
+    if damage == 'cut': path.write_bytes(path.read_bytes()[:-40])
+    elif damage == 'empty': path.write_bytes(b'')
     else: change_mevis(mevis, change, 'mask_dict.json')
     with pytest.raises(Problem) as said: data.masks(e)
     one_line(said.value, str(path))
-    if spoil != 'empty': assert data.masks(data.expressions['easy-00000'][0]).any()
+    if damage != 'empty': assert data.masks(data.expressions['easy-00000'][0]).any()
+
+
+def test_annotations_given_twice_or_cut_off(mevis):
+    path = mevis/'valid_u/mask_dict.json'; text = path.read_text().strip()
+    path.write_text(text[:-1] + ', "0": [null, null, null]}')
+    with pytest.raises(Problem) as said: annotation(path, '0')
+    one_line(said.value, str(path), 'annotation 0', 'twice'); assert annotation(path, '1') == json.loads(text)['1']
+    path.write_text(text[:-1]); last = list(json.loads(text))[-1]
+    with pytest.raises(Problem) as said: annotation(path, last)
+    one_line(said.value, 'cut off')
 
 
 def test_predicting_on_mevis(mevis, tmp_path):

@@ -1,23 +1,28 @@
 "Key frames, evaluation, the submission zip and the report: scores that are known beforehand, and input that is wrong."
-import io, json, shutil, stat, zipfile
+import io, json, os, shutil, stat, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rvos_nb.core import Problem, StageFailed, read_json, write_json
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import encode_mask, read_mask, write_labels, write_mask, write_tree
+from rvos_nb.data.masks import encode_mask, read_labels, read_mask, rle_encode, write_labels, write_mask, write_tree
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import MEASURES, Incomplete, NoTruth, evaluate, evaluate_vos, submission
+from rvos_nb.evaluate import MEASURES, Incomplete, NoTruth, evaluate, evaluate_vos, findings, score_rows, submission
 from rvos_nb.explore import overlays, report
 from rvos_nb.keyframe import choose, from_json
 from rvos_nb.metrics import contour_f, jaccard, statistics
 from rvos_nb.predict import save_candidates
-from rvos_nb.protocols import merge
-from rvos_nb.results import MEMBER_BYTES, open_results
+from rvos_nb.protocols import merge, score_maps
+from rvos_nb.bench.metrics import plain_f, plain_j
+from rvos_nb.results import MEMBER_BYTES, check_code, open_results
+from rvos_nb.verify.cases import load_case
 
 from helpers import make, write_davis
+
+GOLDEN = Path(__file__).parent/'golden/pipeline'
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def test_truth_scores_100_and_tables_agree(made):
     assert result['J&F'] == result['J'] == result['F'] == result['J_recall'] == result['objects']['J&F'] == 100 and result['J_decay'] == 0
     assert result['expressions'] == len(data) and not result['missing'] and not result['unscored']
     assert result == read_json(tmp/'scores/scores.json') and (tmp/'scores/expressions.csv').read_text().count('\n') == len(data) + 1
-    assert {p.name for p in (tmp/'scores').iterdir()} == {'scores.json', 'expressions.csv', 'objects.csv', 'kinds.csv', 'videos.csv'}
+    assert {p.name for p in (tmp/'scores').iterdir()} == {'scores.json', 'expressions.csv', 'objects.csv', 'kinds.csv', 'videos.csv', 'missing.csv'}
     before = {p.name: p.read_bytes() for p in (tmp/'scores').iterdir()}
     evaluate(tmp/'data', tmp/'run'/'Annotations', tmp/'scores')
     assert before == {p.name: p.read_bytes() for p in (tmp/'scores').iterdir()}
@@ -81,6 +86,43 @@ def test_one_broken_annotation_leaves_the_others_scored(made):
     result = evaluate(tmp/'data', tmp/'run')
     assert set(result['unscored']) == {f'{v}/{e.id}' for e in data.expressions[v]} and path.name in next(iter(result['unscored'].values()))
     assert result['J'] == 100
+
+
+def test_videos_scored_side_by_side_are_those_of_the_formulas(tmp_path):
+    "Seven videos in threads, displaced masks: J and F of every frame coded plainly, rows in the order of the data set."
+    refshapes.write(tmp_path/'data', 'valid', 'all', videos=7, seed=9, frames=4, size=(64, 96))
+    data, rng, expected = open_dataset(tmp_path/'data'), np.random.default_rng(0), {}
+    for e in data:
+        truth = data.masks(e); found = np.roll(truth, rng.integers(-5, 6, 2), (1, 2))
+        (tmp_path/'run'/e.video/e.id).mkdir(parents=True); write_tree(tmp_path/'run'/e.video/e.id, data.videos[e.video].frames, found)
+        expected[e.video, e.id] = 100 * plain_j(truth, found).mean(), 100 * plain_f(truth, found).mean()
+    rows = list(score_rows(data, open_results(tmp_path/'run')))
+    assert {(r['video'], r['expression']): (r['J'], r['F']) for r in rows} == expected and [(r['video'], r['expression']) for r in rows] == [*expected]
+    result = evaluate(tmp_path/'data', tmp_path/'run')
+    assert np.allclose((result['J'], result['F']), np.mean(list(expected.values()), 0), atol=1e-4)
+
+
+def test_every_unusable_mask_has_a_line(made):
+    tmp, data = made
+    e, other = list(data)[:2]; names = data.videos[e.video].frames; at = lambda e, i: tmp/'run/Annotations'/e.video/e.id/f'{names[i]}.png'
+    at(e, 0).unlink(); at(e, 1).unlink(); at(e, 1).mkdir(); at(e, 2).unlink(); os.mkfifo(at(e, 2)); at(other, 0).unlink(); at(other, 0).symlink_to(at(other, 0))
+    with open(at(other, 1), 'wb') as f: f.truncate(MEMBER_BYTES + 1)
+    result = evaluate(tmp/'data', tmp/'run', tmp/'scores')
+    lines = (tmp/'scores/missing.csv').read_text().splitlines()
+    assert len(lines) == 1 + 5 and [w in line for w, line in zip(('no such file', 'no plain file', 'no plain file', 'cannot be read', 'at most'), lines[1:])] == [True] * 5
+    assert len(findings(result)) == 2 and '3 of 3' in findings(result)[0] and np.isclose(result['J'], 100 * (len(data) - 1 - 2 / 3) / len(data), atol=1e-3)
+    with pytest.raises(Incomplete) as e: submission(tmp/'data', tmp/'run', tmp/'s.zip')
+    assert len(e.value.faults) == 5
+
+
+def test_a_mask_that_strict_readers_refuse_is_not_packed(made):
+    tmp, data = made
+    e = next(iter(data)); path = tmp/'run/Annotations'/e.video/e.id/f'{data.videos[e.video].frames[1]}.png'
+    note = PngInfo(); note.add_text('made', 'by hand'); Image.open(path).save(path, pnginfo=note)
+    sound = path.read_bytes(); path.write_bytes(sound[:-16] + b'sums' + sound[-12:])
+    assert evaluate(tmp/'data', tmp/'run')['J'] == 100
+    with pytest.raises(Incomplete, match='check sums') as e: submission(tmp/'data', tmp/'run', tmp/'s.zip')
+    assert len(e.value.faults) == 1
 
 
 def test_no_run(made):
@@ -174,6 +216,23 @@ def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
         assert results.mask('v/0/b.png', (64, 96))[0].sum() == 64
 
 
+def test_run_lengths_are_added_up_before_they_are_decoded(seed=0):
+    "What fills the mask is accepted whatever its runs are; a character lost, added or changed is refused or is another whole mask."
+    from pycocotools import mask as coco
+    rng = np.random.default_rng(seed); kept = 0
+    for _ in range(300):
+        h, w = rng.integers(1, 90, 2); code = rle_encode(np.repeat(rng.random((h, w)) < rng.random(), rng.integers(1, 5), 1)[:, :w])
+        check_code(code, (h, w), 'entry'); counts = bytearray(code['counts']); i = rng.integers(len(counts))
+        if rng.random() < .3: del counts[i]
+        elif rng.random() < .3: counts.insert(i, 48 + rng.integers(64))
+        else: counts[i] ^= 1 << rng.integers(7)
+        try: check_code(code | dict(counts=bytes(counts)), (h, w), 'entry')
+        except Problem as e: assert 'do not fill' in str(e); continue
+        kept += 1; whole = coco.decode(dict(size=[int(h), int(w)], counts=bytes(counts)))
+        assert whole.shape == (h, w) and set(np.unique(whole)) <= {0, 1} and coco.area(dict(size=[int(h), int(w)], counts=bytes(counts))) == whole.sum()
+    assert kept < 60
+
+
 def test_random_damage_never_ends_the_evaluation(made):
     tmp, data = made
     packed = submission(tmp/'data', tmp/'run', tmp/'s.zip').read_bytes(); rng = np.random.default_rng(0)
@@ -196,6 +255,8 @@ def test_a_zip_scores_as_its_folder(made):
     for found in (folder, whole, bare):
         assert len(found['strays']) == 3 and all(w in ' '.join(found['strays']) for w in ('other', '99', 'zzz.png')) and list(found['missing']) == [f'{e.video}/{e.id}']
     assert 'member' in whole['strays'][0]
+    littered = evaluate(tmp/'data', pack(tmp/'d.zip', [*files, ('__MACOSX/._a.png', b''), ('notes.txt', b'')]))
+    assert littered['J&F'] == whole['J&F'] and '__MACOSX, notes.txt beside' in littered['strays'][0] and len(littered['strays']) == 4
     with pytest.raises(Problem, match='folder around'): evaluate(tmp/'data', pack(tmp/'c.zip', [('mine/' + n, c) for n, c in files]))
 
 
@@ -229,6 +290,27 @@ def test_zip_of_ref_davis17(tmp_path):
     assert len(e.value.faults) == 1 and f'anno_2/{v}' in e.value.faults[0] and not (tmp_path/'t.zip').exists()
 
 
+def test_label_maps_of_a_zip_and_what_is_wrong_with_them(tmp_path):
+    root = write_davis(tmp_path/'davis'); data = open_dataset(root); v, w = data.videos
+    for n in range(4):
+        for u in data.videos:
+            for t, labels in enumerate(data.labels(u)): write_labels(tmp_path/f'maps/anno_{n}/{u}/{t:05d}.png', labels)
+    packed = submission(root, tmp_path/'maps', tmp_path/'s.zip')
+    assert score_maps(data, packed)[0] == score_maps(data, tmp_path/'maps')[0] and score_maps(data, packed)[0]['mean']['J&F'] == 100
+    assert submission(root, packed, tmp_path/'t.zip').read_bytes() == packed.read_bytes()
+    at = lambda a, u, t: tmp_path/f'maps/anno_{a}/{u}/{t:05d}.png'
+    at(0, v, 1).unlink(); Image.open(at(0, v, 2)).convert('RGB').save(at(0, v, 2)); write_labels(at(0, v, 3), np.zeros((4, 4), np.uint8))
+    many = read_labels(at(1, v, 0)); many[0, 0] = 21; write_labels(at(1, v, 0), many); shutil.rmtree(at(2, w, 0).parent); write_labels(at(3, w, 9), many)
+    scores, notes = score_maps(data, tmp_path/'maps')
+    assert [len(notes[k]) for k in notes] == [5, 1, 0] and all(any(x in line for line in notes['counted as empty']) for x in ('no such file', 'mode RGB', '4x4', 'object 21', 'none of its 5'))
+    assert scores['anno_3']['J&F'] == 100 > scores['anno_0']['J&F'] and [scores[f'anno_{a}']['J'] for a in (1, 2)] == [100 * sum(len(np.unique(data.labels(u)[0])) - 1 for u in kept) / sum(len(np.unique(data.labels(u)[0])) - 1 for u in data.videos) for kept in ([w], [v])]
+    path = root/'valid/Annotations'/v/f'{data.videos[v].frames[0]}.png'; path.write_bytes(b'')
+    again, notes = score_maps(open_dataset(root), tmp_path/'maps')
+    assert again['anno_0']['J&F'] == 100 and len(notes['left out of the mean']) == 1 and path.name in notes['left out of the mean'][0]
+    with pytest.raises(Incomplete) as e: submission(root, tmp_path/'maps', tmp_path/'u.zip')
+    assert len(e.value.faults) == 4 and not (tmp_path/'u.zip').exists()
+
+
 def test_zip_of_mevis_has_no_folder_around(tmp_path):
     for t in range(2): Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(((tmp_path/'mevis/valid/JPEGImages/v').mkdir(parents=True, exist_ok=True) or tmp_path/'mevis/valid/JPEGImages/v')/f'{t:05d}.jpg')
     write_json(tmp_path/'mevis/valid/meta_expressions.json', {'videos': {'v': {'frames': ['00000', '00001'], 'expressions': {'0': {'exp': 'both birds'}, '1': {'exp': 'a bird'}}}}})
@@ -236,6 +318,53 @@ def test_zip_of_mevis_has_no_folder_around(tmp_path):
         for t in range(2): write_mask(tmp_path/'run/Annotations/v'/e/f'{t:05d}.png', np.eye(32, 48) > 0)
     with zipfile.ZipFile(submission(tmp_path/'mevis', tmp_path/'run', tmp_path/'s.zip', 'valid')) as box: assert box.namelist() == [f'v/{e}/{t:05d}.png' for e in '01' for t in range(2)]
     assert submission(tmp_path/'mevis', tmp_path/'s.zip', tmp_path/'t.zip', 'valid').read_bytes() == (tmp_path/'s.zip').read_bytes()
+
+
+def golden_mevis(root):
+    "The golden case of MeViS as a tree of files and a run."
+    case = load_case(GOLDEN/'mevis_eval.npz'); listing = json.loads(str(case.arrays['in/meta_expressions'])); codes = json.loads(str(case.arrays['in/mask_dict']))
+    for v, about in listing['videos'].items():
+        if v == 'missing_video': about['frames'] = [f'{t:05d}' for t in range(len(codes['0']))] # the case lists one frame of it, and borrows an annotation of more
+        size = next(c['size'] for e in about['expressions'].values() for a in e['anno_id'] for c in codes[str(a)] if c)
+        (root/'data/valid_u/JPEGImages'/v).mkdir(parents=True)
+        for f in about['frames']: Image.new('RGB', size[::-1]).save(root/'data/valid_u/JPEGImages'/v/f'{f}.jpg')
+        for e in about['expressions']:
+            if (key := f'in/{v}/{e}') in case.arrays: (root/'run'/v/e).mkdir(parents=True); write_tree(root/'run'/v/e, about['frames'], case.arrays[key] > 0)
+    write_json(root/'data/valid_u/meta_expressions.json', listing); write_json(root/'data/valid_u/mask_dict.json', codes, None)
+    return case
+
+
+def test_mevis_as_its_authors_score_it(tmp_path):
+    case = golden_mevis(tmp_path)
+    result, published = evaluate(tmp_path/'data', tmp_path/'run', split='valid_u'), json.loads(str(case.answers['per_expression']))
+    assert np.allclose([result[k] for k in ('J', 'F', 'J&F')], 100 * case.answers['J_F_JF'], atol=1e-4) and result['expressions'] == len(published) == 13
+    rows = {f"{r['video']}_{r['expression']}": (r['J'] / 100, r['F'] / 100) for r in score_rows(open_dataset(tmp_path/'data', 'valid_u'), open_results(tmp_path/'run'))}
+    assert rows.keys() == published.keys() and all(np.allclose(rows[k], published[k], atol=1e-9) for k in rows)
+
+
+def test_davis_as_its_authors_score_it(tmp_path):
+    "The golden label maps as palette PNGs, in a tree of the data set: both tasks of the official evaluation."
+    case = load_case(GOLDEN/'davis17_eval.npz'); published = json.loads(str(case.answers['results'])); names = ('J&F', 'J', 'J_recall', 'J_decay', 'F', 'F_recall', 'F_decay')
+    listing, refused = {}, 0
+    (tmp_path/'davis/ImageSets/2017').mkdir(parents=True)
+    for v in dict.fromkeys(n.split('/')[1] for n in case.arrays):
+        truth = case.arrays[f'in/{v}/gt']; frames = [f'{t:05d}' for t in range(len(truth))]
+        listing[v] = dict(frames=frames, expressions={str(i): dict(exp='it', obj_id=str(i // 4 + 1)) for i in range(4)})
+        for t, f in enumerate(frames):
+            write_labels(tmp_path/f'data/valid/Annotations/{v}/{f}.png', truth[t]); write_labels(tmp_path/f'davis/Annotations/480p/{v}/{f}.png', truth[t])
+            (tmp_path/f'data/valid/JPEGImages/{v}').mkdir(parents=True, exist_ok=True); Image.new('RGB', truth.shape[:0:-1]).save(tmp_path/f'data/valid/JPEGImages/{v}/{f}.jpg')
+            for a in range(4): write_labels(tmp_path/f'run/anno_{a}/{v}/{f}.png', case.arrays[f'in/{v}/anno_{a}'][t])
+    write_json(tmp_path/'data/meta_expressions/valid/meta_expressions.json', dict(videos=listing)); (tmp_path/'davis/ImageSets/2017/val.txt').write_text('\n'.join(listing))
+    scores, notes = score_maps(open_dataset(tmp_path/'data', layout='ref-davis17'), tmp_path/'run')
+    assert not any(notes.values()) and np.allclose([scores['mean'][n] for n in names], 100 * np.array(published['unsupervised/mean_of_annotators']), atol=1e-7)
+    for a in range(4):
+        assert np.allclose([scores[f'anno_{a}'][n] for n in names], 100 * np.array(published[f'unsupervised/anno_{a}']['global_']), atol=1e-7)
+        wanted = published[f'semi-supervised/anno_{a}']
+        if isinstance(wanted, str):
+            refused += 1
+            with pytest.raises(Problem, match='ids up to'): evaluate_vos(tmp_path/'davis', tmp_path/f'run/anno_{a}')
+        else: assert np.allclose([evaluate_vos(tmp_path/'davis', tmp_path/f'run/anno_{a}')[n] for n in names], 100 * np.array(wanted['global_']), atol=1e-3)
+    assert 0 < refused < 4
 
 
 def test_mevis_is_scored_over_sentences(tmp_path):
@@ -260,6 +389,7 @@ def test_commands(made, capsys):
     assert code == 0 and 'J&F 100.0' in said.out and (tmp/'scores/report.html').read_text().count('<figure>') == min(20, len(data)) + 4
     e = list(data)[0]; shutil.rmtree(tmp/'run/Annotations'/e.video/e.id)
     assert 'missing, counted as 0' in rvos('evaluate', tmp/'data', tmp/'run', '--out', tmp/'scores')[1].out
+    assert rvos('evaluate', tmp/'data', tmp/'run', '--zip', tmp/'u.zip')[0] == 2 and not (tmp/'u.zip').exists()
     code, said = rvos('submit', tmp/'run', tmp/'t.zip', '--data', tmp/'data')
     assert code and f'{e.video}/{e.id}' in said.out and 'listed above' in said.err and not (tmp/'t.zip').exists()
 

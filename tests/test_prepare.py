@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from helpers import spoil
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import JHMDB_LISTS, open_dataset
-from rvos_nb.data.prepare import DAVIS_TEXTS, JHMDB_SEED, check, draw_jhmdb, prepare, splits_of
+from rvos_nb.data.prepare import DAVIS_TEXTS, JHMDB_SEED, Work, check, draw_jhmdb, prepare, splits_of
 from rvos_nb.data.refshapes import LAYOUTS, write
 
 
@@ -72,33 +73,90 @@ def test_faults_of_the_lists_are_told(tree, capsys):
     assert code == 1 and 'train: 1 missing or odd' in said.out and 'easy-00000/0' in said.out
 
 
-def test_published_counts(tree):
-    root = tree('ref-youtube-vos')
-    for p in root.rglob('refshapes.json'): p.unlink()
-    survey = check(root)
-    assert survey.expected['valid'] == dict(videos=202, expressions=834, frames=5486) and any('202, as published' in why for _, _, why in survey.odd)
-    shutil.rmtree(root/'meta_expressions/test')
-    path = root/'meta_expressions/valid/meta_expressions.json'
-    listing = json.loads(path.read_text()); one = listing['videos']['easy-00000']
-    for i in range(505): listing['videos'][f'v{i}'] = one; (root/f'valid/JPEGImages/v{i}').symlink_to(root/'valid/JPEGImages/easy-00000')
-    path.write_text(json.dumps(listing))
-    assert any('copy meta_expressions/test' in why for _, _, why in check(root).odd)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_what_is_opened_is_counted(whole, layout):
+    survey = check(whole/layout)
+    for split, found in survey.counts.items(): assert survey.opened[split]['masks'] == found['masks'] and survey.opened[split]['frames'] == (0 if layout == 'a2d-sentences' else found['frames'])
 
 
-def test_sizes_that_differ(tree, capsys):
-    root = tree('ref-youtube-vos')
-    from PIL import Image
-    Image.new('P', (20, 30)).save(root/'valid/Annotations/easy-00000/00000.png')
+def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
+def garbage(path): path.write_bytes(b'garbage')
+
+
+INSIDE = {'ref-youtube-vos': ['valid/JPEGImages/easy-00000/00005.jpg', 'train/Annotations/easy-00001/00010.png'], 'ref-davis17': ['train/JPEGImages/easy-00001/00002.jpg', 'valid/Annotations/easy-00000/00002.png'],
+          'mevis': ['valid_u/mask_dict.json', 'train/JPEGImages/easy-00000/00002.jpg'], 'a2d-sentences': ['text_annotations/a2d_annotation_with_instances/easy-00001/00002.h5', 'Release/clips320H/easy-00000.mp4'],
+          'jhmdb-sentences': ['puppet_mask/easy/test-easy-00001/puppet_mask.mat', 'Rename_Images/easy/test-easy-00000/00002.png'], 'refcoco': ['train2014/COCO_train2014_000000000001.jpg', 'refcocog/instances_refcocog_val.json']}
+
+
+@pytest.mark.parametrize('damage', [cut, garbage])
+@pytest.mark.parametrize('layout,file', [(k, p) for k, ps in INSIDE.items() for p in ps])
+def test_files_are_looked_into(tree, capsys, layout, file, damage):
+    root = tree(layout); damage(root/file)
     code, said = command(root, capsys)
-    assert code == 1 and '30x20' in said.out and '48x72' in said.out
+    assert code == 1 and file in said.out and 'missing or odd' in said.out and said.err == ''
 
 
-def test_a_folder_that_is_none(tmp_path, capsys):
-    for root in (tmp_path, tmp_path/'nowhere'):
+def test_masks_are_looked_into(tree, capsys):
+    "A code that is none, a short one, one for a picture of another size, no polygon; in both layouts that keep masks in JSON."
+    for odd in (None, 7, [], [[1, 2, 3]], [[0, 0, 1e12, 0, 5, 5]], dict(size=[48, 72]), dict(size=[48, 72], counts=''), dict(size=[48, 72], counts='garbage'), dict(size=[72, 48], counts=[3456]), dict(size=[48, 72], counts=[3455])):
+        for layout, file, put in (('refcoco', 'refcocog/instances_refcocog_val.json', lambda listing: listing['annotations'][1].update(segmentation=odd)), ('mevis', 'valid_u/mask_dict.json', lambda listing: listing['1'].__setitem__(1, odd))):
+            if layout == 'mevis' and odd is None: continue # the object is absent there
+            root = tree(layout); listing = json.loads((root/file).read_text()); put(listing); (root/file).write_text(json.dumps(listing))
+            code, said = command(root, capsys)
+            assert code == 1 and file in said.out and said.out.count('missing or odd') == 1, (layout, odd, said.out)
+            shutil.rmtree(root)
+
+
+def test_masks_of_other_sizes_than_the_pictures(tree, capsys):
+    from PIL import Image
+    for layout, file in (('refcoco', 'train2014/COCO_train2014_000000000001.jpg'), ('jhmdb-sentences', 'Rename_Images/easy/test-easy-00000/00001.png'), ('mevis', 'valid_u/JPEGImages/easy-00000/00000.jpg')):
+        root = tree(layout); Image.new('RGB', (30, 20)).save(root/file)
         code, said = command(root, capsys)
-        assert code == 1 and said.err.count('\n') == 1 and said.out == ''
-    with pytest.raises(Problem, match='layout'): check(tmp_path, 'imagenet')
-    assert splits_of(tmp_path, 'mevis') == []
+        assert code == 1 and '20x30' in said.out and '48x72' in said.out
+
+
+def test_every_split_has_a_name_in_the_table(tree, tmp_path, capsys):
+    (tmp_path/'empty').mkdir(); code, said = command(tmp_path/'empty', capsys, 'check', '--layout', 'mevis')
+    assert code == 1 and 'the whole tree: 1 missing or odd' in said.out and 'no split' in said.out
+    code, said = command(tmp_path/'nowhere', capsys, 'check', '--layout', 'mevis')
+    assert code == 1 and 'no such folder' in said.err
+
+
+def test_empty_lists(tree, capsys):
+    for layout, file, text in (('ref-youtube-vos', 'meta_expressions/test/meta_expressions.json', '{"videos": {}}'), ('mevis', 'test/meta_expressions.json', '{"videos": {}}'), ('a2d-sentences', 'a2d_sentences_single_frame_test_annotations.json', '[]'),
+                               ('jhmdb-sentences', 'jhmdb_sentences_samples_metadata.json', '[]'), ('refcoco', 'refcocog/instances_refcocog_test.json', '{"images": [], "annotations": []}')):
+        root = tree(layout); (root/file).write_text(text)
+        code, said = command(root, capsys)
+        assert code == 1 and file in said.out and 'another split' not in said.out and said.out.count('missing or odd') == 1, said.out
+
+
+def test_both_versions_of_mevis_are_known(tree):
+    root = tree('mevis'); [p.unlink() for p in root.glob('refshapes_*.json')]
+    path = root/'valid_u/meta_expressions.json'; listing = json.loads(path.read_text()); said = listing['videos']['easy-00000']['expressions']; others = len(listing['videos']['easy-00001']['expressions'])
+    for n, right in ((793, True), (907, True), (800, False)):
+        listing['videos']['easy-00000']['expressions'] = {str(k): said['0'] for k in range(n - others)}; path.write_text(json.dumps(listing))
+        told = [why for split, _, why in check(root).odd if split == 'valid_u' and 'expressions' in why]
+        assert (not told) == right and all('793 or 907' in why for why in told)
+
+
+def test_originals_are_pointed_to_their_conversion(tmp_path, capsys):
+    (tmp_path/'davis_text_annotations').mkdir()
+    code, said = command(tmp_path, capsys)
+    assert code == 1 and 'rvos data prepare ref-davis17' in said.err
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_fuzzed_lists_give_lines_and_no_tracebacks(whole, layout, tmp_path):
+    "Replace one value of a list at a time by something odd; all else is linked."
+    rng, root = np.random.default_rng(1), tmp_path/layout; shutil.copytree(whole/layout, root, copy_function=os.link)
+    lists = [p for p in (whole/layout).rglob('*.json') if 'refshapes' not in p.name and p.name != 'meta.json']
+    for n in range(40):
+        path = lists[n % len(lists)]; here, spoilt = root/path.relative_to(whole/layout), json.loads(path.read_text()); spoil(spoilt, rng, .2)
+        here.unlink(); here.write_text(json.dumps(spoilt))
+        survey = check(root, layout)
+        assert survey.table() and all('\n' not in why and len(why) < 2000 for *_, why in survey.odd)
+        here.unlink(); os.link(path, here)
+    assert check(root, layout).odd == []
 
 
 # conversions
@@ -138,15 +196,48 @@ def test_davis_from_the_archives(davis, capsys):
     assert open_dataset(root.with_name('moved'), layout='ref-davis17').masks(next(iter(open_dataset(root.with_name('moved'))))).any()
 
 
-@pytest.mark.parametrize('spoil,word', [('line', 'VIDEO OBJECT'), ('sentence', 'VIDEO OBJECT'), ('gone', 'unpack'), ('set', 'unpack')])
-def test_davis_texts_that_are_odd(davis, capsys, spoil, word):
-    root, _ = davis; text = root/f'davis_text_annotations/{DAVIS_TEXTS[2]}.txt'
-    if spoil == 'line': text.write_text('a dog\n')
-    if spoil == 'sentence': text.write_text('valid-easy-00000 1 ""\n')
-    if spoil == 'gone': text.unlink()
-    if spoil == 'set': shutil.rmtree(root/'DAVIS/ImageSets')
+def test_davis_without_a_text(davis, capsys):
+    root, _ = davis
+    for path in (root/f'davis_text_annotations/{DAVIS_TEXTS[2]}.txt', root/'DAVIS/ImageSets/2017/val.txt'):
+        path.unlink(); code, said = command(root, capsys, 'prepare', 'ref-davis17')
+        assert code == 1 and 'unpack' in said.err and str(path) in said.err and said.err.count('\n') == 1
+
+
+def test_davis_lines_that_are_odd_cost_themselves(davis, capsys):
+    root, known = davis; text = root/f'davis_text_annotations/{DAVIS_TEXTS[2]}.txt'; whole = text.read_bytes()
+    text.write_bytes(whole + b'\na dog\nvalid-easy-00000 1 ""\nvalid-easy-00000 1 "again"\nvalid-easy-00000 0 "it"\nnobody 1 "it"\n../x 1 "it"\n')
     code, said = command(root, capsys, 'prepare', 'ref-davis17')
-    assert code == 1 and word in said.err and said.err.count('\n') == 1
+    assert code == 1 and said.out.count('left out: ') == 6 and said.out.count(f'{text}, line ') == 6 and said.out.count('2 videos') == 2
+    assert [e.text for e in open_dataset(root, 'valid')] == [e.text for e in open_dataset(known, 'valid')]
+    text.write_bytes(b'nothing\n'); code, said = command(root, capsys, 'prepare', 'ref-davis17')
+    assert code == 1 and said.out.count('no usable video') == 2 and f'{text}, line 1' in said.out
+    text.write_bytes(whole[:whole.index(b' ')] + b' 1 "caf\x85"\n'); code, said = command(root, capsys, 'prepare', 'ref-davis17')
+    assert f'{text}, line' not in said.out # a character of Latin-1 that ends no line
+
+
+def test_davis_categories(davis, capsys):
+    root, known = davis; path = root/'DAVIS/davis_semantics.json'; videos = ['valid-easy-00000', 'valid-easy-00001', 'train-easy-00000', 'train-easy-00001']
+    path.write_text(json.dumps({v: {'1': 'dog', '2': 'cat'} for v in videos}))
+    for _ in range(2):
+        code, said = command(root, capsys, 'prepare', 'ref-davis17')
+        assert code == 0 and json.loads((root/'valid/meta.json').read_text()) == {'videos': {v: {'objects': {'1': {'category': 'dog'}, '2': {'category': 'cat'}}} for v in videos[:2]}}
+    assert check(root).layout == 'ref-davis17' and 'meta.json' not in check(root).table()
+    for text in ('{"half', '[]', json.dumps({v: 'dog' for v in videos}), json.dumps({v: {'1': 7} for v in videos}), '{}'):
+        path.write_text(text); (root/'valid/meta.json').unlink(missing_ok=True)
+        code, said = command(root, capsys, 'prepare', 'ref-davis17')
+        assert code == 1 and str(path) in said.out and said.out.count('2 videos') == 2 and said.err == ''
+
+
+def test_what_lies_where_a_link_belongs(davis, capsys):
+    root, _ = davis; place = root/'valid/JPEGImages/valid-easy-00000'; place.mkdir(parents=True); (place/'00000.jpg').touch()
+    code, said = command(root, capsys, 'prepare', 'ref-davis17')
+    assert code == 1 and 'left out: ' in said.out and str(place) in said.out and 'other files' in said.out and '1 videos' in said.out and os.listdir(place) == ['00000.jpg']
+    shutil.rmtree(place); shutil.copytree(root/'DAVIS/JPEGImages/480p/valid-easy-00000', place); (root/'meta_expressions/valid/meta_expressions.json').unlink()
+    code, said = command(root, capsys, 'prepare', 'ref-davis17') # a copy of the same, as where links are not possible
+    assert code == 0 and not place.is_symlink()
+    shutil.rmtree(root/'train'); (root/'train').touch()
+    code, said = command(root, capsys, 'prepare', 'ref-davis17')
+    assert code == 1 and said.out.count('no folder can be made') == 2 and said.err == ''
 
 
 def test_davis_videos_that_are_odd(davis, capsys):
@@ -188,6 +279,12 @@ def test_refcoco_entries_that_are_odd(tree, capsys):
     (root/'refcocog/refs(umd).p').write_bytes(pickle.dumps(refs, 2))
     code, said = command(root, capsys, 'prepare', 'refcoco')
     assert code == 1 and said.out.count('left out: ') == 4 and said.err == ''
+    refs[:4] = [dict(refs[4], ref_id=99, sentences=s) for s in ([dict(sent='')], [dict(raw='it')], 'it', [dict(sent=7)])]; refs.append(refs[5])
+    del annotations[6]['bbox']; (root/'refcocog/instances.json').write_text(json.dumps(json.loads((root/'refcocog/instances.json').read_text()) | dict(annotations=annotations + annotations[-1:])))
+    (root/'refcocog/refs(umd).p').write_bytes(pickle.dumps(refs, 2)); [p.unlink() for p in (root/'refcocog').glob('instances_refcocog_*.json')]
+    code, said = command(root, capsys, 'prepare', 'refcoco')
+    assert code == 1 and said.out.count('left out: ') == 7 and 'entry 6' in said.out and 'twice' in said.out and 'again' in said.out and said.err == ''
+    assert check(root).odd == [] # each sentence that was written has its mask
 
 
 class Calls:
@@ -200,14 +297,65 @@ def test_a_pickle_runs_nothing(tree, tmp_path, capsys):
     for protocol in range(6):
         (root/'refcocog/refs(umd).p').write_bytes(pickle.dumps([Calls(str(tmp_path/'called'))], protocol))
         code, said = command(root, capsys, 'prepare', 'refcoco')
-        assert code == 1 and 'plain data' in said.err and said.err.count('\n') == 1 and not (tmp_path/'called').exists()
+        assert code == 1 and 'plain data' in said.out and said.out.count('\n') == 1 and said.err == '' and not (tmp_path/'called').exists()
+    shutil.copytree(root/'refcocog', root/'refcoco'); refer(root) # the bad one does not keep the good one from being converted
+    (root/'refcoco/refs(unc).p').write_bytes(pickle.dumps([Calls(str(tmp_path/'called'))]))
+    code, said = command(root, capsys, 'prepare', 'refcoco')
+    assert code == 1 and said.out.count('left out: ') == 1 and not (tmp_path/'called').exists()
 
 
 def test_lists_that_lie_there_are_kept(tree, capsys):
     root = tree('refcoco'); refer(root)
     path = root/'refcocog/instances_refcocog_val.json'; path.write_text('[]')
     code, said = command(root, capsys, 'prepare', 'refcoco')
-    assert code == 1 and 'another list' in said.err and path.read_text() == '[]'
+    assert code == 1 and 'another list' in said.out and path.read_text() == '[]' and said.out.count(' sentences\n') == 2
+
+
+def test_an_older_list_hides_nothing(tree, capsys):
+    root = tree('jhmdb-sentences'); texts = jhmdb(root)
+    assert command(root, capsys, 'prepare', 'jhmdb-sentences')[0] == 0
+    older = (root/JHMDB_LISTS[1]).read_bytes(); (root/'jhmdb_annotation.txt').write_text('video_id,query\n' + '\n'.join(f'{v},{t}' for v, t in list(texts.items())[:1]) + '\nnobody,it\n../x,it\n')
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 1 and 'line 3' in said.out and 'line 4' in said.out and 'another list' in said.out and said.out.count('left out: ') == 3 and (root/JHMDB_LISTS[1]).read_bytes() == older
+
+
+def a2d(root):
+    "The originals of A2D, out of the published lists, which are removed; the lists as they were."
+    lists = {p.name: json.loads(p.read_text()) for p in root.glob('a2d_sentences_*.json')}; [(root/n).unlink() for n in lists]
+    said = {(f, o): t for n, rows in lists.items() if 'single' in n for t, f, _, o in rows}
+    (root/'Release/videoset.csv').write_text(''.join(f'{v},21,0,1,48,72,4,3,{int("test" in v)}\n' for v in dict.fromkeys(f for f, _ in said)))
+    (root/'text_annotations/a2d_annotation.txt').write_text('video_id,instance_id,query\n' + ''.join(f'{v},{o},"{t}"\n' for (v, o), t in said.items()))
+    return lists
+
+
+A2D = 'text_annotations/a2d_annotation.txt'
+BAD_ROWS = {'id': '../x,1,it', 'absolute': '/etc,1,it', 'nobody': 'nobody,1,it', 'instance': 'easy-00000,one,it', 'zero': 'easy-00000,0,it', 'short': 'easy-00000,1', 'empty': 'easy-00000,99,""', 'twice': 'easy-00000,1,"again"',
+            'open': 'easy-00000,x,"never closed', 'long': 'easy-00000,98,' + 'a' * 200_000}
+
+
+@pytest.mark.parametrize('row', BAD_ROWS.values(), ids=list(BAD_ROWS))
+def test_a2d_rows_that_are_odd_cost_themselves(tree, capsys, row):
+    root = tree('a2d-sentences'); lists = a2d(root); text = root/A2D; first, rest = text.read_text().split('\n', 1)
+    text.write_text('\n'.join([first, *rest.splitlines()[:1], row, *rest.splitlines()[1:]]) + '\n')
+    where = [n for n, line in enumerate(text.read_text().splitlines(), 1) if line in (row, rest.splitlines()[0])]
+    code, said = command(root, capsys, 'prepare', 'a2d-sentences')
+    assert code == 1 and said.out.count('left out: ') == 1 and any(f'{text}, line {n}:' in said.out for n in where) and said.err == '' and len(said.out) < 3000
+    again = {n: json.loads((root/n).read_text()) for n in lists}
+    assert all(sorted(map(str, again[n])) == sorted(map(str, lists[n])) for n in lists) and check(root).odd == []
+
+
+def test_a2d_originals_that_are_odd(tree, capsys):
+    root = tree('a2d-sentences'); lists = a2d(root); texts = root/'text_annotations'
+    (texts/'a2d_missed_videos.txt').write_text('lost\n'); (root/A2D).write_text((root/A2D).read_text().replace('video_id,instance_id,query\n', '') + 'easy-00000,1 (copy),"it"\nlost,1,"it"\neasy-00000,77,"it"\n')
+    code, said = command(root, capsys, 'prepare', 'a2d-sentences') # without a header
+    assert code == 0 and {n: len(json.loads((root/n).read_text())) for n in lists} == {n: len(rows) for n, rows in lists.items()}
+    [(root/n).unlink() for n in lists]; shutil.rmtree(texts/'a2d_annotation_with_instances/test-easy-00000'); garbage(texts/'a2d_annotation_with_instances/easy-00000/00001.h5')
+    with open(root/'Release/videoset.csv', 'a') as f: f.write('easy-00000,21,0,1,48,72,4,3,1\nshort\n')
+    code, said = command(root, capsys, 'prepare', 'a2d-sentences')
+    assert code == 1 and said.out.count('left out: ') == 4 and all(w in said.out for w in ('no annotated frame', '00001.h5', 'line 5', 'line 6')) and check(root).odd == []
+    (root/A2D).write_text('video_id,instance_id,query\n'); [(root/n).unlink() for n in lists]
+    code, said = command(root, capsys, 'prepare', 'a2d-sentences')
+    assert code == 1 and 'no usable sentence' in said.err and not any((root/n).exists() for n in lists)
 
 
 def jhmdb(root, lines=None):
@@ -238,18 +386,18 @@ def test_jhmdb_from_the_archive(tree, capsys):
     assert data.layout == 'jhmdb-sentences' and not data.faults and {e.video: e.text for e in data} == texts and {v: len(x.frames) for v, x in data.videos.items()} == {'test-easy-00000': 25, 'test-easy-00001': 1}
     asked = [e.frame for e in data.expressions['test-easy-00000']]
     assert len(asked) == 3 and asked == sorted({*asked}) and 0 <= asked[0] <= asked[-1] < 25 and all(data.masks(e).all() for e in data)
-    assert check(root).odd == [] and check(root).counts['test'] == dict(videos=2, expressions=4, frames=4, masks=4)
+    assert check(root).odd == [] and check(root).counts['test'] == dict(videos=2, expressions=4, frames=26, masks=4)
 
 
 def test_the_draw_of_jhmdb_depends_on_names_only(tree):
     root = tree('jhmdb-sentences'); texts = jhmdb(root)
     longer(root, 'test-easy-00000', 40, 40); longer(root, 'test-easy-00001', 40, 40)
-    one = draw_jhmdb(root)[0]
+    one = draw_jhmdb(root, Work())
     (root/'jhmdb_annotation.txt').write_text('video_id,query\n' + '\n'.join(f'{v},{t}' for v, t in reversed(texts.items())))
-    two = draw_jhmdb(root)[0]
+    two = draw_jhmdb(root, Work())
     assert one != two and sorted(one) == sorted(two) and [r[1] for r in one[:3]] != [r[1].replace('00001/', '00000/') for r in one[3:]]
     (root/'jhmdb_annotation.txt').write_text('video_id,query\ntest-easy-00001,another\n')
-    assert [r[:4] for r in draw_jhmdb(root)[0]] == [r[:4] for r in one if r[0] == 'test-easy-00001']
+    assert [r[:4] for r in draw_jhmdb(root, Work())] == [r[:4] for r in one if r[0] == 'test-easy-00001']
 
 
 def test_jhmdb_published_samples_go_first(tree, capsys):
@@ -275,7 +423,10 @@ def test_jhmdb_lines_and_masks_that_are_odd(tree, capsys):
     mask = next(root.glob('puppet_mask/*/test-easy-00001/puppet_mask.mat')); mask.write_bytes(b'no Matlab')
     code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
     assert code == 1 and said.out.count('left out: ') == 5 and 'cannot be read' in said.out and 'line 3' in said.out and said.err == '' and len(texts) == 2
-    mask.unlink(); shutil.rmtree(next(root.glob('puppet_mask/*/test-easy-00000'))); (root/JHMDB_LISTS[1]).unlink()
+    other = root/'Rename_Images/jump/test-easy-00000'; shutil.copytree(next(root.glob('Rename_Images/*/test-easy-00000')), other); (root/JHMDB_LISTS[1]).unlink()
+    code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
+    assert code == 1 and 'the folder test-easy-00000 twice' in said.err; shutil.rmtree(other.parent)
+    mask.unlink(); shutil.rmtree(next(root.glob('puppet_mask/*/test-easy-00000')))
     code, said = command(root, capsys, 'prepare', 'jhmdb-sentences')
     assert code == 1 and 'no usable sentence' in said.err and said.err.count('\n') == 1 and not (root/JHMDB_LISTS[1]).exists()
 

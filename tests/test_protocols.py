@@ -19,7 +19,8 @@ from rvos_nb.data.datasets import LAYOUTS, open_dataset
 from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.models import zoo
-from rvos_nb.protocols import ask, merge, query_masks, run, score_frames, views, window
+from rvos_nb.protocols import ask, merge, query_masks, run, score_file, score_frames, score_table, views, window
+from rvos_nb.verify.cases import load_case
 
 FRAMES = ['a2d-sentences', 'jhmdb-sentences', 'refcoco']
 
@@ -155,7 +156,7 @@ def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     data = open_dataset(root, 'val')
     assert len(data.faults) == 3 and sum('no such file' in why for why in data.faults.values()) == 1
     report, lines = run(root, tmp_path/'out2', model)
-    assert 'not scored' in lines and len(report.failed) == 3
+    assert 'left out of the mean' in lines and len(report.failed) == 3
 
 
 @pytest.mark.parametrize('text', ['{}', '[]', '3', '[[]]', '{"images": []}', '[["a", "b", 1]]', '[', '{"videos": {}}'])
@@ -195,10 +196,75 @@ def test_two_splits_of_one_name(tree):
     assert open_dataset(root, 'refcocog_val').truth.path.parent.name == 'refcocog'
 
 
-def test_results_of_another_size_are_refused(trees, model, tmp_path):
-    data = open_dataset(trees['refcoco'], '')
-    key = data.sample_id(next(iter(data)))
-    with pytest.raises(Problem, match='as the truth has'): score_frames(data, [dict(image_id=key, score=1., bbox=[0, 0, 1, 1], segmentation=rle_encode(np.ones((5, 7), bool)))])
+def golden_frames(root):
+    "The golden samples in the layout of RefCOCO, with running ids, and their results."
+    case = load_case(Path(__file__).parent/'golden/pipeline/a2d_metrics.npz')
+    listing, results = (json.loads(str(case.arrays[f'in/{k}'])) for k in ('ground_truth', 'predictions'))
+    ids = {i['id']: n for n, i in enumerate(listing['images'], 1)}
+    (root/'train2014').mkdir(parents=True)
+    for i in listing['images']: i.update(id=ids[i['id']], caption='it', file_name=f"COCO_{ids[i['id']]}.jpg"); Image.new('RGB', (i['width'], i['height'])).save(root/'train2014'/i['file_name'])
+    for a in listing['annotations']: a['image_id'] = ids[a['image_id']]
+    for r in results: x1, y1, x2, y2 = r['bbox']; r.update(image_id=ids[r['image_id']], bbox=[x1, y1, x2 - x1, y2 - y1])
+    (root/'instances_refcoco_val.json').write_text(json.dumps(listing))
+    return case.answers, results
+
+
+def test_frames_as_their_authors_score_them(tmp_path, capsys):
+    answers, results = golden_frames(tmp_path/'coco')
+    (tmp_path/'run').mkdir(); (tmp_path/'run/results.json').write_text(json.dumps(results)); rows = []
+    data = open_dataset(tmp_path/'coco', '')
+    scores = score_file(data, tmp_path/'run', rows.extend)
+    equal = lambda found, wanted: np.allclose([np.nan if x is None else x for x in found], np.where(np.asarray(wanted) < 0, np.nan, 100 * np.asarray(wanted)), atol=1e-4, equal_nan=True)
+    assert len(data) == 40 == scores['samples'] and equal(scores['AP']['all'].values(), answers['coco_stats'])
+    for kind, prefix in (('mask', ''), ('box', 'bbox_')):
+        assert equal([scores[kind][f'P@0.{k}'] for k in range(5, 10)], answers[f'{prefix}precision_at_k']) and equal([scores[kind]['oIoU'], scores[kind]['mIoU']], [answers[f'{prefix}overall_iou'], answers[f'{prefix}mean_iou']])
+    assert equal([scores['box'][f'P@{k}'] for k in (1, 5, 10)], answers['refexp_precision_1_5_10'])
+    assert equal([r['IoU'] for r in rows], answers['per_instance'][:, 0]) and [r['expression'] for r in rows] == [str(n) for n in range(1, 41)]
+    with pytest.raises(SystemExit) as end: main(['evaluate', str(tmp_path/'coco'), str(tmp_path/'run'), '--out', str(tmp_path/'out')])
+    assert end.value.code == 0 and f"mIoU {scores['mask']['mIoU']:.1f}" in capsys.readouterr().out and json.loads((tmp_path/'out/metrics.json').read_text())['AP']['best'] == scores['AP']['best']
+    assert (tmp_path/'out/samples.csv').read_text().count('\n') == 41 and {p.name for p in (tmp_path/'out').iterdir()} == {'metrics.json', 'samples.csv', 'objects.csv', 'kinds.csv', 'videos.csv', 'report.html'} and (tmp_path/'out/report.html').read_text().count('<figure>') == 20
+
+
+SPOILT = { # what is done to one result: what is said of it
+    'another size': (lambda r: r['segmentation'].update(size=[5, 7]), 'as the truth has'), 'too few runs': (lambda r: r['segmentation'].update(counts='0'), 'do not fill'),
+    'cut': (lambda r: r['segmentation'].update(counts=r['segmentation']['counts'][:-1]), 'do not fill'), 'polygons': (lambda r: r.update(segmentation=[[0, 0, 4, 0, 4, 4]]), 'no run lengths'),
+    'no mask': (lambda r: r.pop('segmentation'), 'no run lengths'), 'size of text': (lambda r: r['segmentation'].update(size=['64', '96']), 'as the truth has'),
+    'no score': (lambda r: r.pop('score'), '"score" None'), 'score nan': (lambda r: r.update(score=float('nan')), '"score" nan'), 'score true': (lambda r: r.update(score=True), '"score" True'), 'score text': (lambda r: r.update(score='1'), "\"score\" '1'"),
+    'id list': (lambda r: r.update(image_id=[1]), 'no result'), 'no id': (lambda r: r.pop('image_id'), 'no result'), 'id true': (lambda r: r.update(image_id=True), 'no result'), 'empty': (lambda r: r.clear(), 'no result')}
+
+
+@pytest.mark.parametrize('name', FRAMES)
+@pytest.mark.parametrize('how', SPOILT)
+def test_a_result_that_cannot_be_used_costs_itself_only(trees, name, how):
+    data, (spoil, words) = open_dataset(trees[name], ''), SPOILT[how]
+    def result(e):
+        m = data.masks(e)[0]; ys, xs = np.nonzero(m); code = rle_encode(m)
+        return dict(image_id=data.sample_id(e), score=.5, segmentation=dict(size=list(map(int, code['size'])), counts=code['counts'].decode()), bbox=[int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1])
+    results = [result(e) for e in data]; spoil(results[1])
+    scores = score_frames(data, results, 'results.json')
+    assert len(scores['unusable']) == 1 and 'results.json, entry 1' in scores['unusable'][0] and words in scores['unusable'][0] and '\n' not in scores['unusable'][0]
+    assert scores['missing'] == [data.sample_id(list(data)[1])] and np.isclose(scores['mask']['mIoU'], 100 * (len(data) - 1) / len(data)) and 'unusable, ignored' in score_table(scores) and 'counted as 0: 1 samples' in score_table(scores)
+    if name == 'refcoco' and how == 'empty':
+        for box in ([0, 0, 1], [0, 0, -1, 1], [0, 0, 1, float('inf')], 'box', None):
+            assert '"bbox"' in score_frames(data, [results[0] | dict(bbox=box)])['unusable'][0]
+
+
+def test_results_about_other_samples_are_said(trees):
+    data = open_dataset(trees['a2d-sentences'], ''); e = next(iter(data))
+    good = dict(image_id=data.sample_id(e), score=.5, segmentation=rle_encode(data.masks(e)[0]))
+    scores = score_frames(data, [good, *(good | dict(image_id=f'v_other_f_{k}_i_1') for k in range(5)), good | dict(image_id='v_other_f_1_i_1')])
+    assert len(scores['strays']) == 1 and '5 ids' in scores['strays'][0] and "'v_other_f_2_i_1', …" in scores['strays'][0] and 'not asked for, ignored' in score_table(scores)
+    assert scores['mask'] == score_frames(data, [good])['mask'] and score_frames(data, [good])['strays'] == [] and len(scores['missing']) == len(data) - 1
+    nothing = score_frames(data, [])
+    assert nothing['mask']['oIoU'] == nothing['mask']['mIoU'] == nothing['AP']['all']['AP'] == 0 and len(nothing['missing']) == len(data)
+
+
+@pytest.mark.parametrize('text', ['{}', '3', 'null', '[', '"results"', '[[[', 'PK\x03\x04'])
+def test_a_file_that_holds_no_results(trees, tmp_path, text):
+    (tmp_path/'results.json').write_text(text)
+    for where in (tmp_path, tmp_path/'results.json', tmp_path/'nowhere'):
+        with pytest.raises(Problem) as e: score_file(open_dataset(trees['refcoco'], ''), where)
+        assert '\n' not in str(e.value)
 
 
 def test_a_model_that_gives_one_answer_only(trees, tmp_path):

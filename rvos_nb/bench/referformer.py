@@ -86,9 +86,10 @@ def naive_block(
 
 # %% ../../nbs/10b_bench.referformer.ipynb #519b8db7
 def naive_deform_attn(
-    value: Tensor, shapes: list, locations: Tensor, weights: Tensor,   # as for `ms_deform_attn`
+    value: Tensor, shapes: list, locations: Tensor, weights: Tensor, reference: Tensor | None = None, softmax: bool = False,   # as for `ms_deform_attn`
 ) -> Tensor:
     "`ms_deform_attn` with all readings kept until the end."
+    locations, weights = deform_attn.spelled_out(shapes, locations, weights, reference, softmax)
     n, _, m, d = value.shape
     read = [F.grid_sample(v.flatten(2).transpose(1, 2).reshape(n * m, d, h, w), (2 * locations[:, :, :, l] - 1).transpose(1, 2).flatten(0, 1), align_corners=False)
             for l, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes))]

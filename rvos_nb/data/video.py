@@ -103,7 +103,7 @@ def _film(path):
     "An open video file and its first picture stream; `Problem` naming the file where it cannot be decoded."
     import av
     try:
-        with av.open(str(path)) as box: yield box, box.streams.video[0]
+        with av.open(str(path), metadata_errors='replace') as box: yield box, box.streams.video[0] # titles may be in any encoding
     except (av.error.FFmpegError, IndexError) as e:
         raise Problem(path, f'a file that cannot be decoded ({e})', 'a video that FFmpeg can read', 'convert it, for instance to mp4') from None
 

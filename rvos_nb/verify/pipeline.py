@@ -8,13 +8,15 @@ __all__ = ['RUNNERS', 'fusion_round1', 'fusion_round2', 'jf_metrics', 'davis17_e
 # %% ../../nbs/07f_verify.pipeline.ipynb #fdc8befd
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from ..core import Problem
 from ..data.video import Expression
-from ..fuse import foreground, fuse_video, grouped
+from ..fuse import RULES, grouped
 from ..keyframe import as_json, key_frame
+from ..members import foreground
 from ..metrics import average_precision, contour_f, davis_mean, frame_scores, jaccard, label_scores, overlaps, precision_of_first, sentence_scores, statistics
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #afb99126
@@ -41,7 +43,7 @@ def fusion_round1(
             for v, groups in layout.items():
                 single = {g[0] for g in groups if len(g) == 1}
                 opinion = lambda m, e: foreground(arrays[f'in/{members[m]}/{v}/{e}/mask_logits'], alone if e in single else kinds[m])
-                for group, mask in fuse_video(opinion, groups, len(members), threshold=config['threshold'], leftover='first'):
+                for group, mask in replace(RULES['round1'], threshold=config['threshold']).fuse(opinion, groups, len(members)):
                     for e in group: yield f'{variant}/Annotations/{v}/{e}', _grey(mask)
             yield f'{variant}/key_frame', np.array(keys[members[0]])
 
@@ -55,7 +57,7 @@ def fusion_round2(
     for name, members in config['members'].items():
         for v, groups in _layout(arrays).items():
             opinion = lambda m, e: made[f'{members[m]}/{v}/{e}'] if members[m] in config['members'] else arrays[f'in/{members[m]}/{v}/{e}'] == 255
-            for group, mask in fuse_video(opinion, groups, len(members), threshold=config['threshold_pair'], leftover='majority'):
+            for group, mask in replace(RULES['round2'], threshold=config['threshold_pair'], leftover=config['threshold_leftover']).fuse(opinion, groups, len(members)):
                 for e in group:
                     made[f'{name}/{v}/{e}'] = mask
                     yield f'{name}/{v}/{e}', _grey(mask)

@@ -178,7 +178,7 @@ def propagate(
     print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #4b7c6cce
-def _command(data, parameters: dict) -> str: # of `fuse`: member_dirs, and options by name
+def _command(data, parameters: dict, split: str) -> str: # of `fuse`: member_dirs, and options by name
     "`rvos fuse` with these parameters."
     import shlex
     words = ['rvos', 'fuse', str(data), *(os.path.relpath(m) for m in parameters['member_dirs'])]
@@ -186,7 +186,7 @@ def _command(data, parameters: dict) -> str: # of `fuse`: member_dirs, and optio
         option = '--' + {'weights': 'weight'}.get(name, name).replace('_', '-')
         if value is True: words.append(option)
         elif name != 'member_dirs': words += [x for v in (value if isinstance(value, list) else [value]) for x in (option, f'{v:g}' if isinstance(v, float) else str(v))]
-    return shlex.join(words)
+    return shlex.join(words + (['--split', split] if split != 'valid' else []))
 
 # %% ../nbs/09b_cli.ipynb #327c042d
 @app.command()
@@ -226,7 +226,7 @@ def fuse(
     if not search: return _end(stage(_here(data), [_here(r) for r in runs], _here(out), split, rule, executor, force, **asked))
     from rvos_nb.search import study
     best, tables = study(_here(data), [_here(r) for r in runs], _here(out), split, rule, folds, **asked)
-    print(f"{tables}\nsearch.json and pictures in {_here(out)}\nto fuse by the chosen setting: {_command(data, best)}")
+    print(f"{tables}\nsearch.json and pictures in {_here(out)}\nto fuse by the chosen setting: {_command(data, best, split)}")
 
 # %% ../nbs/09b_cli.ipynb #725426bb
 def _typed(pairs, paths) -> dict: # NAME=VALUE texts; names of parameters that are paths

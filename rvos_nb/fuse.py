@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ALIKE', 'RULES', 'tally', 'vote', 'mean', 'grouped', 'overlap', 'packed', 'clusters', 'guarded', 'pooled',
-           'sureness', 'united', 'fuse_video', 'Rule', 'position', 'choose_frames', 'fuse']
+           'sureness', 'united', 'fuse_video', 'Rule', 'position', 'check_fit', 'choose_frames', 'fuse']
 
 # %% ../nbs/06_fuse.ipynb #a8921ac7
 import math, os
@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from .data.datasets import Dataset, frame_size, open_dataset
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
 from .keyframe import as_json, key_frame_nonempty
-from .members import Member, open_member
+from .members import Member, member_name, open_member
 
 # %% ../nbs/06_fuse.ipynb #47d64798
 def _same(shape: tuple, first: tuple | None, i: int):
@@ -256,17 +257,25 @@ def position(
     if len(found) != 1: raise Problem('key_frame_member', f"{which!r}{', twice' if found else ''}", f'a position below {len(members)}, or one of ' + ', '.join(m.name for m in members), 'correct the parameter')
     return found[0]
 
-def _gather(member_dirs: Sequence, out: Path, rule: Rule) -> list[Member]:
-    "Open the members, once their number is known to fit."
-    dirs = [resolve(m) for m in member_dirs]
+def check_fit(rule: Rule, dirs: Sequence[Path]):
+    "`Problem` where a rule is not one for members at these paths, which need not be there yet."
     def need(ok, where, found, expected):
         if not ok: raise Problem(where, found, expected, 'correct the parameter')
-    need(dirs, 'member_dirs', 'no member', 'at least one run, tree, zip or .pth')
-    need(out not in dirs, 'out_dir', f'{out}, which is a member', 'a folder of its own')
     need(rule.weights is None or len(rule.weights) == len(dirs), 'weights', f'{len(rule.weights or ())} weights', f'one for each of {len(dirs)} members')
-    members = [open_member(m) for m in dirs]
-    position(members, rule.key_frame_member)
-    return members
+    votes = sum(rule.weights or [1] * len(dirs))
+    for name, most in (('threshold', votes * dict(none=1, pairs=2, matched=2).get(rule.groups, math.inf)), ('leftover', votes)):
+        if not isinstance(limit := getattr(rule, name), int | float): continue
+        if rule.mode == 'mean': need(limit < 1, name, f'{limit:g}', "a probability below 1 in mode 'mean'")
+        else: need(limit <= most * (1 + 1e-6), name, f'{limit:g}', f'at most {most:g}, as there are no more votes')
+    position([SimpleNamespace(name=member_name(d)) for d in dirs], rule.key_frame_member)
+
+def _gather(member_dirs: Sequence, out: Path, rule: Rule) -> list[Member]:
+    "Open the members, once the rule is known to fit them."
+    dirs = [resolve(m) for m in member_dirs]
+    if not dirs: raise Problem('member_dirs', 'no member', 'at least one run, tree, zip or .pth', 'correct the parameter')
+    if out in dirs: raise Problem('out_dir', f'{out}, which is a member', 'a folder of its own', 'correct the parameter')
+    check_fit(rule, dirs)
+    return [open_member(m) for m in dirs]
 
 # %% ../nbs/06_fuse.ipynb #04d25fd3
 def _write(folder: Path, group: Sequence[str], frames: Sequence[str], masks: np.ndarray):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'TYPES', 'MAGIC', 'Places', 'TIMES', 'foreground', 'probability', 'Storage', 'Tensor', 'Unpickler',
-           'Predictions', 'found_kind', 'votes', 'Masks', 'Candidates', 'Published', 'Member', 'open_member', 'levels',
-           'convert_predictions']
+           'Predictions', 'found_kind', 'votes', 'Masks', 'Candidates', 'Published', 'member_name', 'Member',
+           'open_member', 'levels', 'convert_predictions']
 
 # %% ../nbs/05i_members.ipynb #d00aad52
 import logging, math, os, pickle, re, zipfile
@@ -307,11 +307,14 @@ class Published:
         return stack
 
 # %% ../nbs/05i_members.ipynb #ba1fa467
+def member_name(where: Path) -> str:
+    "What the member at a path is called."
+    return where.stem if where.is_file() else f'{where.parent.name}/{where.name}' if where.name.startswith('Annotations') else where.name
+
 class Member:
     "One source of opinions. Safe to use from threads, usable in `with`, picklable by its path."
     def __init__(self, where: Path, kind: str, masks: bool, candidates: bool):
-        self.where, self.notes = where, {}
-        self.name = where.stem if where.is_file() else f'{where.parent.name}/{where.name}' if where.name.startswith('Annotations') else where.name
+        self.where, self.name, self.notes = where, member_name(where), {}
         self.hard = Masks(where, self.note) if masks else None
         self.soft = Candidates(where/'candidates') if candidates else None if masks else Published(where, kind, self.note)
         about = read_json(where/'run.json') if (where/'run.json').is_file() else {}

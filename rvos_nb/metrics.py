@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from .core import Problem
+from .data.masks import run_pixels
 
 # %% ../nbs/07a_metrics.ipynb #b5bc5eba
 def _clips(
@@ -165,10 +166,12 @@ def chosen(
     return best
 
 def mask_overlap(truth: dict, pred: dict) -> tuple[float, float]:
-    "Intersection and union, in pixels, of two run-length codes of one size; `Problem` for other sizes."
+    "Intersection and union, in pixels, of two run-length codes of one size; `Problem` for other sizes and broken codes."
     from pycocotools import mask as coco
     if list(truth['size']) != list(pred['size']):
         raise Problem('results', f"a mask of {list(pred['size'])}", f"{list(truth['size'])}, as the truth has", 'predict again on the original frames')
+    for who, code in (('the truth', truth), ('results', pred)):
+        if run_pixels(code['counts']) != math.prod(code['size']): raise Problem(who, 'run lengths that do not fill the mask', f"lengths that add up to {math.prod(code['size'])}", 'write the mask again')
     common = float(coco.area(coco.merge([truth, pred], intersect=True)))
     return common, float(coco.area(truth)) + float(coco.area(pred)) - common
 

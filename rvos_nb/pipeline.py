@@ -35,10 +35,11 @@ class Stage:
         return [str(resolve(p)) for p in (*(self.parameters.get(k) for k in ('out_dir', 'zip_path')), *self.writes) if p]
 
     def reads(self) -> list[str]:
-        "Absolute paths of what it works on: parameters that are absolute, or whose name ends in _dir, _dirs or _path."
+        "Absolute paths of what it works on: parameters whose name ends in _dir, _dirs or _path, and `runs`, `model` and `source` where they are absolute."
         def paths(name, v):
             if isinstance(v, (dict, list, tuple)): return [p for x in (v.values() if isinstance(v, dict) else v) for p in paths(name, x)]
-            return [str(resolve(v))] if isinstance(v, str) and v and (os.path.isabs(v) or re.search('_(dirs?|path)$', name)) else []
+            asked = re.search('_(dirs?|path)$', name) or name in ('runs', 'model', 'source') and os.path.isabs(str(v))
+            return [str(resolve(v))] if isinstance(v, str) and v and asked else []
         return list(dict.fromkeys(p for k, v in self.parameters.items() if k not in ('out_dir', 'zip_path') for p in paths(k, v)))
 
 @dataclass(frozen=True)
@@ -169,6 +170,15 @@ def _check_parameters(stage: Stage):
         want, got = type(takes[k]), type(v)
         if want is not type(None) and got is not want and not (want is float and got is int):
             raise Problem(where, f"{k} = {v!r} ({got.__name__})", want.__name__, f"its default is {takes[k]!r}")
+    if stage.notebook == '06_fuse': _check_fusion(where, stage.parameters)
+
+def _check_fusion(where: str, given: dict):
+    "Raise `Problem` where a fusion has a rule that there is not, or one that does not fit its members."
+    from rvos_nb.fuse import RULES, check_fit
+    name = given.get('rule') or 'round2'
+    if name not in RULES: raise Problem(where, f"rule {name!r}", ' or '.join(map(repr, RULES)), "choose one of them")
+    try: check_fit(replace(RULES[name], **{k: v for k, v in given.items() if v and k in vars(RULES[name])}), [resolve(m) for m in given.get('member_dirs') or ['']])
+    except Problem as e: raise Problem(f"{where}, {e.where}", e.found, e.expected, e.remedy) from None
 
 # %% ../nbs/09_pipeline.ipynb #e41ff22f
 def has_masks(

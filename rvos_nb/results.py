@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMBERS', 'MEMBER_BYTES', 'TOTAL_BYTES', 'RATIO', 'REMARKS', 'member_fault', 'checked_members', 'check_png', 'decode',
            'decode_labels', 'plain_bytes', 'Results', 'open_results', 'strays_in', 'maps_folder', 'label_maps',
-           'run_lengths', 'check_code']
+           'check_code']
 
 # %% ../nbs/05h_results.ipynb #7c2f8905
 import io, re, stat, struct, zipfile, zlib
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .core import Problem, natural_key, resolve
-from .data.masks import PALETTE, read_labels, read_mask
+from .data.masks import PALETTE, read_labels, read_mask, run_pixels
 
 # %% ../nbs/05h_results.ipynb #00a75527
 MEMBERS, MEMBER_BYTES, TOTAL_BYTES, RATIO = 500_000, 1 << 26, 1 << 36, 200  # what a zip may hold
@@ -209,19 +209,6 @@ def label_maps(
     return maps, faults
 
 # %% ../nbs/05h_results.ipynb #d0445ce9
-def run_lengths(
-    counts: bytes,          # characters from '0' to 'o'
-) -> np.ndarray | None:     # (n,) int64; None for other characters and for a digit that is not followed
-    "The lengths that a COCO code holds."
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32: return None
-    ends = np.flatnonzero(digits & 32 == 0); starts = np.append(0, ends[:-1] + 1)
-    place = np.arange(digits.size) - np.repeat(starts, ends - starts + 1)
-    if place.max() > 8: return None
-    values = np.add.reduceat((digits & 31) << 5 * place, starts) - (digits[ends] >> 4 & 1) * (1 << 5 * (place[ends] + 1))
-    values[1::2] = values[1::2].cumsum(); values[2::2] = values[2::2].cumsum()
-    return values
-
 def check_code(
     code,                  # {'size': [H, W], 'counts': text}
     size: tuple[int, int], # (H, W) that it must have
@@ -231,6 +218,4 @@ def check_code(
     if not isinstance(code, dict) or not isinstance(code.get('size'), (list, tuple)) or not isinstance(code.get('counts'), (str, bytes)):
         raise Problem(where, 'no run lengths', '"segmentation" with "size" and "counts", as pycocotools encodes it', 'write the result again')
     if list(code['size']) != list(size) or not all(isinstance(n, int) for n in code['size']): raise Problem(where, f"a mask of {list(code['size'])}", f'{list(size)}, as the truth has', 'predict again on the original frames')
-    counts = code['counts'].encode(errors='replace') if isinstance(code['counts'], str) else code['counts']
-    lengths = run_lengths(counts)
-    if lengths is None or lengths.min() < 0 or lengths.sum() != size[0] * size[1]: raise Problem(where, 'run lengths that do not fill the mask', f'lengths that add up to {size[0] * size[1]}', 'write the result again')
+    if run_pixels(code['counts']) != size[0] * size[1]: raise Problem(where, 'run lengths that do not fill the mask', f'lengths that add up to {size[0] * size[1]}', 'write the result again')

@@ -10,8 +10,8 @@ from PIL import Image
 
 from helpers import spoil
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import annotation, open_dataset, read_code, run_pixels
-from rvos_nb.data.masks import rle_encode
+from rvos_nb.data.datasets import annotation, open_dataset, read_code
+from rvos_nb.data.masks import rle_encode, run_pixels
 from rvos_nb.data.refshapes import write
 from rvos_nb.data.video import read_video
 

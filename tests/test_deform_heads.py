@@ -211,6 +211,30 @@ def test_a_place_that_is_no_number_is_outside(bad, softmax, way):
     assert (answers[0][2][:, :3, :, 0, 0] == 0).all()
 
 
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('where', ['offset', 'reference'])
+@pytest.mark.parametrize('numbers', [2, 4])
+def test_what_a_broken_place_was_made_from_has_finite_gradients(way, numbers, where, bad):
+    rng = torch.Generator().manual_seed(0)
+    value, offsets, logits, reference = (torch.rand(*s, generator=rng) for s in ((2, 26, 2, 4), (2, 7, 2, 2, 3, 2), (2, 7, 2, 2, 3), (1, 7, 1, numbers)))
+    if where == 'offset': offsets[0, 2, 1, 0, 1, 0] = bad
+    else: reference[0, 2, 0, -1] = bad
+    given = [x.requires_grad_() for x in (value, offsets, logits, reference)]
+    out = ms_deform_attn(value, [(4, 5), (2, 3)], offsets, logits, reference, softmax=True)
+    gradients = torch.autograd.grad(out.sum(), given)
+    assert out.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    assert not (gradients[1][0, 2, 1, 0, 1] if where == 'offset' else gradients[1][:, 2]).any() and gradients[3][0, 3].any()
+
+
+def test_fake_tensors_leave_nothing_behind():
+    "A model looked through with fake tensors works on real ones afterwards."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    module = MSDeformAttn(32, 2, 4, 3)
+    given = torch.zeros(2, 7, 32), torch.zeros(2, 7, 1, 2), [(9, 5), (2, 3)]
+    with FakeTensorMode(allow_non_fake_inputs=True): module.sample(*given)
+    assert type(module.sample(*given)[0]) is torch.Tensor
+
+
 def test_gradients_of_points_outside_are_written(way):
     "A known fast kernel leaves memory as it was for a point outside, and the softmax's gradient then reads it."
     value, shapes, locations, logits, *_ = sample_inputs(7, n=3, queries=5)

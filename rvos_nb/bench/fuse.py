@@ -214,7 +214,7 @@ def by_pillow(root: Path):
 
 def round2(
     videos: int = 20,
-    rounds: int = 5,
+    rounds: int = 4,
     clock: Callable = apart,
     **small, # sizes, see `write_members`
 ) -> list[Figure]:
@@ -225,7 +225,7 @@ def round2(
         for name, goal in (('ours', 3), ('pillow', None)):
             if name == 'pillow': by_pillow(root)
             print(f'round two, {videos} videos, trees written by {name}:', flush=True)
-            spent = race({'plain': partial(plainly, root, plain_trees), 'ours': partial(ours, root, [f'm{m}/Annotations' for m in range(4)], 'fused')}, rounds if goal else min(rounds, 3), clock)
+            spent = race({'plain': partial(plainly, root, plain_trees), 'ours': partial(ours, root, [f'm{m}/Annotations' for m in range(4)], 'fused')}, rounds if goal else min(rounds, 2), clock)
             wrong, masks = differences(root/'plain', root/'fused')
             found += [Figure(f'fuse.round2.{name}.speed', min(spent['plain']) / min(spent['ours']), goal, 'x', least=True),
                       Figure(f'fuse.round2.{name}.mask', 1e3 * min(spent['ours']) / masks, unit='ms'), Figure(f'fuse.round2.{name}.differences', wrong, 0, ' pixels')]
@@ -286,7 +286,7 @@ def exactness(frames: int = 2000) -> list[Figure]:
 
 # %% ../../nbs/10e_bench.fuse.ipynb #260ef743
 def processes(
-    videos: int = 200,
+    videos: int = 150,
     rounds: int = 2,
     **small, # sizes, see `write_members`
 ) -> list[Figure]:

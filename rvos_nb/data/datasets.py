@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TWICE', 'JHMDB_LISTS', 'LAYOUTS', 'ORIGINALS', 'each_once', 'want', 'whole_number', 'sentence', 'read_expression',
-           'read_entry', 'frame_size', 'Dataset', 'read_videos', 'open_videos', 'four_each', 'run_pixels', 'read_rle',
-           'read_code', 'annotation_spans', 'annotation', 'UnionTruth', 'read_targets', 'open_mevis', 'collect',
-           'read_rows', 'CocoTruth', 'h5_masks', 'mat_masks', 'H5Truth', 'MatTruth', 'open_a2d', 'jhmdb_frame',
-           'open_jhmdb', 'listing_of', 'open_refcoco', 'recognise', 'open_dataset']
+           'read_entry', 'frame_size', 'Dataset', 'read_videos', 'open_videos', 'four_each', 'read_rle', 'read_code',
+           'annotation_spans', 'annotation', 'UnionTruth', 'read_targets', 'open_mevis', 'collect', 'read_rows',
+           'CocoTruth', 'h5_masks', 'mat_masks', 'H5Truth', 'MatTruth', 'open_a2d', 'jhmdb_frame', 'open_jhmdb',
+           'listing_of', 'open_refcoco', 'recognise', 'open_dataset']
 
 # %% ../../nbs/01d_data.datasets.ipynb #2c01a464
 import json
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import Problem, brief, check_id, read_json
-from .masks import read_labels, rle_decode
+from .masks import read_labels, rle_decode, run_pixels
 from .video import Expression, Video, frame_path, open_clip, read_frame
 
 # %% ../../nbs/01d_data.datasets.ipynb #c40acca3
@@ -191,18 +191,6 @@ def four_each(data: Dataset) -> bool:
             if not e.id.isdecimal() or e.object_id is None or objects.setdefault(int(e.id) // 4, e.object_id) != e.object_id: return False
         if len(set(objects.values())) < len(objects) or (max(int(e.id) for e in expressions) + 1) % 4: return False
     return bool(data.expressions)
-
-# %% ../../nbs/01d_data.datasets.ipynb #134995e2
-def run_pixels(counts: str | bytes) -> int: # pixels that the runs cover; -1 for what is no run-length code
-    "The length of a compressed run-length code, without decoding it."
-    x = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(x & 32 == 0)                           # the characters that end a number
-    if not len(x) or x.min() < 0 or x.max() > 63 or not len(last) or last[-1] != len(x) - 1: return -1
-    first = np.r_[0, last[:-1] + 1]; place = np.arange(len(x)) - np.repeat(first, last - first + 1)
-    if place.max() > 6: return -1
-    number = np.add.reduceat((x & 31) << 5 * place, first) - ((x[last] & 16 > 0) << 5 * (place[last] + 1))
-    for start in (1, 2): number[start::2] = number[start::2].cumsum()
-    return int(number.sum()) if number.min() >= 0 else -1
 
 # %% ../../nbs/01d_data.datasets.ipynb #777a0d8f
 def read_rle(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PNG', 'PLAIN', 'PLAIN_ZLIB', 'PALETTE', 'read_mask', 'read_labels', 'encode_mask', 'write_mask', 'encode_labels',
-           'write_labels', 'write_tree', 'rle_encode', 'rle_decode', 'mask_box', 'overlay']
+           'write_labels', 'write_tree', 'rle_encode', 'rle_decode', 'mask_box', 'run_pixels', 'overlay']
 
 # %% ../../nbs/01a_data.masks.ipynb #4d3410fe
 import io
@@ -163,6 +163,18 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     "(x1, y1, x2, y2) in pixels, the last row and column included; zeros for an empty mask."
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return (int(xs[0]), int(ys[0]), int(xs[-1]), int(ys[-1])) if len(ys) else (0, 0, 0, 0)
+
+# %% ../../nbs/01a_data.masks.ipynb #cdff18ff
+def run_pixels(counts: str | bytes) -> int: # pixels that the runs cover; -1 for what is no run-length code
+    "The length of a compressed run-length code, without decoding it."
+    x = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(errors='replace'), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(x & 32 == 0)                           # the characters that end a number
+    if not len(x) or x.min() < 0 or x.max() > 63 or not len(last) or last[-1] != len(x) - 1: return -1
+    first = np.r_[0, last[:-1] + 1]; place = np.arange(len(x)) - np.repeat(first, last - first + 1)
+    if place.max() > 6: return -1
+    number = np.add.reduceat((x & 31) << 5 * place, first) - ((x[last] & 16 > 0) << 5 * (place[last] + 1))
+    for start in (1, 2): number[start::2] = number[start::2].cumsum()
+    return int(number.sum()) if number.min() >= 0 else -1
 
 # %% ../../nbs/01a_data.masks.ipynb #69bfced2
 def overlay(

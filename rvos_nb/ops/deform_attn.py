@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ..core import Problem
 from . import native
 
@@ -76,7 +77,7 @@ def level_sizes(
     device, dtype,
 ) -> Tensor:                               # (levels, 2) w, h
     "Sizes of the levels as a tensor; usable in training even if first asked for in inference mode."
-    if torch.compiler.is_compiling(): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode(): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
     return _kept_sizes(shapes, device, dtype)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #e929862c
@@ -226,6 +227,10 @@ _operator('ms_deform_attn', _forward, _forward_pretend, _gradients, _save)
 # %% ../../nbs/03a_ops.deform_attn.ipynb #764833ba
 _LIBRARY.define('ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, Tensor? reference, bool softmax, str asked, bool of_reference) -> (Tensor, Tensor, Tensor, Tensor)')
 
+def _through(gradient, factor) -> Tensor:
+    "Their product; zero where `gradient` is, whatever `factor` says."
+    return torch.where(gradient == 0, 0., gradient * factor)
+
 def _backward(grad, value, shapes, locations, weights, reference, softmax, asked, of_reference):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
     shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
@@ -234,9 +239,9 @@ def _backward(grad, value, shapes, locations, weights, reference, softmax, asked
     dreference = dplaces.new_empty(0)
     if reference is None: return dvalue, dplaces, dweights, dreference
     if of_reference:
-        parts = [dplaces.sum((2, 4))] + ([(dplaces * locations).sum((2, 4)) * (0.5 / locations.shape[4])] if reference.shape[-1] == 4 else [])
+        parts = [dplaces.sum((2, 4))] + ([_through(dplaces, locations).sum((2, 4)) * (0.5 / locations.shape[4])] if reference.shape[-1] == 4 else [])
         dreference = torch.cat(parts, -1).sum_to_size(reference.shape)
-    return dvalue, dplaces * _reach(reference, locations, _pairs(shapes)), dweights, dreference
+    return dvalue, _through(dplaces, _reach(reference, locations, _pairs(shapes))), dweights, dreference
 
 def _backward_pretend(grad, value, shapes, locations, weights, reference, softmax, asked, of_reference):
     return (*(x.new_empty(x.shape) for x in (value, locations, weights)), locations.new_empty(reference.shape if of_reference else 0))

@@ -125,15 +125,14 @@ def propagator_jf(
     "Score a propagator that is given the true first labels."
     import numpy as np
     from rvos_nb.data.video import read_video
-    from rvos_nb.metrics import contour_f, jaccard
+    from rvos_nb.metrics import j_and_f
     from rvos_nb.propagate import walk
     scores = []
     for name, video in data.videos.items():
         truth, frames = data.labels(name), list(read_video(video))
         found = np.stack([labels for _, labels in walk(propagator, frames, [], 0, truth[0])])
         for k in np.unique(truth[0])[1:]:
-            pair = truth[1:] == k, found == k
-            scores.append((jaccard(*pair).mean() + contour_f(*pair).mean()) / 2)
+            scores.append(np.mean(j_and_f(truth[1:] == k, found == k)))
     return 100 * float(np.mean(scores))
 
 # %% ../nbs/10_benchmarks.ipynb #27815a6c

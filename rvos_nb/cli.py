@@ -364,7 +364,7 @@ def run(
     """
     from rvos_nb import pipeline
     if recipe is None:
-        for name in pipeline.recipes(): print(f"{name:12} {pipeline.load_recipe(name).about}")
+        for name in pipeline.recipes(): print(f"{name:15} {pipeline.load_recipe(name).about}")
         return
     data = next((p.partition('=')[2] for p in parameter or () if p.startswith('data=')), None)
     if data and not _here(data).exists(): raise Problem(_here(data), 'no such folder', 'a data set', 'check the path; `rvos demo` makes a synthetic one')

@@ -78,8 +78,12 @@ def _mapping(recipe, above: tuple = ()) -> tuple[dict, str]: # with what it exte
     base, known = _mapping(top['extends'], (*above, where))[0], lambda x: {s.get('name'): s for s in x.get('stages') or () if isinstance(s, dict)}
     old, new = known(base), known(top)
     changed = [{**s, **new.get(name, {}), 'parameters': {**(s.get('parameters') or {}), **(new.get(name, {}).get('parameters') or {})}} for name, s in old.items()]
-    added = [s for s in top.get('stages') or () if not isinstance(s, dict) or s.get('name') not in old]
-    return {**base, **{k: v for k, v in top.items() if k != 'extends'}, 'stages': added + changed, 'paths': [*(base.get('paths') or ()), *(top.get('paths') or ())],
+    before, added = {}, []
+    for s in top.get('stages') or ():
+        if isinstance(s, dict) and s.get('name') in old: before[s['name']], added = added, []
+        else: added.append(s)
+    stages = [x for s in changed for x in (*before.get(s['name'], ()), s)] + added
+    return {**base, **{k: v for k, v in top.items() if k != 'extends'}, 'stages': stages, 'paths': [*(base.get('paths') or ()), *(top.get('paths') or ())],
             'parameters': {**(base.get('parameters') or {}), **(top.get('parameters') or {})}}, where
 
 # %% ../nbs/09_pipeline.ipynb #7b1f9a60

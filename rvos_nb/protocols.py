@@ -77,11 +77,11 @@ def plane_reader(
     if not path.exists():
         return lambda t: read_mask(run/'Annotations'/e.video/e.id/f'{frames[t]}.png').astype(np.float32)
     import torch
-    from rvos_nb.predict import load_candidates
+    from rvos_nb.predict import full_size, load_candidates
     arrays, info = load_candidates(path, ['logits'])
     def plane(t):
-        x = torch.nn.functional.interpolate(torch.from_numpy(arrays['logits'][t])[None, None], size=tuple(info['size']), mode='bilinear', align_corners=False)[0, 0]
-        return (x.sigmoid() if info['kind'] == 'logit' else x).numpy()
+        x = full_size(arrays['logits'][t:t + 1], info['size'], info['kind'])[0]
+        return torch.from_numpy(x).sigmoid().numpy() if info['kind'] == 'logit' else x
     return plane
 
 # %% ../nbs/05a2_protocols.ipynb #1c3a2071

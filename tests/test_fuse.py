@@ -281,7 +281,8 @@ def test_other_members_are_refused(copy):
 
 @pytest.mark.parametrize('wrong', [dict(member_dirs=[]), dict(member_dirs=['m0', 'none']), dict(weights=[1]), dict(weights=[0, 0]), dict(weights=[1, -1]), dict(mode='max'), dict(rule='round3'),
                                    dict(groups='triples'), dict(leftover='last'), dict(leftover='0'), dict(key_frame_member=2), dict(key_frame_member='m2'), dict(key_frames='last'), dict(threshold=-1), dict(out_dir='m0'),
-                                   dict(guard=-.1), dict(guard=1.1), dict(union=2), dict(absent=.3), dict(union=.3, mode='mean'), dict(union=.3, threshold=2), dict(confidence=True, threshold=2)])
+                                   dict(guard=-.1), dict(guard=1.1), dict(union=2), dict(absent=.3), dict(union=.3, mode='mean'), dict(union=.3, threshold=2), dict(confidence=True, threshold=2),
+                                   dict(threshold=5), dict(threshold=3, groups='none'), dict(threshold=4, weights=[1, .5]), dict(leftover=3), dict(mode='mean', threshold=1), dict(mode='mean', leftover=2)])
 def test_wrong_parameters(made, tmp_path, wrong):
     given = dict(member_dirs=['m0', 'm1'], out_dir=tmp_path/'out') | wrong
     given['member_dirs'] = [made[0]/m for m in given['member_dirs']]

@@ -102,7 +102,7 @@ def test_readme_is_what_the_index_says():
         assert target.startswith('http') or (ROOT/target).exists(), f'README points to {target}'
 
 
-LIGHT = ['core', 'data.masks', 'data.video', 'data.refshapes', 'data.datasets', 'keyframe', 'fuse', 'metrics', 'evaluate', 'pipeline', 'cli', 'benchmarks']
+LIGHT = ['core', 'data.masks', 'data.video', 'data.refshapes', 'data.datasets', 'keyframe', 'results', 'members', 'fuse', 'metrics', 'evaluate', 'ballots', 'search', 'pipeline', 'cli', 'benchmarks']
 
 def test_light_modules_import_no_torch():
     code = f"import importlib, sys\nfor m in {LIGHT}:\n importlib.import_module('rvos_nb.' + m)\n assert 'torch' not in sys.modules, m\nassert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"

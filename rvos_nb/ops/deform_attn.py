@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._guards import detect_fake_mode
 from ..core import Problem
 from . import native
 
@@ -77,7 +77,7 @@ def level_sizes(
     device, dtype,
 ) -> Tensor:                               # (levels, 2) w, h
     "Sizes of the levels as a tensor; usable in training even if first asked for in inference mode."
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode(): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
+    if torch.compiler.is_compiling() or detect_fake_mode(): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
     return _kept_sizes(shapes, device, dtype)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #e929862c

@@ -8,7 +8,9 @@ __all__ = ['Setting', 'verdicts', 'Clip', 'compact', 'unpacked', 'pooled', 'coun
            'sure', 'decided', 'regions', 'counted', 'fused', 'measure']
 
 # %% ../nbs/07b2_ballots.ipynb #6c1506d7
-import math, tempfile, zlib
+import math
+import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,66 +34,91 @@ from .metrics import j_and_f
 @dataclass(frozen=True)
 class Setting:
     "A rule for given members. Weights may be in any unit and become the smallest whole numbers where they can."
-    weights: tuple[float, ...]   # one for each member; 0: left out
-    share: float | None = None   # of all votes ('vote'), or probability ('mean'), that makes foreground; None: half
-    rule: Rule = Rule()          # everything else
+
+    weights: tuple[float, ...]  # one for each member; 0: left out
+    share: float | None = (
+        None  # of all votes ('vote'), or probability ('mean'), that makes foreground; None: half
+    )
+    rule: Rule = Rule()  # everything else
 
     def __post_init__(self):
         parts = [Fraction(w).limit_denominator(1000) for w in self.weights]
         parts = [p * math.lcm(*(p.denominator for p in parts)) for p in parts]
         whole = [int(p) // (math.gcd(*map(int, parts)) or 1) for p in parts]
-        exact = max(whole) <= 1000 and all(math.isclose(w * sum(whole), p * sum(self.weights), rel_tol=1e-9) for w, p in zip(self.weights, whole))
-        plain = dict(leftover='majority', guard=0.) if self.rule.groups == 'none' else {}
-        object.__setattr__(self, 'weights', tuple(whole if exact else map(float, self.weights)))
-        object.__setattr__(self, 'rule', replace(self.rule, weights=None, threshold=None, **plain))
+        exact = max(whole) <= 1000 and all(
+            math.isclose(w * sum(whole), p * sum(self.weights), rel_tol=1e-9)
+            for w, p in zip(self.weights, whole)
+        )
+        plain = {"leftover": "majority", "guard": 0.0} if self.rule.groups == "none" else {}
+        object.__setattr__(self, "weights", tuple(whole if exact else map(float, self.weights)))
+        object.__setattr__(self, "rule", replace(self.rule, weights=None, threshold=None, **plain))
 
     @property
     def kept(self) -> list[int]:
         "Positions of the members that have a say."
         return [m for m, w in enumerate(self.weights) if w > 0]
 
-    def made(self, size: int) -> Rule: # expressions of a usual group
+    def made(self, size: int) -> Rule:  # expressions of a usual group
         "The rule for the kept members, with weights and threshold."
         w = [self.weights[m] for m in self.kept]
-        limit = self.share if self.share is None or self.rule.mode == 'mean' else round(self.share * sum(w) * size, 6)
-        if limit is not None and self.rule.mode == 'vote' and all(isinstance(x, int) for x in w): limit = math.ceil(limit)
+        limit = (
+            self.share
+            if self.share is None or self.rule.mode == "mean"
+            else round(self.share * sum(w) * size, 6)
+        )
+        if limit is not None and self.rule.mode == "vote" and all(isinstance(x, int) for x in w):
+            limit = math.ceil(limit)
         return replace(self.rule, weights=w if len({*w}) > 1 else None, threshold=limit)
 
 # %% ../nbs/07b2_ballots.ipynb #111bbf96
 def verdicts(
-    rule: Rule,           # in mode 'vote', without union, for all members that vote
-    patterns: np.ndarray, # (C, k, M) bool: the vote of each member on each expression of a group
-    confidence: Callable[[int, int], float] | None = None, # (member, expression) -> how sure
-) -> np.ndarray:          # (C,) bool
+    rule: Rule,  # in mode 'vote', without union, for all members that vote
+    patterns: np.ndarray,  # (C, k, M) bool: the vote of each member on each expression of a group
+    confidence: Callable[[int, int], float] | None = None,  # (member, expression) -> how sure
+) -> np.ndarray:  # (C,) bool
     "Which patterns are foreground, by `Rule.fuse`."
-    whole = replace(rule, guard=0.) if rule.guard else rule # the group was divided already
-    [(_, mask)] = whole.fuse(lambda m, e: patterns[:, e, m][None, None], [range(patterns.shape[1])], patterns.shape[2], confidence)
+    whole = replace(rule, guard=0.0) if rule.guard else rule  # the group was divided already
+    [(_, mask)] = whole.fuse(
+        lambda m, e: patterns[:, e, m][None, None],
+        [range(patterns.shape[1])],
+        patterns.shape[2],
+        confidence,
+    )
     return mask[0, 0]
 
 # %% ../nbs/07b2_ballots.ipynb #f728a26c
 class Clip(NamedTuple):
     "The pattern of every pixel of a group."
-    label: np.ndarray    # (T, H, W) positions in `patterns`, in the smallest type
-    patterns: np.ndarray # (C, k, M) bool, as in `verdicts`
 
-    def say(self, table: np.ndarray) -> np.ndarray: # (C,) one byte for each pattern -> (T, H, W)
+    label: np.ndarray  # (T, H, W) positions in `patterns`, in the smallest type
+    patterns: np.ndarray  # (C, k, M) bool, as in `verdicts`
+
+    def say(self, table: np.ndarray) -> np.ndarray:  # (C,) one byte for each pattern -> (T, H, W)
         "The table's value at every pixel."
-        if self.label.dtype != np.uint8: return np.stack([table[x] for x in self.label])
-        full = np.zeros(256, np.uint8); full[:len(table)] = table.view(np.uint8)
+        if self.label.dtype != np.uint8:
+            return np.stack([table[x] for x in self.label])
+        full = np.zeros(256, np.uint8)
+        full[: len(table)] = table.view(np.uint8)
         return np.stack([cv2.LUT(x, full) for x in self.label]).view(table.dtype)
+
 
 def compact(
     numbers: np.ndarray,  # (T, H, W) whole numbers from 0 on
-) -> tuple[np.ndarray, np.ndarray]: # (C,) the numbers that occur, ascending; (T, H, W) the place of each pixel's number among them
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (C,) the numbers that occur, ascending; (T, H, W) the place of each pixel's number among them
     "Number the values that occur from 0 on."
     seen = np.zeros(int(numbers.max()) + 1, bool)
-    for frame in numbers: seen[frame] = True
+    for frame in numbers:
+        seen[frame] = True
     values = np.flatnonzero(seen)
-    place = np.zeros(len(seen), np.min_scalar_type(len(values) - 1)); place[values] = np.arange(len(values))
+    place = np.zeros(len(seen), np.min_scalar_type(len(values) - 1))
+    place[values] = np.arange(len(values))
     return values, np.stack([place[frame] for frame in numbers])
 
+
 def unpacked(
-    votes: np.ndarray, # (T, H, W) of one expression, a bit for each member
+    votes: np.ndarray,  # (T, H, W) of one expression, a bit for each member
     members: int,
 ) -> Clip:
     "The patterns of one expression."
@@ -99,9 +126,10 @@ def unpacked(
     return Clip(label, (values[:, None, None] >> np.arange(members) & 1).astype(bool))
 
 # %% ../nbs/07b2_ballots.ipynb #d48f4adc
-def pooled(clips: Iterable[Clip]) -> Clip: # of single expressions
+def pooled(clips: Iterable[Clip]) -> Clip:  # of single expressions
     "The patterns of a group."
-    clips = iter(clips); label, patterns = next(clips)
+    clips = iter(clips)
+    label, patterns = next(clips)
     for here, more in clips:
         joint = np.min_scalar_type(len(patterns) * len(more))
         which, label = compact(label.astype(joint) * joint.type(len(more)) + here)
@@ -111,16 +139,22 @@ def pooled(clips: Iterable[Clip]) -> Clip: # of single expressions
 # %% ../nbs/07b2_ballots.ipynb #d6067098
 def count(
     clip: Clip,
-    truth: np.ndarray, # (T, H, W) bool
-) -> np.ndarray:       # (T, C, 2) whole numbers: pixels outside and inside the object
+    truth: np.ndarray,  # (T, H, W) bool
+) -> np.ndarray:  # (T, C, 2) whole numbers: pixels outside and inside the object
     "How many pixels each pattern has, frame by frame."
     n = len(clip.patterns)
-    return np.stack([np.bincount((x * np.uint32(2) + t).reshape(-1), minlength=2 * n).reshape(n, 2) for x, t in zip(clip.label, truth, strict=True)]).astype(np.uint32)
+    return np.stack(
+        [
+            np.bincount((x * np.uint32(2) + t).reshape(-1), minlength=2 * n).reshape(n, 2)
+            for x, t in zip(clip.label, truth, strict=True)
+        ]
+    ).astype(np.uint32)
+
 
 def jaccards(
-    counts: np.ndarray,     # (T, C, 2)
-    foreground: np.ndarray, # (C,) bool
-) -> np.ndarray:            # (T,) float64
+    counts: np.ndarray,  # (T, C, 2)
+    foreground: np.ndarray,  # (C,) bool
+) -> np.ndarray:  # (T,) float64
     "Region similarity of every frame."
     both = counts[:, foreground, 1].sum(1)
     either = counts[:, :, 1].sum(1) + counts[:, foreground, 0].sum(1)
@@ -129,32 +163,42 @@ def jaccards(
 # %% ../nbs/07b2_ballots.ipynb #e4261fb8
 class Ballots:
     "Every member's vote on every pixel of a labelled split. Read by `read_ballots`."
+
     def __init__(self, data: Dataset, members: Sequence):
         self.data, self.members, self.names = data, list(members), unique_names(members)
-        self.asked: list[Expression] = []     # what can be scored, in order
-        self.faults: dict[str, str] = {}      # 'VIDEO' or 'VIDEO/EXP' that was left out -> why
-        self.scores: dict[tuple[str, str], list] = {} # (video, expression) -> each member's scores (T,) or None
-        self.found: dict[Setting, np.ndarray] = {}    # (E, 2) J and F, what `measure` has measured
-        self.kept: dict[str, dict] = {}       # what else was computed before
-        self._folder, self._clips = tempfile.TemporaryDirectory(prefix='rvos-'), {}
+        self.asked: list[Expression] = []  # what can be scored, in order
+        self.faults: dict[str, str] = {}  # 'VIDEO' or 'VIDEO/EXP' that was left out -> why
+        self.scores: dict[
+            tuple[str, str], list
+        ] = {}  # (video, expression) -> each member's scores (T,) or None
+        self.found: dict[Setting, np.ndarray] = {}  # (E, 2) J and F, what `measure` has measured
+        self.kept: dict[str, dict] = {}  # what else was computed before
+        self._folder, self._clips = tempfile.TemporaryDirectory(prefix="rvos-"), {}
 
-    def videos(self) -> tuple[list[str], np.ndarray]: # ids, and the position among them of every expression's video
+    def videos(
+        self,
+    ) -> tuple[
+        list[str], np.ndarray
+    ]:  # ids, and the position among them of every expression's video
         "The videos that can be scored."
         ids = list(dict.fromkeys(e.video for e in self.asked))
         return ids, np.array([ids.index(e.video) for e in self.asked])
 
     def keep(self, video: str, group: Sequence[str], clip: Clip):
-        path = Path(self._folder.name)/str(len(self._clips))
+        path = Path(self._folder.name) / str(len(self._clips))
         self._clips[video, *group] = path, clip.label.shape, clip.label.dtype, clip.patterns
         write_bytes(path, zlib.compress(clip.label, 1))
 
     def clip(self, video: str, *group: str) -> Clip:
         "The patterns of a group; those of its single expressions were kept."
-        if (video, *group) not in self._clips: self.keep(video, group, pooled(self.clip(video, e) for e in group))
+        if (video, *group) not in self._clips:
+            self.keep(video, group, pooled(self.clip(video, e) for e in group))
         path, shape, kind, patterns = self._clips[video, *group]
-        return Clip(np.frombuffer(zlib.decompress(path.read_bytes()), kind).reshape(shape), patterns)
+        return Clip(
+            np.frombuffer(zlib.decompress(path.read_bytes()), kind).reshape(shape), patterns
+        )
 
-    def opinion(self, video: str, member: int, expression: str) -> np.ndarray: # (T, H, W) bool
+    def opinion(self, video: str, member: int, expression: str) -> np.ndarray:  # (T, H, W) bool
         "A member's vote."
         clip = self.clip(video, expression)
         return clip.say(clip.patterns[:, 0, member])
@@ -162,27 +206,42 @@ class Ballots:
     def once(self, name: str, key, make: Callable[[], object]):
         "What `make` makes, made once for a key."
         found = self.kept.setdefault(name, {})
-        if key not in found: found[key] = make()
+        if key not in found:
+            found[key] = make()
         return found[key]
 
-def unique_names(members: Sequence) -> list[str]: # with `name` and `where`
+
+def unique_names(members: Sequence) -> list[str]:  # with `name` and `where`
     "Their names, or as many of the last parts of their paths as it takes to tell them apart; `Problem` for one member named twice."
     paths = [Path(m.where) for m in members]
-    if len({*paths}) < len(paths): raise Problem('member_dirs', 'one member named twice', 'different members', 'give it a larger weight instead')
-    tries = [[m.name for m in members], *(['/'.join(p.parts[-n:]) for p in paths] for n in range(2, max(len(p.parts) for p in paths) + 1))]
+    if len({*paths}) < len(paths):
+        raise Problem(
+            "member_dirs",
+            "one member named twice",
+            "different members",
+            "give it a larger weight instead",
+        )
+    tries = [
+        [m.name for m in members],
+        *(
+            ["/".join(p.parts[-n:]) for p in paths]
+            for n in range(2, max(len(p.parts) for p in paths) + 1)
+        ),
+    ]
     return next(names for names in tries if len({*names}) == len(names))
 
 # %% ../nbs/07b2_ballots.ipynb #28688cd1
 def packed_votes(
-    members: Sequence,     # with `opinion`, of `members.open_member`; at most 16
+    members: Sequence,  # with `opinion`, of `members.open_member`; at most 16
     video: str,
     expression: str,
     frames: Sequence[str],
-    size: tuple[int, int], # (H, W) of the frames
-) -> np.ndarray:           # (T, H, W) uint8 or uint16: bit m is the vote of member m
+    size: tuple[int, int],  # (H, W) of the frames
+) -> np.ndarray:  # (T, H, W) uint8 or uint16: bit m is the vote of member m
     "All members' votes on one expression; `Problem` of the first member that has no usable mask."
     votes = np.zeros((len(frames), *size), np.uint8 if len(members) <= 8 else np.uint16)
-    for m, member in enumerate(members): votes |= member.opinion(video, expression, frames, 'vote', size).astype(votes.dtype) << m
+    for m, member in enumerate(members):
+        votes |= member.opinion(video, expression, frames, "vote", size).astype(votes.dtype) << m
     return votes
 
 # %% ../nbs/07b2_ballots.ipynb #89ae795a
@@ -190,70 +249,117 @@ def _read_video(b: Ballots, video: str):
     "Keep the votes and scores of a video; `Problem` where a member lacks something, and then the video is not asked."
     frames, expressions = b.data.videos[video].frames, b.data.expressions[video]
     truth = {e.id: true_masks(b.data, e) for e in expressions}
-    b.faults |= {f'{video}/{i}': why for i, (_, why) in truth.items() if why}
+    b.faults |= {f"{video}/{i}": why for i, (_, why) in truth.items() if why}
     scored = [e for e in expressions if truth[e.id][0] is not None]
-    if not scored: return
-    size = truth[scored[0].id][0].shape[1:]; del truth
+    if not scored:
+        return
+    size = truth[scored[0].id][0].shape[1:]
+    del truth
     for e in expressions:
-        b.keep(video, [e.id], unpacked(packed_votes(b.members, video, e.id, frames, size), len(b.members)))
+        b.keep(
+            video,
+            [e.id],
+            unpacked(packed_votes(b.members, video, e.id, frames, size), len(b.members)),
+        )
         b.scores[video, e.id] = [m.scores(video, e.id, frames) for m in b.members]
     b.asked += scored
 
 # %% ../nbs/07b2_ballots.ipynb #3eadbc89
 def open_ballots(
-    data_dir,               # a data set of whole videos with true masks
+    data_dir,  # a data set of whole videos with true masks
     member_dirs: Sequence,  # two to sixteen: paths as in `fuse`, or open members
-    split: str = 'valid',
+    split: str = "valid",
 ) -> Ballots:
     "Ballots without votes yet. `Problem` for wrong parameters."
     data = open_dataset(resolve(data_dir), split)
-    if not 2 <= len(member_dirs) <= 16: raise Problem('member_dirs', f"{len(member_dirs)} member{'s' * (len(member_dirs) != 1)}", 'two to sixteen', 'name more members; a single run is scored by `rvos evaluate`')
-    if data.truth is not None: raise Problem(data.root, f'{data.layout}, which knows masks of single frames', 'a data set of whole videos', 'search on another data set')
-    return Ballots(data, [m if hasattr(m, 'opinion') else open_member(m) for m in member_dirs])
+    if not 2 <= len(member_dirs) <= 16:
+        raise Problem(
+            "member_dirs",
+            f"{len(member_dirs)} member{'s' * (len(member_dirs) != 1)}",
+            "two to sixteen",
+            "name more members; a single run is scored by `rvos evaluate`",
+        )
+    if data.truth is not None:
+        raise Problem(
+            data.root,
+            f"{data.layout}, which knows masks of single frames",
+            "a data set of whole videos",
+            "search on another data set",
+        )
+    return Ballots(data, [m if hasattr(m, "opinion") else open_member(m) for m in member_dirs])
+
 
 def read_ballots(b: Ballots) -> Ballots:
     "Read all votes; `NoTruth` where nothing can be scored."
     b.faults |= b.data.faults
-    for v in progress(list(b.data.videos), 'votes'):
-        try: _read_video(b, v)
-        except Problem as e: b.faults[v] = str(e)
-    if b.asked: return b
-    raise NoTruth('search', f"no video that has true masks and masks of every member ({'; '.join([*dict.fromkeys(b.faults.values())][:2])})", 'a labelled split that all members have answered', 'run the members on a split with true masks')
+    for v in progress(list(b.data.videos), "votes"):
+        try:
+            _read_video(b, v)
+        except Problem as e:
+            b.faults[v] = str(e)
+    if b.asked:
+        return b
+    raise NoTruth(
+        "search",
+        f"no video that has true masks and masks of every member ({'; '.join([*dict.fromkeys(b.faults.values())][:2])})",
+        "a labelled split that all members have answered",
+        "run the members on a split with true masks",
+    )
 
 # %% ../nbs/07b2_ballots.ipynb #eaef086e
-def pairing(data: Dataset, video: str, rule: str, first: Callable[[str], np.ndarray]) -> list[list[str]]: # `first`: expression -> (T, H, W)
+def pairing(
+    data: Dataset, video: str, rule: str, first: Callable[[str], np.ndarray]
+) -> list[list[str]]:  # `first`: expression -> (T, H, W)
     "The groups of a video before a guard, as `fuse` makes them."
-    unusable = [f.split('/', 1)[1] for f in data.faults if f.startswith(video + '/')]
-    return grouped(data.expressions[video], rule, unusable, lambda a, b: overlap(first(a), first(b)))
+    unusable = [f.split("/", 1)[1] for f in data.faults if f.startswith(video + "/")]
+    return grouped(
+        data.expressions[video], rule, unusable, lambda a, b: overlap(first(a), first(b))
+    )
 
-def form(setting: Setting) -> tuple: # groups, guard, and the first member where it matters
+
+def form(setting: Setting) -> tuple:  # groups, guard, and the first member where it matters
     "What the groups depend on."
     rule = setting.rule
-    return rule.groups, rule.guard, setting.kept[0] if rule.guard or rule.groups == 'matched' else 0
+    return rule.groups, rule.guard, setting.kept[0] if rule.guard or rule.groups == "matched" else 0
 
-def groups(b: Ballots, setting: Setting) -> dict[str, list[list[str]]]: # by video
+
+def groups(b: Ballots, setting: Setting) -> dict[str, list[list[str]]]:  # by video
     "Which expressions are pooled, as `fuse` does it for the kept members."
     name, guard, first = form(setting)
-    def of(v): return list(guarded(pairing(b.data, v, name, partial(b.opinion, v, first)), partial(b.opinion, v, first), guard))
-    return b.once('groups', form(setting), lambda: {v: of(v) for v in b.videos()[0]})
+
+    def of(v):
+        return list(
+            guarded(
+                pairing(b.data, v, name, partial(b.opinion, v, first)),
+                partial(b.opinion, v, first),
+                guard,
+            )
+        )
+
+    return b.once("groups", form(setting), lambda: {v: of(v) for v in b.videos()[0]})
+
 
 def usual(b: Ballots, rule: Rule) -> int:
     "Expressions of a usual pooled group, for which a threshold in votes is meant; `Problem` for 'objects' without object ids."
-    if rule.groups != 'objects': return 1 if rule.groups == 'none' else 2
-    sizes = Counter(len(g) for es in b.data.expressions.values() for g in grouped(es, 'objects') if len(g) > 1)
+    if rule.groups != "objects":
+        return 1 if rule.groups == "none" else 2
+    sizes = Counter(
+        len(g) for es in b.data.expressions.values() for g in grouped(es, "objects") if len(g) > 1
+    )
     return sizes.most_common(1)[0][0] if sizes else 1
 
 # %% ../nbs/07b2_ballots.ipynb #bb37e72f
 class Tally(NamedTuple):
     "The counts of a grouping: a row for each pattern that occurs in a frame of an expression."
-    groups: list            # (video, expression ids, the patterns (c, k, M) of each, their first number)
-    frame: np.ndarray       # (N,) counted over all expressions
-    pattern: np.ndarray     # (N,) counted over all groups
-    outside: np.ndarray     # (N,) pixels
-    inside: np.ndarray      # (N,) pixels
+
+    groups: list  # (video, expression ids, the patterns (c, k, M) of each, their first number)
+    frame: np.ndarray  # (N,) counted over all expressions
+    pattern: np.ndarray  # (N,) counted over all groups
+    outside: np.ndarray  # (N,) pixels
+    inside: np.ndarray  # (N,) pixels
     expression: np.ndarray  # (F,) of each frame
 
-    def jaccard(self, yes: np.ndarray) -> np.ndarray: # (C,) bool -> (E,) float64
+    def jaccard(self, yes: np.ndarray) -> np.ndarray:  # (C,) bool -> (E,) float64
         "Mean region similarity of every expression."
         found, frames = yes[self.pattern], len(self.expression)
         both = np.bincount(self.frame, self.inside * found, frames)
@@ -261,80 +367,132 @@ class Tally(NamedTuple):
         j = np.divide(both, either, out=np.ones(frames), where=either > 0)
         return np.bincount(self.expression, j) / np.bincount(self.expression)
 
+
 def tally(b: Ballots, setting: Setting) -> Tally:
     "The counts under the groups of a setting, made once for a grouping."
+
     def rows(v, group):
         clip, found = b.clip(v, *group), []
         for n, e in enumerate(b.asked):
             if e.video == v and e.id in group:
-                c = count(clip, true_masks(b.data, e)[0]); frame, pattern = np.nonzero(c.any(2))
-                found.append((frame.astype(np.int32), pattern.astype(np.int32), *c[frame, pattern].T, np.full(len(c), n)))
+                c = count(clip, true_masks(b.data, e)[0])
+                frame, pattern = np.nonzero(c.any(2))
+                found.append(
+                    (
+                        frame.astype(np.int32),
+                        pattern.astype(np.int32),
+                        *c[frame, pattern].T,
+                        np.full(len(c), n),
+                    )
+                )
         return clip.patterns, found
+
     def make():
         where, parts, frames, patterns = [], [], 0, 0
         for v, gs in groups(b, setting).items():
             for group in gs:
-                own, found = b.once('rows', (v, *group), lambda: rows(v, group))
+                own, found = b.once("rows", (v, *group), lambda: rows(v, group))
                 where.append((v, group, own, patterns))
-                for frame, pattern, outside, inside, n in found: parts.append((frame + frames, pattern + patterns, outside, inside, n)); frames += len(n)
+                for frame, pattern, outside, inside, n in found:
+                    parts.append((frame + frames, pattern + patterns, outside, inside, n))
+                    frames += len(n)
                 patterns += len(own)
         return Tally(where, *map(np.concatenate, zip(*parts)))
-    return b.once('tally', form(setting), make)
+
+    return b.once("tally", form(setting), make)
 
 # %% ../nbs/07b2_ballots.ipynb #e7393fcd
-def sure(b: Ballots, setting: Setting, video: str, group: Sequence[str]) -> Callable[[int, int], float]: # (kept member, position in the group)
+def sure(
+    b: Ballots, setting: Setting, video: str, group: Sequence[str]
+) -> Callable[[int, int], float]:  # (kept member, position in the group)
     "How sure the kept members are; `Problem` where none keeps scores."
-    each = [b.once('sure', (video, e, *setting.kept), lambda: sureness([b.scores[video, e][m] for m in setting.kept])) for e in group]
+    each = [
+        b.once(
+            "sure",
+            (video, e, *setting.kept),
+            lambda: sureness([b.scores[video, e][m] for m in setting.kept]),
+        )
+        for e in group
+    ]
     return lambda m, e: each[e][m]
 
-def decided(b: Ballots, setting: Setting) -> np.ndarray: # (C,) bool
+
+def decided(b: Ballots, setting: Setting) -> np.ndarray:  # (C,) bool
     "Which patterns of the setting's `tally` are foreground."
     rule, t = setting.made(usual(b, setting.rule)), tally(b, setting)
-    if rule.confidence: return np.concatenate([verdicts(rule, own[:, :, setting.kept], sure(b, setting, v, group)) for v, group, own, _ in t.groups])
+    if rule.confidence:
+        return np.concatenate(
+            [
+                verdicts(rule, own[:, :, setting.kept], sure(b, setting, v, group))
+                for v, group, own, _ in t.groups
+            ]
+        )
     yes = np.zeros(sum(len(own) for _, _, own, _ in t.groups), bool)
     for k in {own.shape[1] for _, _, own, _ in t.groups}:
         these = [(own, first) for _, _, own, first in t.groups if own.shape[1] == k]
-        yes[np.concatenate([np.arange(first, first + len(own)) for own, first in these])] = verdicts(rule, np.concatenate([own for own, _ in these])[:, :, setting.kept])
+        yes[np.concatenate([np.arange(first, first + len(own)) for own, first in these])] = (
+            verdicts(rule, np.concatenate([own for own, _ in these])[:, :, setting.kept])
+        )
     return yes
 
-def regions(b: Ballots, setting: Setting) -> np.ndarray: # (E,) mean J over the frames
+
+def regions(b: Ballots, setting: Setting) -> np.ndarray:  # (E,) mean J over the frames
     "Region similarity of every expression from the counts, for a setting in mode 'vote' without union."
     return tally(b, setting).jaccard(decided(b, setting))
 
 # %% ../nbs/07b2_ballots.ipynb #d998952c
 def counted(rule: Rule) -> bool:
     "Whether a rule decides pixel by pixel from votes."
-    return rule.mode == 'vote' and not rule.union
+    return rule.mode == "vote" and not rule.union
+
 
 def fused(
-    b: Ballots, video: str,
+    b: Ballots,
+    video: str,
     settings: Sequence[Setting],
-) -> Iterator[tuple[list[Setting], Sequence[str], np.ndarray]]: # settings that agree, a group, and its mask (T, H, W) bool
+) -> Iterator[
+    tuple[list[Setting], Sequence[str], np.ndarray]
+]:  # settings that agree, a group, and its mask (T, H, W) bool
     "Every different mask that the settings make of a video's groups."
     alike: dict[tuple, dict[bytes, list[Setting]]] = {}
     for s in (s for s in settings if counted(s.rule)):
-        yes = b.once('decided', s, lambda: decided(b, s))
+        yes = b.once("decided", s, lambda: decided(b, s))
         for _, group, own, first in (x for x in tally(b, s).groups if x[0] == video):
-            alike.setdefault(tuple(group), {}).setdefault(yes[first:first + len(own)].tobytes(), []).append(s)
+            alike.setdefault(tuple(group), {}).setdefault(
+                yes[first : first + len(own)].tobytes(), []
+            ).append(s)
     for group, masks in alike.items():
         clip = b.clip(video, *group)
-        for yes, who in masks.items(): yield who, group, clip.say(np.frombuffer(yes, bool))
-    v = b.data.videos[video]; size = frame_size(v)
+        for yes, who in masks.items():
+            yield who, group, clip.say(np.frombuffer(yes, bool))
+    v = b.data.videos[video]
+    size = frame_size(v)
     for s in (s for s in settings if not counted(s.rule)):
-        opinion = lambda m, e: b.members[s.kept[m]].opinion(video, e, v.frames, s.rule.mode, size)
-        own = pairing(b.data, video, s.rule.groups, lambda e: opinion(0, e) > .5)
-        for group, mask in s.made(usual(b, s.rule)).fuse(opinion, own, len(s.kept), lambda m, e: sure(b, s, video, [e])(m, 0)): yield [s], group, mask
 
-def measure(b: Ballots, settings: Iterable[Setting]) -> dict[Setting, np.ndarray]: # (E, 2) mean J and F of every expression
+        def opinion(m, e):
+            return b.members[s.kept[m]].opinion(video, e, v.frames, s.rule.mode, size)
+
+        own = pairing(b.data, video, s.rule.groups, lambda e: opinion(0, e) > 0.5)
+        for group, mask in s.made(usual(b, s.rule)).fuse(
+            opinion, own, len(s.kept), lambda m, e: sure(b, s, video, [e])(m, 0)
+        ):
+            yield [s], group, mask
+
+
+def measure(
+    b: Ballots, settings: Iterable[Setting]
+) -> dict[Setting, np.ndarray]:  # (E, 2) mean J and F of every expression
     "Score settings on all videos in one walk; what was scored before is not done again."
     settings, expressions = list(dict.fromkeys(settings)), {}
     new = {s: np.zeros((len(b.asked), 2)) for s in settings if s not in b.found}
-    for n, e in enumerate(b.asked): expressions.setdefault(e.video, {})[e.id] = n, e
-    for v, asked in progress(expressions.items() if new else [], 'scores'):
+    for n, e in enumerate(b.asked):
+        expressions.setdefault(e.video, {})[e.id] = n, e
+    for v, asked in progress(expressions.items() if new else [], "scores"):
         truth = cache(lambda i: true_masks(b.data, asked[i][1])[0])
         for who, group, mask in fused(b, v, list(new)):
             for i in (i for i in group if i in asked):
                 score = np.mean(j_and_f(truth(i), mask), 1)
-                for s in who: new[s][asked[i][0]] = score
+                for s in who:
+                    new[s][asked[i][0]] = score
     b.found |= new
     return {s: b.found[s] for s in settings}

@@ -18,115 +18,156 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
 from .core import Problem
 
 # %% ../nbs/10_benchmarks.ipynb #d4f89a07
 @dataclass(frozen=True)
 class Figure:
     "One measured number and its goal: the most it may be, or with `least` the least it should be; without a goal it only tells."
+
     name: str
     measured: float
     goal: float | None = None
-    unit: str = ''       # 's', 'MB', …; 'x' is a ratio
+    unit: str = ""  # 's', 'MB', …; 'x' is a ratio
     least: bool = False
 
     @property
-    def ok(self) -> bool: return self.goal is None or (self.measured >= self.goal if self.least else self.measured <= self.goal)
+    def ok(self) -> bool:
+        return self.goal is None or (
+            self.measured >= self.goal if self.least else self.measured <= self.goal
+        )
+
     def __str__(self) -> str:
-        digits = '.2f' if self.unit == 'x' else '.1e' if self.goal and self.goal < 0.01 else '.1f'
-        goal = '' if self.goal is None else f" goal={self.goal:g}{self.unit} {'pass' if self.ok else 'fail'}"
+        digits = ".2f" if self.unit == "x" else ".1e" if self.goal and self.goal < 0.01 else ".1f"
+        goal = (
+            ""
+            if self.goal is None
+            else f" goal={self.goal:g}{self.unit} {'pass' if self.ok else 'fail'}"
+        )
         return f"figure {self.name} measured={self.measured:{digits}}{self.unit}{goal}"
 
 # %% ../nbs/10_benchmarks.ipynb #d029cf89
 def seconds(
-    work: Callable,      # called once, without arguments
-    device: str = 'cpu', # where it computes
+    work: Callable,  # called once, without arguments
+    device: str = "cpu",  # where it computes
 ) -> float:
     "What one call of `work` takes: CPU time of the process and its threads, or on a GPU wall time until that is idle."
-    if device == 'cpu': wait, clock = (lambda: None), time.process_time
+    if device == "cpu":
+        wait, clock = (lambda: None), time.process_time
     else:
         import torch
+
         wait, clock = torch.cuda.synchronize, time.perf_counter
-    wait(); start = clock()
-    work(); wait()
+    wait()
+    start = clock()
+    work()
+    wait()
     return clock() - start
 
 
 @dataclass(frozen=True)
 class Race:
     "Seconds of a thing and of its yardstick, round by round."
+
     thing: tuple[float, ...]
     yardstick: tuple[float, ...]
 
     @property
-    def ratio(self) -> float: return median(y / t for t, y in zip(self.thing, self.yardstick))
+    def ratio(self) -> float:
+        return median(y / t for t, y in zip(self.thing, self.yardstick))
 
 
 def in_turn(
-    thing: Callable,     # called without arguments
-    yardstick: Callable, # likewise; does the same work
+    thing: Callable,  # called without arguments
+    yardstick: Callable,  # likewise; does the same work
     rounds: int = 3,
-    device: str = 'cpu',
-    warm: bool = True,   # run both once before
+    device: str = "cpu",
+    warm: bool = True,  # run both once before
 ) -> Race:
     "Run both in turn."
-    if warm: thing(); yardstick()
-    return Race(*zip(*[(seconds(thing, device), seconds(yardstick, device)) for _ in range(rounds)]))
+    if warm:
+        thing()
+        yardstick()
+    return Race(
+        *zip(*[(seconds(thing, device), seconds(yardstick, device)) for _ in range(rounds)])
+    )
 
 # %% ../nbs/10_benchmarks.ipynb #5ea704b2
 def _water() -> tuple[int, int]:
     "Bytes of this process in memory: at most since the mark was reset, and now."
-    said = Path('/proc/self/status').read_text()
-    return tuple(1024 * int(re.search(rf'{key}:\s+(\d+)', said)[1]) for key in ('VmHWM', 'VmRSS'))
+    said = Path("/proc/self/status").read_text()
+    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", said)[1]) for key in ("VmHWM", "VmRSS"))
+
 
 def _peak(load: Callable, device: str) -> int:
     "Runs in a process of its own; see `peak_memory`."
     work = load()
-    if device == 'cpu':
-        Path('/proc/self/clear_refs').write_text('5')
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
         before = _water()[1]
         work()
         return _water()[0] - before
     import torch
-    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
     return torch.cuda.max_memory_allocated() - before
 
+
 def peak_memory(
-    load: Callable,      # what can be pickled, and returns the work: a function without arguments
-    device: str = 'cpu',
-) -> int:                # bytes
+    load: Callable,  # what can be pickled, and returns the work: a function without arguments
+    device: str = "cpu",
+) -> int:  # bytes
     "Peak memory of the work that `load` returns, above what was in use after loading; in a fresh process. Problem on a CPU without /proc."
-    if device == 'cpu' and not Path('/proc/self/clear_refs').exists():
-        raise Problem('memory benchmark', f'no /proc/self/clear_refs on {sys.platform}', 'Linux', 'measure the memory on a Linux machine')
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: return pool.submit(_peak, load, device).result()
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise Problem(
+            "memory benchmark",
+            f"no /proc/self/clear_refs on {sys.platform}",
+            "Linux",
+            "measure the memory on a Linux machine",
+        )
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, load, device).result()
 
 # %% ../nbs/10_benchmarks.ipynb #7aac22ad
 def demo_figures(
-    ends: list, # what `pipeline.run` returned
+    ends: list,  # what `pipeline.run` returned
 ) -> list[Figure]:
     "Total time, and time and peak memory of every stage that ran; a stage may take what the total may."
-    ran = [o for o in ends if o.state != 'skipped']
-    each = [f for o in ran for f in (Figure(f'demo.{o.name}.seconds', o.seconds, 360, 's'), Figure(f'demo.{o.name}.memory', o.memory/2**20, 2048, 'MB'))]
-    return [*each, Figure('demo.seconds', sum(o.seconds for o in ran), 360, 's')]
+    ran = [o for o in ends if o.state != "skipped"]
+    each = [
+        f
+        for o in ran
+        for f in (
+            Figure(f"demo.{o.name}.seconds", o.seconds, 360, "s"),
+            Figure(f"demo.{o.name}.memory", o.memory / 2**20, 2048, "MB"),
+        )
+    ]
+    return [*each, Figure("demo.seconds", sum(o.seconds for o in ran), 360, "s")]
+
 
 def demo() -> list[Figure]:
     "Run the demo from nothing in a temporary folder and measure it."
     from rvos_nb.pipeline import run
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        return demo_figures(run('demo', dict(data=str(Path(folder)/'data'), out=str(Path(folder)/'out'))))
+
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        return demo_figures(
+            run("demo", {"data": str(Path(folder) / "data"), "out": str(Path(folder) / "out")})
+        )
 
 # %% ../nbs/10_benchmarks.ipynb #52631e25
 def propagator_jf(
-    data,       # a `Dataset` with masks for every frame
-    propagator, # a `Propagator`
-) -> float:     # mean J&F in percent over all objects of all videos, first frames left out
+    data,  # a `Dataset` with masks for every frame
+    propagator,  # a `Propagator`
+) -> float:  # mean J&F in percent over all objects of all videos, first frames left out
     "Score a propagator that is given the true first labels."
-    import numpy as np
     from rvos_nb.data.video import read_video
     from rvos_nb.metrics import j_and_f
     from rvos_nb.propagate import walk
+
     scores = []
     for name, video in data.videos.items():
         truth, frames = data.labels(name), list(read_video(video))
@@ -137,7 +178,7 @@ def propagator_jf(
 
 # %% ../nbs/10_benchmarks.ipynb #27815a6c
 def scores(
-    videos: int = 40, # of each level
+    videos: int = 40,  # of each level
 ) -> list[Figure]:
     "J&F of the shipped checkpoints on RefShapes validation sets of every level."
     from rvos_nb.data import refshapes
@@ -146,37 +187,51 @@ def scores(
     from rvos_nb.models import zoo
     from rvos_nb.predict import predict
     from rvos_nb.vos.propagator import AOTPropagator
-    referring, figures = zoo.load('referformer-tiny'), []
-    propagators = {name: AOTPropagator(zoo.load(name)) for name in ('aot-tiny', 'deaot-tiny')}
+
+    referring, figures = zoo.load("referformer-tiny"), []
+    propagators = {name: AOTPropagator(zoo.load(name)) for name in ("aot-tiny", "deaot-tiny")}
     for level in refshapes.LEVELS:
-        with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-            refshapes.write(folder, 'valid', level, videos=videos, seed=1)
+        with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+            refshapes.write(folder, "valid", level, videos=videos, seed=1)
             data = open_dataset(folder)
-            predict(folder, Path(folder)/'run', referring).check()
-            found = evaluate(folder, Path(folder)/'run', Path(folder)/'evaluation')
-            kinds = '  '.join(f"{k} {v['J&F']:.1f}" for k, v in sorted(found['kinds'].items()))
+            predict(folder, Path(folder) / "run", referring).check()
+            found = evaluate(folder, Path(folder) / "run", Path(folder) / "evaluation")
+            kinds = "  ".join(f"{k} {v['J&F']:.1f}" for k, v in sorted(found["kinds"].items()))
             given = {name: propagator_jf(data, p) for name, p in propagators.items()}
-        print(f"{level}: referformer-tiny J {found['J']:.1f}  F {found['F']:.1f}  J&F {found['J&F']:.1f}  ({kinds}); from the true first mask J&F " + ', '.join(f'{name} {jf:.1f}' for name, jf in given.items()), flush=True)
-        if level == 'easy': figures = [Figure('referformer-tiny.easy', found['J&F'], 70, '', least=True), *(Figure(f'{name}.easy', jf, 85, '', least=True) for name, jf in given.items())]
+        print(
+            f"{level}: referformer-tiny J {found['J']:.1f}  F {found['F']:.1f}  J&F {found['J&F']:.1f}  ({kinds}); from the true first mask J&F "
+            + ", ".join(f"{name} {jf:.1f}" for name, jf in given.items()),
+            flush=True,
+        )
+        if level == "easy":
+            figures = [
+                Figure("referformer-tiny.easy", found["J&F"], 70, "", least=True),
+                *(Figure(f"{name}.easy", jf, 85, "", least=True) for name, jf in given.items()),
+            ]
     return figures
 
 # %% ../nbs/10_benchmarks.ipynb #50392d0d
 BENCHMARKS = {
-    'demo': 'rvos_nb.benchmarks:demo',
-    'scores': 'rvos_nb.benchmarks:scores',
-    'referformer': 'rvos_nb.bench.referformer:figures',
-    'propagate': 'rvos_nb.bench.propagate:figures',
-    'metrics': 'rvos_nb.bench.metrics:figures',
-    'fuse': 'rvos_nb.bench.fuse:figures',
-    'deform_attn': 'rvos_nb.bench.deform_attn:figures',
+    "demo": "rvos_nb.benchmarks:demo",
+    "scores": "rvos_nb.benchmarks:scores",
+    "referformer": "rvos_nb.bench.referformer:figures",
+    "propagate": "rvos_nb.bench.propagate:figures",
+    "metrics": "rvos_nb.bench.metrics:figures",
+    "fuse": "rvos_nb.bench.fuse:figures",
+    "deform_attn": "rvos_nb.bench.deform_attn:figures",
 }
+
 
 def bench(
     name: str,
-) -> int: # exit code: 0 where every goal is met
+) -> int:  # exit code: 0 where every goal is met
     "Run a benchmark and print a line for each figure; raises `Problem` for an unknown name."
-    if name not in BENCHMARKS: raise Problem('rvos bench', repr(name), 'one of ' + ', '.join(BENCHMARKS), 'correct the name')
-    module, function = BENCHMARKS[name].split(':')
+    if name not in BENCHMARKS:
+        raise Problem(
+            "rvos bench", repr(name), "one of " + ", ".join(BENCHMARKS), "correct the name"
+        )
+    module, function = BENCHMARKS[name].split(":")
     figures = getattr(importlib.import_module(module), function)()
-    for f in figures: print(f)
+    for f in figures:
+        print(f)
     return int(not all(f.ok for f in figures))

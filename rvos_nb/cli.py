@@ -8,28 +8,49 @@ __all__ = ['app', 'DATA', 'RUN', 'OUT', 'SPLIT', 'DEVICE', 'EXECUTOR', 'FORCE', 
            'data_check', 'data_prepare', 'verify', 'bench']
 
 # %% ../nbs/09b_cli.ipynb #7c3d9780
-import os, re, sys
+import os
+import re
+import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
+
 import typer
+
 from .core import Problem, StageFailed, shipped
 
 # %% ../nbs/09b_cli.ipynb #46869c95
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Referring video object segmentation: a sentence and a video in, masks of what the sentence means out. Start with: rvos demo")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Referring video object segmentation: a sentence and a video in, masks of what the sentence means out. Start with: rvos demo",
+)
+
 
 @app.callback()
-def _everywhere(debug: Annotated[bool, typer.Option('--debug', help="Show the full traceback of an error.")] = False): pass
+def _everywhere(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the full traceback of an error.")
+    ] = False,
+):
+    pass
+
 
 def main(argv: list[str] | None = None):
     "The `rvos` command: a `Problem` or failed units become lines on stderr and exit code 1."
     argv = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # threads sleep where they wait; spinning is slow on a busy machine
-    debug = '--debug' in argv
-    try: app(_joined([a for a in argv if a != '--debug']), prog_name='rvos')
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads sleep where they wait; spinning is slow on a busy machine
+    debug = "--debug" in argv
+    try:
+        app(_joined([a for a in argv if a != "--debug"]), prog_name="rvos")
     except (Problem, StageFailed) as e:
-        if debug: raise
-        print(f'rvos: {e}', file=sys.stderr); sys.exit(1)
+        if debug:
+            raise
+        print(f"rvos: {e}", file=sys.stderr)
+        sys.exit(1)
 
 # %% ../nbs/09b_cli.ipynb #36e2e201
 def _joined(argv: list[str]) -> list[str]:
@@ -37,10 +58,15 @@ def _joined(argv: list[str]) -> list[str]:
     out, rest = [], list(argv)
     while rest:
         out.append(option := rest.pop(0))
-        if option in ('-p', '--parameter') and rest: out.append((name := rest.pop(0)) + (f'={rest.pop(0)}' if '=' not in name and rest else ''))
+        if option in ("-p", "--parameter") and rest:
+            out.append(
+                (name := rest.pop(0)) + (f"={rest.pop(0)}" if "=" not in name and rest else "")
+            )
         values = []
-        while option == '--ms' and rest and re.fullmatch(r'[\d.,]+', rest[0]): values.append(rest.pop(0))
-        if values: out.append(','.join(values))
+        while option == "--ms" and rest and re.fullmatch(r"[\d.,]+", rest[0]):
+            values.append(rest.pop(0))
+        if values:
+            out.append(",".join(values))
     return out
 
 # %% ../nbs/09b_cli.ipynb #691f4e78
@@ -48,44 +74,124 @@ def _here(path) -> Path:
     "Absolute, from the folder one stands in."
     return Path(path).expanduser().absolute()
 
+
 def _model(name: str) -> str:
     "A checkpoint folder as an absolute path, or the name as it is."
     return str(_here(name)) if _here(name).is_dir() else name
 
+
 def _end(report):
     "Say what a stage did; failed units raise `StageFailed`."
-    print(report.table() if not report.failed else f"{report.stage}: {len(report.done)} done, {len(report.skipped)} already there")
-    report.check(); print(f"results in {report.out}")
+    print(
+        report.table()
+        if not report.failed
+        else f"{report.stage}: {len(report.done)} done, {len(report.skipped)} already there"
+    )
+    report.check()
+    print(f"results in {report.out}")
 
-DATA = Annotated[Path, typer.Argument(metavar='DATA', help="A data set in the Ref-YouTube-VOS layout (data/README.md describes it).")]
-RUN = Annotated[Path, typer.Argument(metavar='RUN', help="A results folder: it holds Annotations/VIDEO/EXPRESSION/FRAME.png. `evaluate` and `submit` also take a zip of it.")]
-OUT = Annotated[Path, typer.Option('--out', '-o', help="Where the results go.")]
+
+DATA = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="A data set in the Ref-YouTube-VOS layout (data/README.md describes it).",
+    ),
+]
+RUN = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A results folder: it holds Annotations/VIDEO/EXPRESSION/FRAME.png. `evaluate` and `submit` also take a zip of it.",
+    ),
+]
+OUT = Annotated[Path, typer.Option("--out", "-o", help="Where the results go.")]
 SPLIT = Annotated[str, typer.Option(help="Which split of the data set.")]
-DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
-EXECUTOR = Annotated[str, typer.Option(help="local: this process; processes:4: four of this machine; ray: a Ray cluster.")]
-FORCE = Annotated[bool, typer.Option('--force', help="Replace results that were made with other parameters.")]
-PARAMETERS = Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help="Replace a parameter of the recipe; may be repeated.")]
+DEVICE = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
+]
+EXECUTOR = Annotated[
+    str,
+    typer.Option(
+        help="local: this process; processes:4: four of this machine; ray: a Ray cluster."
+    ),
+]
+FORCE = Annotated[
+    bool, typer.Option("--force", help="Replace results that were made with other parameters.")
+]
+PARAMETERS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--parameter",
+        metavar="NAME VALUE",
+        help="Replace a parameter of the recipe; may be repeated.",
+    ),
+]
 
 # %% ../nbs/09b_cli.ipynb #0ed479a3
 @app.command()
 def predict(
-    clip: Annotated[Optional[Path], typer.Argument(help="A video file or a folder of pictures.")] = None,
-    sentences: Annotated[Optional[list[str]], typer.Argument(help='What to look for, each in quotes: "the dog".')] = None,
-    data: Annotated[Optional[Path], typer.Option(help="Instead of a clip: a data set (data/README.md describes the layouts).")] = None,
-    out: OUT = Path('runs/predict'), model: Annotated[str, typer.Option(help="A name from `rvos models` or a checkpoint folder.")] = 'referformer-tiny',
-    split: Annotated[str, typer.Option(help="Which split of the data set; default: the one that is usually scored.")] = '',
-    layout: Annotated[str, typer.Option(help="ref-youtube-vos, ref-davis17, mevis, a2d-sentences, jhmdb-sentences or refcoco; default: told by the tree.")] = '',
-    protocol: Annotated[str, typer.Option(help="ytvos, mevis, davis, a2d, jhmdb or refcoco; default: the layout's.")] = '',
-    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side for the model; 0: the model's own.")] = 0,
-    clip_length: Annotated[int, typer.Option(help="Frames seen at once; 0: the protocol's, and 36 for a clip.")] = 0,
-    threshold: Annotated[float, typer.Option(help="Masks are what is more probable than this.")] = .5,
-    memory: Annotated[str, typer.Option(help="Cut clips so that the model needs no more than this beside its weights, such as 4GB.")] = '',
-    fps: Annotated[float, typer.Option(help="Frames a second of the overlay; 0: the clip's own.")] = 0,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = 'float32',
-    compile: Annotated[bool, typer.Option('--compile', help="Compile the model; the first clip is slow.")] = False,
-    channels_last: Annotated[bool, typer.Option('--channels-last', help="Keep convolution weights with their channels last.")] = False,
-    online: Annotated[bool, typer.Option('--online', help="The model's name may be looked up on the Hugging Face Hub.")] = False,
-    device: DEVICE = '', executor: EXECUTOR = 'local', force: FORCE = False,
+    clip: Annotated[
+        Path | None, typer.Argument(help="A video file or a folder of pictures.")
+    ] = None,
+    sentences: Annotated[
+        list[str] | None, typer.Argument(help='What to look for, each in quotes: "the dog".')
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a clip: a data set (data/README.md describes the layouts)."),
+    ] = None,
+    out: OUT = Path("runs/predict"),
+    model: Annotated[
+        str, typer.Option(help="A name from `rvos models` or a checkpoint folder.")
+    ] = "referformer-tiny",
+    split: Annotated[
+        str,
+        typer.Option(help="Which split of the data set; default: the one that is usually scored."),
+    ] = "",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="ref-youtube-vos, ref-davis17, mevis, a2d-sentences, jhmdb-sentences or refcoco; default: told by the tree."
+        ),
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="ytvos, mevis, davis, a2d, jhmdb or refcoco; default: the layout's.")
+    ] = "",
+    short_side: Annotated[
+        int, typer.Option(help="Pixels of the shorter side for the model; 0: the model's own.")
+    ] = 0,
+    clip_length: Annotated[
+        int, typer.Option(help="Frames seen at once; 0: the protocol's, and 36 for a clip.")
+    ] = 0,
+    threshold: Annotated[
+        float, typer.Option(help="Masks are what is more probable than this.")
+    ] = 0.5,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="Cut clips so that the model needs no more than this beside its weights, such as 4GB."
+        ),
+    ] = "",
+    fps: Annotated[
+        float, typer.Option(help="Frames a second of the overlay; 0: the clip's own.")
+    ] = 0,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model; the first clip is slow.")
+    ] = False,
+    channels_last: Annotated[
+        bool,
+        typer.Option("--channels-last", help="Keep convolution weights with their channels last."),
+    ] = False,
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="The model's name may be looked up on the Hugging Face Hub."),
+    ] = False,
+    device: DEVICE = "",
+    executor: EXECUTOR = "local",
+    force: FORCE = False,
 ):
     """Find what sentences mean, in a clip or a data set.
 
@@ -98,26 +204,71 @@ def predict(
     rvos predict --data data/ref-davis --memory 4GB --out runs/davis
     rvos predict --data data/coco --split refcoco+_testA --out runs/refcoco
     """
-    if (data is None) == (clip is None): raise Problem('rvos predict', 'a clip and --data' if data else 'neither a clip nor --data', 'one of them', 'see `rvos predict --help`')
-    if not data and not sentences: raise Problem('rvos predict', 'a clip without a sentence', 'at least one', f'add it in quotes: rvos predict {clip} "the dog"')
-    speed = dict(online=online, precision=precision, compile=compile, channels_last=channels_last)
+    if (data is None) == (clip is None):
+        raise Problem(
+            "rvos predict",
+            "a clip and --data" if data else "neither a clip nor --data",
+            "one of them",
+            "see `rvos predict --help`",
+        )
+    if not data and not sentences:
+        raise Problem(
+            "rvos predict",
+            "a clip without a sentence",
+            "at least one",
+            f'add it in quotes: rvos predict {clip} "the dog"',
+        )
+    speed = {
+        "online": online,
+        "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
+    }
     if data:
         from rvos_nb.protocols import run
-        report, scores = run(_here(data), _here(out), _model(model), split, layout, protocol, short_side, clip_length, threshold, memory, executor, force, device=device, **speed)
-        if scores: print(scores)
+
+        report, scores = run(
+            _here(data),
+            _here(out),
+            _model(model),
+            split,
+            layout,
+            protocol,
+            short_side,
+            clip_length,
+            threshold,
+            memory,
+            executor,
+            force,
+            device=device,
+            **speed,
+        )
+        if scores:
+            print(scores)
         return _end(report)
     from rvos_nb.core import device_name
     from rvos_nb.data.video import open_clip
     from rvos_nb.predict import predict_clip, referring, unknown_words
-    opened = open_clip(_here(clip)) # before the model is loaded, which takes longer
+
+    opened = open_clip(_here(clip))  # before the model is loaded, which takes longer
     asked = referring(_model(model), device_name(device), **speed)
-    path = predict_clip(opened, sentences, _here(out), asked, short_side, clip_length or 36, fps, threshold, memory)
-    if words := unknown_words(asked, sentences): print(f"note: {model} has never met {', '.join(words)}; what it found may mean nothing (`rvos models` lists others)")
-    print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
+    path = predict_clip(
+        opened, sentences, _here(out), asked, short_side, clip_length or 36, fps, threshold, memory
+    )
+    if words := unknown_words(asked, sentences):
+        print(
+            f"note: {model} has never met {', '.join(words)}; what it found may mean nothing (`rvos models` lists others)"
+        )
+    print(f"overlay: {path}\nmasks:   {_here(out) / 'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #badccca0
 @app.command()
-def keyframe(run: RUN, policy: Annotated[str, typer.Option(help="How to choose; 'score': where the model is surest.")] = 'score'):
+def keyframe(
+    run: RUN,
+    policy: Annotated[
+        str, typer.Option(help="How to choose; 'score': where the model is surest.")
+    ] = "score",
+):
     """Choose the frame where the model is surest.
 
     Writes key_frame.json into the results folder of `rvos predict --data`; `rvos propagate` starts from it.
@@ -126,32 +277,101 @@ def keyframe(run: RUN, policy: Annotated[str, typer.Option(help="How to choose; 
     rvos keyframe runs/tiny
     """
     from rvos_nb.keyframe import choose
+
     chosen = choose(_here(run), policy)
-    print(f"{sum(len(v) for v in chosen.values())} key frames of {len(chosen)} videos in {_here(run)/'key_frame.json'}")
+    print(
+        f"{sum(len(v) for v in chosen.values())} key frames of {len(chosen)} videos in {_here(run) / 'key_frame.json'}"
+    )
 
 # %% ../nbs/09b_cli.ipynb #82d90e46
 @app.command()
 def propagate(
-    data: Annotated[Path, typer.Argument(metavar='DATA|CLIP', help="A data set in the Ref-YouTube-VOS layout; with --mask: a video file or a folder of pictures.")],
-    run: Annotated[Optional[Path], typer.Argument(metavar='[RUN]', help="For a data set: a results folder with Annotations/ and key_frame.json.")] = None,
-    out: OUT = Path('runs/propagate'),
-    mask: Annotated[Optional[list[Path]], typer.Option(help="For a clip: a mask PNG, palette (several objects) or black and white; may be repeated.")] = None,
-    frame: Annotated[Optional[list[int]], typer.Option(help="The frame of each --mask, counted from 0; default: the first.")] = None,
-    model: Annotated[str, typer.Option(help="A propagator: a name from `rvos models`, a checkpoint folder, or a SAM 2 model.")] = 'aot-tiny',
-    direction: Annotated[str, typer.Option(help="both, forward or backward from the key frame.")] = 'both',
-    restart: Annotated[bool, typer.Option(help="Start the backward half with an empty memory.")] = True,
-    version: Annotated[str, typer.Option(help="clean, or challenge: as the challenge entries did.")] = 'clean',
-    ms: Annotated[str, typer.Option(metavar='SCALE...', help="Test-time augmentation: walk at these scales and average.")] = '1.0',
-    flip: Annotated[bool, typer.Option('--flip', help="Mirror every scale, too.")] = False,
-    feedback: Annotated[str, typer.Option(help="What each scale remembers: own or merged answers; default: as the version has it.")] = '',
-    soft: Annotated[bool, typer.Option('--soft', help="Remember probabilities instead of labels.")] = False,
-    gap: Annotated[Optional[int], typer.Option(help="Memorise every gap-th frame; default: as published.")] = None,
-    short_term_skip: Annotated[Optional[int], typer.Option(help="The short-term memory lies this many frames back; default: as published.")] = None,
-    max_memory_frames: Annotated[Optional[int], typer.Option(help="Limit of the long-term memory; default: none.")] = None,
-    empty: Annotated[str, typer.Option(help="An empty key mask: copy all masks, or start from the next_best frame.")] = 'copy',
-    online: Annotated[bool, typer.Option('--online', help="Allow the download of a published SAM 2 model.")] = False,
-    vos: Annotated[bool, typer.Option('--vos', help="DATA in the layout of DAVIS-2017 or YouTube-VOS: its given masks, forward.")] = False,
-    split: SPLIT = 'valid', device: DEVICE = '', executor: EXECUTOR = 'local', force: FORCE = False,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA|CLIP",
+            help="A data set in the Ref-YouTube-VOS layout; with --mask: a video file or a folder of pictures.",
+        ),
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="For a data set: a results folder with Annotations/ and key_frame.json.",
+        ),
+    ] = None,
+    out: OUT = Path("runs/propagate"),
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="For a clip: a mask PNG, palette (several objects) or black and white; may be repeated."
+        ),
+    ] = None,
+    frame: Annotated[
+        list[int] | None,
+        typer.Option(help="The frame of each --mask, counted from 0; default: the first."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A propagator: a name from `rvos models`, a checkpoint folder, or a SAM 2 model."
+        ),
+    ] = "aot-tiny",
+    direction: Annotated[
+        str, typer.Option(help="both, forward or backward from the key frame.")
+    ] = "both",
+    restart: Annotated[
+        bool, typer.Option(help="Start the backward half with an empty memory.")
+    ] = True,
+    version: Annotated[
+        str, typer.Option(help="clean, or challenge: as the challenge entries did.")
+    ] = "clean",
+    ms: Annotated[
+        str,
+        typer.Option(
+            metavar="SCALE...", help="Test-time augmentation: walk at these scales and average."
+        ),
+    ] = "1.0",
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every scale, too.")] = False,
+    feedback: Annotated[
+        str,
+        typer.Option(
+            help="What each scale remembers: own or merged answers; default: as the version has it."
+        ),
+    ] = "",
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Remember probabilities instead of labels.")
+    ] = False,
+    gap: Annotated[
+        int | None, typer.Option(help="Memorise every gap-th frame; default: as published.")
+    ] = None,
+    short_term_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="The short-term memory lies this many frames back; default: as published."
+        ),
+    ] = None,
+    max_memory_frames: Annotated[
+        int | None, typer.Option(help="Limit of the long-term memory; default: none.")
+    ] = None,
+    empty: Annotated[
+        str,
+        typer.Option(help="An empty key mask: copy all masks, or start from the next_best frame."),
+    ] = "copy",
+    online: Annotated[
+        bool, typer.Option("--online", help="Allow the download of a published SAM 2 model.")
+    ] = False,
+    vos: Annotated[
+        bool,
+        typer.Option(
+            "--vos",
+            help="DATA in the layout of DAVIS-2017 or YouTube-VOS: its given masks, forward.",
+        ),
+    ] = False,
+    split: SPLIT = "valid",
+    device: DEVICE = "",
+    executor: EXECUTOR = "local",
+    force: FORCE = False,
 ):
     """Carry masks from key frames to all other frames, or one mask through a clip.
 
@@ -162,52 +382,199 @@ def propagate(
     rvos propagate dog.mp4 --mask dog.png --frame 0 --out runs/dog
     rvos propagate --vos data/DAVIS --out runs/davis
     """
-    if (mask is not None) + (run is not None) + vos > 1: raise Problem('rvos propagate', 'more than one of RUN, --mask and --vos', 'one of them', 'see `rvos propagate --help`')
-    if mask is None and run is None and not vos: raise Problem('rvos propagate', 'neither RUN nor --mask', 'a results folder (for a data set) or a mask (for a clip)', 'see `rvos propagate --help`')
-    if len(frame or [0]) != len(mask or [0]) or len({*(frame or [0])}) != len(frame or [0]): raise Problem('--frame', ' '.join(map(str, frame or ['none'])), 'one frame number for each --mask, all different', 'count the frames from 0')
-    try: scales = tuple(float(s) for s in ms.split(','))
-    except ValueError: raise Problem('--ms', ms, 'numbers, such as 0.8 1.0 1.2', 'correct the scales') from None
+    if (mask is not None) + (run is not None) + vos > 1:
+        raise Problem(
+            "rvos propagate",
+            "more than one of RUN, --mask and --vos",
+            "one of them",
+            "see `rvos propagate --help`",
+        )
+    if mask is None and run is None and not vos:
+        raise Problem(
+            "rvos propagate",
+            "neither RUN nor --mask",
+            "a results folder (for a data set) or a mask (for a clip)",
+            "see `rvos propagate --help`",
+        )
+    if len(frame or [0]) != len(mask or [0]) or len({*(frame or [0])}) != len(frame or [0]):
+        raise Problem(
+            "--frame",
+            " ".join(map(str, frame or ["none"])),
+            "one frame number for each --mask, all different",
+            "count the frames from 0",
+        )
+    try:
+        scales = tuple(float(s) for s in ms.split(","))
+    except ValueError:
+        raise Problem("--ms", ms, "numbers, such as 0.8 1.0 1.2", "correct the scales") from None
     from rvos_nb import propagate as stage
-    options = dict(scales=scales, flip=flip, feedback=feedback, soft=soft, gap=gap, short_term_skip=short_term_skip, max_memory_frames=max_memory_frames)
-    if vos: return _end(stage.propagate_vos(_here(data), _here(out), _model(model), split, stage.How(version, 'forward', restart, **options), device, executor, force, online))
+
+    options = {
+        "scales": scales,
+        "flip": flip,
+        "feedback": feedback,
+        "soft": soft,
+        "gap": gap,
+        "short_term_skip": short_term_skip,
+        "max_memory_frames": max_memory_frames,
+    }
+    if vos:
+        return _end(
+            stage.propagate_vos(
+                _here(data),
+                _here(out),
+                _model(model),
+                split,
+                stage.How(version, "forward", restart, **options),
+                device,
+                executor,
+                force,
+                online,
+            )
+        )
     if mask is None:
-        return _end(stage.propagate(_here(data), _here(run), _here(out), model=_model(model), split=split, direction=direction, restart=restart,
-                                    version=version, device=device, executor=executor, force=force, empty=empty, online=online, **options))
+        return _end(
+            stage.propagate(
+                _here(data),
+                _here(run),
+                _here(out),
+                model=_model(model),
+                split=split,
+                direction=direction,
+                restart=restart,
+                version=version,
+                device=device,
+                executor=executor,
+                force=force,
+                empty=empty,
+                online=online,
+                **options,
+            )
+        )
     from rvos_nb.data.video import open_clip
-    path = stage.propagate_clip(open_clip(_here(data)), dict(zip(frame or [0], map(_here, mask))), _here(out), _model(model), stage.How(version, direction, restart, **options), device, online)
-    print(f"overlay: {path}\nmasks:   {_here(out)/'Annotations'}")
+
+    path = stage.propagate_clip(
+        open_clip(_here(data)),
+        dict(zip(frame or [0], map(_here, mask))),
+        _here(out),
+        _model(model),
+        stage.How(version, direction, restart, **options),
+        device,
+        online,
+    )
+    print(f"overlay: {path}\nmasks:   {_here(out) / 'Annotations'}")
 
 # %% ../nbs/09b_cli.ipynb #4b7c6cce
-def _command(data, parameters: dict, split: str) -> str: # of `fuse`: member_dirs, and options by name
+def _command(
+    data, parameters: dict, split: str
+) -> str:  # of `fuse`: member_dirs, and options by name
     "`rvos fuse` with these parameters."
     import shlex
-    words = ['rvos', 'fuse', str(data), *(os.path.relpath(m) for m in parameters['member_dirs'])]
+
+    words = ["rvos", "fuse", str(data), *(os.path.relpath(m) for m in parameters["member_dirs"])]
     for name, value in parameters.items():
-        option = '--' + {'weights': 'weight'}.get(name, name).replace('_', '-')
-        if value is True: words.append(option)
-        elif name != 'member_dirs': words += [x for v in (value if isinstance(value, list) else [value]) for x in (option, f'{v:g}' if isinstance(v, float) else str(v))]
-    return shlex.join(words + (['--split', split] if split != 'valid' else []))
+        option = "--" + {"weights": "weight"}.get(name, name).replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif name != "member_dirs":
+            words += [
+                x
+                for v in (value if isinstance(value, list) else [value])
+                for x in (option, f"{v:g}" if isinstance(v, float) else str(v))
+            ]
+    return shlex.join(words + (["--split", split] if split != "valid" else []))
 
 # %% ../nbs/09b_cli.ipynb #327c042d
 @app.command()
 def fuse(
-    data: DATA, runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help="What to fuse, best first: results folders, trees of masks, submission zips, published .pth files.")],
-    out: OUT = Path('runs/fuse'),
-    rule: Annotated[str, typer.Option(help="The published rule to begin with; round1: a sentence without a partner is the first run's; round2: a majority decides on it.")] = 'round2',
-    weight: Annotated[Optional[list[float]], typer.Option(help="One weight for each run, in their order; default: all alike.")] = None,
-    threshold: Annotated[Optional[float], typer.Option(help="Votes a pixel needs; default: half of them.")] = None,
-    mode: Annotated[Optional[str], typer.Option(help="vote (default): masks vote; mean: probabilities are averaged.")] = None,
-    groups: Annotated[Optional[str], typer.Option(help="Sentences that share a result: pairs (default; two by two), matched (pairs, but with an odd count the likeness of masks says which is alone), objects (by id), none.")] = None,
-    guard: Annotated[Optional[float], typer.Option(help="Pool sentences only where the first run's masks of them overlap so much, 0 to 1; default: always.")] = None,
-    leftover: Annotated[Optional[str], typer.Option(help="A sentence without a partner: majority, first (the first run alone), or how many votes it needs.")] = None,
-    confidence: Annotated[bool, typer.Option('--confidence', help="Opinions weigh as much as their runs were sure (runs with candidates, .pth).")] = False,
-    union: Annotated[Optional[float], typer.Option(help="Vote on objects, not on pixels: the object of most weight, with all that have this share of it; 1: one object only.")] = None,
-    absent: Annotated[Optional[float], typer.Option(help="With --confidence: draw nothing where the mean confidence is below this.")] = None,
-    key_frames: Annotated[Optional[str], typer.Option(help="member (default): those of one run; pooled: where all are surest; nonempty: the same, among frames with a mask.")] = None,
-    key_frame_member: Annotated[Optional[str], typer.Option(help="The run whose key frames are kept, by position from 0 or by name; default: the first.")] = None,
-    search: Annotated[bool, typer.Option('--search', help="Do not fuse: look on a labelled split for weights, threshold and groups that are better than those given.")] = False,
-    folds: Annotated[int, typer.Option(help="With --search: parts of the cross-validation over videos.")] = 5,
-    split: SPLIT = 'valid', executor: EXECUTOR = 'local', force: FORCE = False,
+    data: DATA,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="What to fuse, best first: results folders, trees of masks, submission zips, published .pth files.",
+        ),
+    ],
+    out: OUT = Path("runs/fuse"),
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="The published rule to begin with; round1: a sentence without a partner is the first run's; round2: a majority decides on it."
+        ),
+    ] = "round2",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One weight for each run, in their order; default: all alike."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Votes a pixel needs; default: half of them.")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="vote (default): masks vote; mean: probabilities are averaged."),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="Sentences that share a result: pairs (default; two by two), matched (pairs, but with an odd count the likeness of masks says which is alone), objects (by id), none."
+        ),
+    ] = None,
+    guard: Annotated[
+        float | None,
+        typer.Option(
+            help="Pool sentences only where the first run's masks of them overlap so much, 0 to 1; default: always."
+        ),
+    ] = None,
+    leftover: Annotated[
+        str | None,
+        typer.Option(
+            help="A sentence without a partner: majority, first (the first run alone), or how many votes it needs."
+        ),
+    ] = None,
+    confidence: Annotated[
+        bool,
+        typer.Option(
+            "--confidence",
+            help="Opinions weigh as much as their runs were sure (runs with candidates, .pth).",
+        ),
+    ] = False,
+    union: Annotated[
+        float | None,
+        typer.Option(
+            help="Vote on objects, not on pixels: the object of most weight, with all that have this share of it; 1: one object only."
+        ),
+    ] = None,
+    absent: Annotated[
+        float | None,
+        typer.Option(
+            help="With --confidence: draw nothing where the mean confidence is below this."
+        ),
+    ] = None,
+    key_frames: Annotated[
+        str | None,
+        typer.Option(
+            help="member (default): those of one run; pooled: where all are surest; nonempty: the same, among frames with a mask."
+        ),
+    ] = None,
+    key_frame_member: Annotated[
+        str | None,
+        typer.Option(
+            help="The run whose key frames are kept, by position from 0 or by name; default: the first."
+        ),
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Do not fuse: look on a labelled split for weights, threshold and groups that are better than those given.",
+        ),
+    ] = False,
+    folds: Annotated[
+        int, typer.Option(help="With --search: parts of the cross-validation over videos.")
+    ] = 5,
+    split: SPLIT = "valid",
+    executor: EXECUTOR = "local",
+    force: FORCE = False,
 ):
     """Make one result out of several, pixel by pixel or object by object.
 
@@ -221,35 +588,85 @@ def fuse(
     rvos fuse data/mevis runs/a runs/b --split valid_u --groups none --union 0.3 --out runs/fused
     """
     from rvos_nb.fuse import fuse as stage
-    asked = dict(weights=weight, threshold=threshold, mode=mode, groups=groups, guard=guard, leftover=leftover, union=union, absent=absent, key_frames=key_frames, key_frame_member=key_frame_member)
-    asked = dict(confidence=confidence) | {k: v for k, v in asked.items() if v is not None and v != []}
-    if not search: return _end(stage(_here(data), [_here(r) for r in runs], _here(out), split, rule, executor, force, **asked))
+
+    asked = {
+        "weights": weight,
+        "threshold": threshold,
+        "mode": mode,
+        "groups": groups,
+        "guard": guard,
+        "leftover": leftover,
+        "union": union,
+        "absent": absent,
+        "key_frames": key_frames,
+        "key_frame_member": key_frame_member,
+    }
+    asked = {"confidence": confidence} | {
+        k: v for k, v in asked.items() if v is not None and v != []
+    }
+    if not search:
+        return _end(
+            stage(
+                _here(data),
+                [_here(r) for r in runs],
+                _here(out),
+                split,
+                rule,
+                executor,
+                force,
+                **asked,
+            )
+        )
     from rvos_nb.search import study
-    best, tables = study(_here(data), [_here(r) for r in runs], _here(out), split, rule, folds, **asked)
-    print(f"{tables}\nsearch.json and pictures in {_here(out)}\nto fuse by the chosen setting: {_command(data, best, split)}")
+
+    best, tables = study(
+        _here(data), [_here(r) for r in runs], _here(out), split, rule, folds, **asked
+    )
+    print(
+        f"{tables}\nsearch.json and pictures in {_here(out)}\nto fuse by the chosen setting: {_command(data, best, split)}"
+    )
 
 # %% ../nbs/09b_cli.ipynb #725426bb
-def _typed(pairs, paths) -> dict: # NAME=VALUE texts; names of parameters that are paths
+def _typed(pairs, paths) -> dict:  # NAME=VALUE texts; names of parameters that are paths
     "The `NAME=VALUE` pairs with the types YAML gives them."
     import yaml
-    given = dict()
+
+    given = {}
     for pair in pairs or ():
-        name, sign, value = pair.partition('=')
-        if not sign: raise Problem(f'-p {pair}', 'a name without a value', '-p NAME VALUE', 'add the value')
-        is_path = name in paths or '/' in value and _here(value).exists()
-        try: given[name] = str(_here(value)) if is_path else yaml.safe_load(value)
-        except yaml.YAMLError: raise Problem(f'-p {name}', repr(value), 'a value in YAML', "quote it, as in '\"a: b\"'") from None
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise Problem(f"-p {pair}", "a name without a value", "-p NAME VALUE", "add the value")
+        is_path = name in paths or ("/" in value and _here(value).exists())
+        try:
+            given[name] = str(_here(value)) if is_path else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise Problem(
+                f"-p {name}", repr(value), "a value in YAML", "quote it, as in '\"a: b\"'"
+            ) from None
     return given
+
 
 def _recipe(name: str):
     "The name of a recipe that ships, or a YAML file's absolute path."
-    return str(_here(name)) if name.endswith(('.yaml', '.yml')) else name
+    return str(_here(name)) if name.endswith((".yaml", ".yml")) else name
 
 # %% ../nbs/09b_cli.ipynb #ffbb9f89
 @app.command()
 def evaluate(
-    data: DATA, run: RUN, out: OUT = Path('runs/evaluate'), split: Annotated[str, typer.Option(help="Which split of the data set; default: the one that is usually scored.")] = '',
-    vos: Annotated[bool, typer.Option('--vos', help="Objects given by masks instead of sentences: DATA in the layout of DAVIS-2017 or YouTube-VOS, palette PNGs VIDEO/FRAME.png in RUN.")] = False,
+    data: DATA,
+    run: RUN,
+    out: OUT = Path("runs/evaluate"),
+    split: Annotated[
+        str,
+        typer.Option(help="Which split of the data set; default: the one that is usually scored."),
+    ] = "",
+    vos: Annotated[
+        bool,
+        typer.Option(
+            "--vos",
+            help="Objects given by masks instead of sentences: DATA in the layout of DAVIS-2017 or YouTube-VOS, palette PNGs VIDEO/FRAME.png in RUN.",
+        ),
+    ] = False,
 ):
     """Score masks against the truth: J, F and J&F.
 
@@ -264,34 +681,70 @@ def evaluate(
     """
     if vos:
         from rvos_nb.evaluate import evaluate_vos
-        score = evaluate_vos(_here(data), _here(run), _here(out), split or 'valid')
-        for video, why in score['missing'].items(): print(f"  {video}: {why}")
-        print(f"{score['protocol']}, {score['objects']} objects\n" + '   '.join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float)) + f"\ntables in {_here(out)}"); return
+
+        score = evaluate_vos(_here(data), _here(run), _here(out), split or "valid")
+        for video, why in score["missing"].items():
+            print(f"  {video}: {why}")
+        print(
+            f"{score['protocol']}, {score['objects']} objects\n"
+            + "   ".join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float))
+            + f"\ntables in {_here(out)}"
+        )
+        return
     from rvos_nb.core import write_json
     from rvos_nb.data.datasets import open_dataset
-    from rvos_nb.evaluate import NoTruth, evaluate as stage, findings, write_samples
+    from rvos_nb.evaluate import NoTruth, findings, write_samples
+    from rvos_nb.evaluate import evaluate as stage
     from rvos_nb.explore import report, samples_report
     from rvos_nb.protocols import maps_table, score_file, score_maps, score_table
+
     known, rows = open_dataset(_here(data), split), []
     if known.truth is not None:
-        write_json(_here(out)/'metrics.json', score := score_file(known, _here(run), rows.extend)); write_samples(_here(out), rows)
-        samples_report(known, score, rows, _here(out)/'report.html')
-        print(f"{score_table(score)}\ntables and report.html in {_here(out)}"); return
-    if known.layout == 'ref-davis17':
+        write_json(_here(out) / "metrics.json", score := score_file(known, _here(run), rows.extend))
+        write_samples(_here(out), rows)
+        samples_report(known, score, rows, _here(out) / "report.html")
+        print(f"{score_table(score)}\ntables and report.html in {_here(out)}")
+        return
+    if known.layout == "ref-davis17":
         maps, notes = score_maps(known, _here(run))
-        if maps: write_json(_here(out)/'metrics.json', maps | dict(notes=notes)); print(maps_table(maps, notes))
-        if maps and not (_here(run)/'Annotations').is_dir(): print(f"tables in {_here(out)}"); return
-    try: score = stage(_here(data), _here(run), _here(out), known.split, rows.extend)
-    except NoTruth as e: print(f"not scored: {e}"); return
-    report(_here(data), {_here(run).name: _here(run)}, _here(out)/'report.html', known.split, 20, {_here(run).name: rows})
-    for line in findings(score): print(f"  {line}")
-    print('   '.join(f"{k} {score[k]:.1f}" for k in ('J', 'F', 'J&F')) + f"   over {score['expressions']} expressions\ntables and report.html in {_here(out)}")
+        if maps:
+            write_json(_here(out) / "metrics.json", maps | {"notes": notes})
+            print(maps_table(maps, notes))
+        if maps and not (_here(run) / "Annotations").is_dir():
+            print(f"tables in {_here(out)}")
+            return
+    try:
+        score = stage(_here(data), _here(run), _here(out), known.split, rows.extend)
+    except NoTruth as e:
+        print(f"not scored: {e}")
+        return
+    report(
+        _here(data),
+        {_here(run).name: _here(run)},
+        _here(out) / "report.html",
+        known.split,
+        20,
+        {_here(run).name: rows},
+    )
+    for line in findings(score):
+        print(f"  {line}")
+    print(
+        "   ".join(f"{k} {score[k]:.1f}" for k in ("J", "F", "J&F"))
+        + f"   over {score['expressions']} expressions\ntables and report.html in {_here(out)}"
+    )
 
 # %% ../nbs/09b_cli.ipynb #11d5adf5
 @app.command()
 def submit(
-    run: RUN, zip: Annotated[Path, typer.Argument(metavar='OUT.zip', help="Where the zip shall appear.")],
-    data: Annotated[Path, typer.Option(help="The data set that was asked about; its layout decides the form of the zip.")], split: SPLIT = 'valid',
+    run: RUN,
+    zip: Annotated[Path, typer.Argument(metavar="OUT.zip", help="Where the zip shall appear.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="The data set that was asked about; its layout decides the form of the zip."
+        ),
+    ],
+    split: SPLIT = "valid",
 ):
     """Pack masks into the zip that a benchmark server takes.
 
@@ -303,20 +756,37 @@ def submit(
     rvos submit runs/mevis submission.zip --data data/mevis --split valid
     """
     from rvos_nb.evaluate import Incomplete, submission
-    try: submission(_here(data), _here(run), _here(zip), split)
+
+    try:
+        submission(_here(data), _here(run), _here(zip), split)
     except Incomplete as e:
-        for line in e.faults: print(f"  {line}")
-        raise Problem(e.where, 'the faults listed above' if e.faults else e.found, e.expected, e.remedy) from None
+        for line in e.faults:
+            print(f"  {line}")
+        raise Problem(
+            e.where, "the faults listed above" if e.faults else e.found, e.expected, e.remedy
+        ) from None
     print(f"submission: {_here(zip)}")
 
 # %% ../nbs/09b_cli.ipynb #44469afd
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="The name of a training recipe that ships (train-aot-tiny) or a YAML file.")], out: OUT = Path('runs/train'),
-    minutes: Annotated[Optional[float], typer.Option(help="Stop after this time; the same command goes on later.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Another length of the whole schedule.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = True, device: DEVICE = '',
-    workers: Annotated[int, typer.Option(help="Processes that prepare batches ahead.")] = 0, parameter: PARAMETERS = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="The name of a training recipe that ships (train-aot-tiny) or a YAML file."
+        ),
+    ],
+    out: OUT = Path("runs/train"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this time; the same command goes on later.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Another length of the whole schedule.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint in the output folder.")
+    ] = True,
+    device: DEVICE = "",
+    workers: Annotated[int, typer.Option(help="Processes that prepare batches ahead.")] = 0,
+    parameter: PARAMETERS = None,
 ):
     """Train a model by a recipe.
 
@@ -327,32 +797,61 @@ def train(
     rvos train train-aot-pre -p images data/coco -p start mobilenet_v2.pth --out runs/pre
     rvos train train-aot-ytb-dav -p youtube data/ytb -p davis data/davis -p start runs/pre/model -p model.variant aott
     """
-    from rvos_nb.train.loop import recipe_mapping, train as stage
+    from rvos_nb.train.loop import recipe_mapping
+    from rvos_nb.train.loop import train as stage
+
     recipe = _recipe(recipe)
-    given = _typed(parameter, recipe_mapping(recipe).get('data') or ())
-    _end(stage(recipe, _here(out), minutes=minutes, steps=steps, resume=resume, device=device, workers=workers, given=given))
+    given = _typed(parameter, recipe_mapping(recipe).get("data") or ())
+    _end(
+        stage(
+            recipe,
+            _here(out),
+            minutes=minutes,
+            steps=steps,
+            resume=resume,
+            device=device,
+            workers=workers,
+            given=given,
+        )
+    )
 
 # %% ../nbs/09b_cli.ipynb #a2418118
 def _given(recipe, pairs) -> dict:
     "The `NAME=VALUE` pairs of a pipeline's recipe."
     from rvos_nb.pipeline import load_recipe
+
     return _typed(pairs, load_recipe(recipe).paths)
+
 
 def _run(recipe: str, pairs, only=None, dry: bool = False):
     "Run a recipe and print what it came to, also where some units failed."
     from rvos_nb import pipeline
+
     given = _given(recipe, pairs)
-    try: pipeline.run(recipe, given, only, dry)
-    except StageFailed: print('\n' + pipeline.summary(recipe, given), flush=True); raise
-    if not dry and (table := pipeline.summary(recipe, given)): print('\n' + table)
+    try:
+        pipeline.run(recipe, given, only, dry)
+    except StageFailed:
+        print("\n" + pipeline.summary(recipe, given), flush=True)
+        raise
+    if not dry and (table := pipeline.summary(recipe, given)):
+        print("\n" + table)
 
 # %% ../nbs/09b_cli.ipynb #10e3cb3e
 @app.command()
 def run(
-    recipe: Annotated[Optional[str], typer.Argument(help="The name of a recipe that ships, or a YAML file; without it: list them.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="The name of a recipe that ships, or a YAML file; without it: list them."
+        ),
+    ] = None,
     parameter: PARAMETERS = None,
-    only: Annotated[Optional[list[str]], typer.Option(help="Run this stage only; may be repeated.")] = None,
-    dry: Annotated[bool, typer.Option('--dry', help="Check the recipe and say what would run.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this stage only; may be repeated.")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Check the recipe and say what would run.")
+    ] = False,
 ):
     """Run a recipe: stage notebooks one after another.
 
@@ -363,12 +862,21 @@ def run(
     rvos run my-recipe.yaml --dry
     """
     from rvos_nb import pipeline
+
     if recipe is None:
-        for name in pipeline.recipes(): print(f"{name:15} {pipeline.load_recipe(name).about}")
+        for name in pipeline.recipes():
+            print(f"{name:15} {pipeline.load_recipe(name).about}")
         return
-    data = next((p.partition('=')[2] for p in parameter or () if p.startswith('data=')), None)
-    if data and not _here(data).exists(): raise Problem(_here(data), 'no such folder', 'a data set', 'check the path; `rvos demo` makes a synthetic one')
+    data = next((p.partition("=")[2] for p in parameter or () if p.startswith("data=")), None)
+    if data and not _here(data).exists():
+        raise Problem(
+            _here(data),
+            "no such folder",
+            "a data set",
+            "check the path; `rvos demo` makes a synthetic one",
+        )
     _run(_recipe(recipe), parameter, only or None, dry)
+
 
 @app.command()
 def demo(parameter: PARAMETERS = None):
@@ -381,28 +889,46 @@ def demo(parameter: PARAMETERS = None):
     rvos demo
     rvos demo -p videos 8 -p level medium
     """
-    _run('demo', parameter)
+    _run("demo", parameter)
 
 # %% ../nbs/09b_cli.ipynb #e8c24f7a
 def _found(name: str) -> str:
     "The version of an installed package, or that it is absent."
     from importlib.metadata import PackageNotFoundError, version
-    try: return version(name)
-    except PackageNotFoundError: return 'not installed'
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
 
 def _attention(device: str) -> str:
     "Which kernels `scaled_dot_product_attention` may take, and why."
     import torch
-    if device == 'cpu': return "scaled_dot_product_attention: PyTorch's fused CPU kernel; flash and memory-efficient kernels need CUDA"
+
+    if device == "cpu":
+        return "scaled_dot_product_attention: PyTorch's fused CPU kernel; flash and memory-efficient kernels need CUDA"
     b = torch.backends.cuda
-    on = [n for n, f in (('flash', b.flash_sdp_enabled), ('memory-efficient', b.mem_efficient_sdp_enabled), ('math', b.math_sdp_enabled)) if f()]
+    on = [
+        n
+        for n, f in (
+            ("flash", b.flash_sdp_enabled),
+            ("memory-efficient", b.mem_efficient_sdp_enabled),
+            ("math", b.math_sdp_enabled),
+        )
+        if f()
+    ]
     return f"scaled_dot_product_attention: {', '.join(on)} enabled; PyTorch takes the first that fits (flash needs half precision)"
+
 
 def _deformable(device: str) -> str:
     "Which implementation of deformable attention a device gets, and why."
     from rvos_nb.ops.deform_attn import implementation
-    try: return ': '.join(implementation(device))
-    except Problem as e: return str(e)
+
+    try:
+        return ": ".join(implementation(device))
+    except Problem as e:
+        return str(e)
 
 # %% ../nbs/09b_cli.ipynb #f3aa1a69
 @app.command()
@@ -411,44 +937,131 @@ def doctor():
 
     Versions, devices, threads, and which implementation of each fast path is in use and why.
     """
-    import platform, shutil, torch
+    import platform
+    import shutil
+
+    import torch
+
     from rvos_nb import __version__
+
     cuda = torch.cuda.is_available()
-    device = 'cuda' if cuda else 'cpu'
-    rows = [('python', f"{platform.python_version()} on {platform.system()} {platform.machine()}"), ('rvos_nb', __version__), *((n, _found(n)) for n in ('torch', 'torchvision', 'transformers', 'av', 'papermill')),
-            ('device', ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else 'cpu: torch sees no CUDA device'),
-            ('threads', f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})"),
-            *((f'deformable attention, {d}', _deformable(d)) for d in ('cpu', 'cuda')), ('attention', _attention(device)),
-            ('video files', f"PyAV {_found('av')}" + ('' if shutil.which('ffmpeg') else ' (its own FFmpeg libraries; no ffmpeg program is needed)')),
-            ('cluster', f"Ray {_found('ray')}" + ('' if _found('ray') != 'not installed' else ": executor 'local' only; `pip install 'rvos_nb[cluster]'` adds it")),
-            ('checkpoints', ', '.join(p.parent.name for p in sorted(shipped('checkpoints').glob('*/config.json'))) or f"none in {shipped('checkpoints')}"),
-            ('hub', 'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'asked only where a command is told to')]
-    for name, value in rows: print(f"{name:28}{value}")
+    device = "cuda" if cuda else "cpu"
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("rvos_nb", __version__),
+        *((n, _found(n)) for n in ("torch", "torchvision", "transformers", "av", "papermill")),
+        (
+            "device",
+            ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+            if cuda
+            else "cpu: torch sees no CUDA device",
+        ),
+        (
+            "threads",
+            f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})",
+        ),
+        *((f"deformable attention, {d}", _deformable(d)) for d in ("cpu", "cuda")),
+        ("attention", _attention(device)),
+        (
+            "video files",
+            f"PyAV {_found('av')}"
+            + (
+                ""
+                if shutil.which("ffmpeg")
+                else " (its own FFmpeg libraries; no ffmpeg program is needed)"
+            ),
+        ),
+        (
+            "cluster",
+            f"Ray {_found('ray')}"
+            + (
+                ""
+                if _found("ray") != "not installed"
+                else ": executor 'local' only; `pip install 'rvos_nb[cluster]'` adds it"
+            ),
+        ),
+        (
+            "checkpoints",
+            ", ".join(p.parent.name for p in sorted(shipped("checkpoints").glob("*/config.json")))
+            or f"none in {shipped('checkpoints')}",
+        ),
+        (
+            "hub",
+            "offline"
+            if os.environ.get("HF_HUB_OFFLINE") == "1"
+            else "asked only where a command is told to",
+        ),
+    ]
+    for name, value in rows:
+        print(f"{name:28}{value}")
 
 # %% ../nbs/09b_cli.ipynb #f9cc78db
 @app.command()
-def models(family: Annotated[str, typer.Argument(metavar='[FAMILY]', help="Only this family: referformer, soc, mutr, aot, deaot ...")] = ''):
+def models(
+    family: Annotated[
+        str,
+        typer.Argument(
+            metavar="[FAMILY]", help="Only this family: referformer, soc, mutr, aot, deaot ..."
+        ),
+    ] = "",
+):
     """List the models, shipped and published.
 
     The column 'here' says how to use one: "by name" can be given to --model at once; "convert" needs the file from its
     authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
     """
     from rvos_nb.models import zoo
+
     print(zoo.listing(zoo.table(family)))
-    print("params: millions; +CFBI: J&F after propagation by CFBI; models that ship: J&F on RefShapes easy")
+    print(
+        "params: millions; +CFBI: J&F after propagation by CFBI; models that ship: J&F on RefShapes easy"
+    )
 
 # %% ../nbs/09b_cli.ipynb #4b52b8ca
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(metavar='FILE', help="A published checkpoint: .pth, as its authors give it; with --predictions: logits or probabilities, or the folder of their shards.")],
-    out: Annotated[Path, typer.Argument(metavar='OUT', help="The folder to make; then: --model OUT. With --predictions: a results folder.")],
-    model: Annotated[str, typer.Option(help="Its name in `rvos models`; read from the file if left out.")] = '',
-    tokenizer: Annotated[Optional[Path], typer.Option(help="A folder with its tokenizer, copied in; default: the name roberta-base is kept.")] = None,
-    force: Annotated[bool, typer.Option('--force', help="Replace what lies there.")] = False,
-    predictions: Annotated[bool, typer.Option('--predictions', help="FILE holds predictions: masks, scores and key frames of a whole split.")] = False,
-    kind: Annotated[str, typer.Option(help="With --predictions: logit or probability; default: told by the values.")] = '',
-    data: Annotated[Optional[Path], typer.Option(help="With --predictions: the data set, which knows the names of the frames; default: they are numbered.")] = None,
-    split: Annotated[str, typer.Option(help="With --data: which split.")] = 'valid',
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A published checkpoint: .pth, as its authors give it; with --predictions: logits or probabilities, or the folder of their shards.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The folder to make; then: --model OUT. With --predictions: a results folder.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Its name in `rvos models`; read from the file if left out.")
+    ] = "",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with its tokenizer, copied in; default: the name roberta-base is kept."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what lies there.")] = False,
+    predictions: Annotated[
+        bool,
+        typer.Option(
+            "--predictions",
+            help="FILE holds predictions: masks, scores and key frames of a whole split.",
+        ),
+    ] = False,
+    kind: Annotated[
+        str,
+        typer.Option(help="With --predictions: logit or probability; default: told by the values."),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --predictions: the data set, which knows the names of the frames; default: they are numbered."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="With --data: which split.")] = "valid",
 ):
     """Turn a published checkpoint into a folder that loads here.
 
@@ -460,21 +1073,40 @@ def convert(
     rvos convert R50_DeAOTL_PRE_YTB_DAV.pth models/r50-deaotl
     rvos convert --predictions vit_huge.pth runs/vit-huge --kind probability --data data/ref-youtube-vos
     """
-    if not predictions and (kind or data): raise Problem('rvos convert', '--kind or --data', 'these with --predictions only', 'add --predictions, or leave them out')
+    if not predictions and (kind or data):
+        raise Problem(
+            "rvos convert",
+            "--kind or --data",
+            "these with --predictions only",
+            "add --predictions, or leave them out",
+        )
     if predictions:
         from rvos_nb.members import convert_predictions
-        return _end(convert_predictions(_here(file), _here(out), kind, _here(data) if data else '', split, force=force))
+
+        return _end(
+            convert_predictions(
+                _here(file), _here(out), kind, _here(data) if data else "", split, force=force
+            )
+        )
     from rvos_nb.models.convert import convert as stage
-    print(stage(_here(file), _here(out), model, str(_here(tokenizer)) if tokenizer else '', force))
+
+    print(stage(_here(file), _here(out), model, str(_here(tokenizer)) if tokenizer else "", force))
 
 # %% ../nbs/09b_cli.ipynb #57e2f6a4
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set, or bring it into its layout.")
-app.add_typer(data_app, name='data')
+data_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at a data set, or bring it into its layout.",
+)
+app.add_typer(data_app, name="data")
 
-@data_app.command('check')
+
+@data_app.command("check")
 def data_check(
-    root: Annotated[Path, typer.Argument(metavar='ROOT', help="A data set in any layout of data/README.md.")],
-    layout: Annotated[str, typer.Option(help="Its layout; default: told by the tree.")] = '',
+    root: Annotated[
+        Path, typer.Argument(metavar="ROOT", help="A data set in any layout of data/README.md.")
+    ],
+    layout: Annotated[str, typer.Option(help="Its layout; default: told by the tree.")] = "",
 ):
     """See whether a data set is whole.
 
@@ -485,14 +1117,24 @@ def data_check(
     rvos data check data/ref-youtube-vos
     """
     from rvos_nb.data.prepare import check
+
     survey = check(_here(root), layout)
     print(survey.table())
     raise typer.Exit(int(bool(survey.odd)))
 
-@data_app.command('prepare')
+
+@data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(metavar='NAME', help="ref-davis17, a2d-sentences, jhmdb-sentences, refcoco or ref-youtube-vos.")],
-    root: Annotated[Path, typer.Argument(metavar='ROOT', help="The folder in which its archives were unpacked.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="ref-davis17, a2d-sentences, jhmdb-sentences, refcoco or ref-youtube-vos.",
+        ),
+    ],
+    root: Annotated[
+        Path, typer.Argument(metavar="ROOT", help="The folder in which its archives were unpacked.")
+    ],
 ):
     """Convert a data set as its authors publish it, once.
 
@@ -503,13 +1145,19 @@ def data_prepare(
     rvos data prepare ref-davis17 data/ref-davis
     """
     from rvos_nb.data.prepare import prepare
+
     written, odd = prepare(name, _here(root))
-    print('\n'.join([*written, *(f'left out: {o}' for o in odd)]))
+    print("\n".join([*written, *(f"left out: {o}" for o in odd)]))
     raise typer.Exit(int(bool(odd)))
 
 # %% ../nbs/09b_cli.ipynb #647e2d71
 @app.command()
-def verify(paths: Annotated[list[Path], typer.Argument(metavar='PATH...', help="Golden cases: .npz files or folders of them.")]):
+def verify(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Golden cases: .npz files or folders of them."),
+    ],
+):
     """Compare with recorded answers of published code.
 
     Prints a line for each case: its name, the worst error over the tolerance, and the first output outside.
@@ -518,10 +1166,19 @@ def verify(paths: Annotated[list[Path], typer.Argument(metavar='PATH...', help="
     rvos verify tests/golden
     """
     from rvos_nb.verify.cases import verify as check
+
     raise typer.Exit(check([_here(p) for p in paths]))
 
+
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo, scores, referformer, propagate, metrics, fuse or deform_attn.")]):
+def bench(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Which benchmark: demo, scores, referformer, propagate, metrics, fuse or deform_attn."
+        ),
+    ],
+):
     """Measure time and memory against goals.
 
     Prints a line for each figure, and ends with exit code 1 where a goal is missed.
@@ -531,4 +1188,5 @@ def bench(name: Annotated[str, typer.Argument(help="Which benchmark: demo, score
     rvos bench referformer
     """
     from rvos_nb.benchmarks import bench as measure
+
     raise typer.Exit(measure(name))

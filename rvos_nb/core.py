@@ -9,11 +9,25 @@ __all__ = ['Problem', 'brief', 'check_id', 'natural_key', 'root', 'resolve', 'sh
            'clear', 'run_stage', 'honour_flags']
 
 # %% ../nbs/00_core.ipynb #d631b1ea
-import errno, fcntl, hashlib, json, logging, multiprocessing, os, pickle, platform, re, reprlib, shutil, signal, socket, sys
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import platform
+import re
+import reprlib
+import shutil
+import signal
+import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import connection
@@ -24,20 +38,32 @@ from uuid import uuid4
 # %% ../nbs/00_core.ipynb #ce6157d3
 class Problem(ValueError):
     "An error of input, in one line: `where: found …; expected …; remedy`."
-    def __init__(self,
-        where,         # the file or argument
-        found: str,    # what was there
-        expected: str, # what should have been there
-        remedy: str,   # what to do about it
+
+    def __init__(
+        self,
+        where,  # the file or argument
+        found: str,  # what was there
+        expected: str,  # what should have been there
+        remedy: str,  # what to do about it
     ):
         self.where, self.found, self.expected, self.remedy = str(where), found, expected, remedy
-        super().__init__(f"{where}: found {found}; expected {expected}; {remedy}".replace('\n', ' '))
+        super().__init__(
+            f"{where}: found {found}; expected {expected}; {remedy}".replace("\n", " ")
+        )
 
-    def __reduce__(self): return type(self), (self.where, self.found, self.expected, self.remedy)
+    def __reduce__(self):
+        return type(self), (self.where, self.found, self.expected, self.remedy)
 
 # %% ../nbs/00_core.ipynb #fe578f6b
 _quotes = reprlib.Repr()
-_quotes.maxlevel, _quotes.maxlist, _quotes.maxdict, _quotes.maxstring, _quotes.maxother = 2, 5, 3, 100, 100
+_quotes.maxlevel, _quotes.maxlist, _quotes.maxdict, _quotes.maxstring, _quotes.maxother = (
+    2,
+    5,
+    3,
+    100,
+    100,
+)
+
 
 def brief(value) -> str:
     "The beginning of a value's `repr`, for a message; whole where it is short."
@@ -45,205 +71,323 @@ def brief(value) -> str:
 
 # %% ../nbs/00_core.ipynb #df209342
 def check_id(
-    id,        # an id from a data set
-    where,     # the file it came from, for the message
-) -> str:      # the same id
+    id,  # an id from a data set
+    where,  # the file it came from, for the message
+) -> str:  # the same id
     "Return `id` when it can be one path component; raise `Problem` otherwise."
-    bad = not isinstance(id, str) or not id or id.startswith('.') or id != id.strip() or len(id.encode(errors='replace')) > 200 or any(
-        c in '/\\:' or ord(c) < 32 or 0xd800 <= ord(c) < 0xe000 for c in id)
-    if bad: raise Problem(where, f"the id {brief(id)}", "one plain path component, such as '0062f687f1' or '3'", "correct the id in that file")
+    bad = (
+        not isinstance(id, str)
+        or not id
+        or id.startswith(".")
+        or id != id.strip()
+        or len(id.encode(errors="replace")) > 200
+        or any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in id)
+    )
+    if bad:
+        raise Problem(
+            where,
+            f"the id {brief(id)}",
+            "one plain path component, such as '0062f687f1' or '3'",
+            "correct the id in that file",
+        )
     return id
 
+
 def natural_key(
-    s: str, # any name
+    s: str,  # any name
 ) -> list:  # a sort key under which 'v10' follows 'v2'
     "Split `s` into digits and the rest, so that numbers sort as numbers."
-    return [(0, int(p), p) if p.isdigit() else (1, 0, p) for p in re.split(r'(\d+)', s) if p]
+    return [(0, int(p), p) if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", s) if p]
 
 # %% ../nbs/00_core.ipynb #c85f9524
 def root() -> Path:
     "The repository's root seen from the working folder, or the working folder itself outside a checkout."
     here = Path.cwd()
     for p in (here, *here.parents):
-        if (p/'settings.ini').exists() and (p/'rvos_nb').is_dir(): return p
+        if (p / "settings.ini").exists() and (p / "rvos_nb").is_dir():
+            return p
     return here
 
+
 def resolve(
-    path, # absolute, `~`, or relative to the repository's root
+    path,  # absolute, `~`, or relative to the repository's root
 ) -> Path:
     "An absolute path for a notebook's parameter."
     path = Path(path).expanduser()
-    return path if path.is_absolute() else root()/path
+    return path if path.is_absolute() else root() / path
+
 
 def shipped(
-    *parts: str, # ('checkpoints', NAME), ('recipes', NAME), ('notebooks', NAME) or ('kernels', NAME)
+    *parts: str,  # ('checkpoints', NAME), ('recipes', NAME), ('notebooks', NAME) or ('kernels', NAME)
 ) -> Path:
     "A file that comes with the package: in a checkout where it is kept, otherwise inside the installed package."
-    package = Path(__file__).parent if '__file__' in globals() else root()/'rvos_nb'
-    home = {'checkpoints': 'data/checkpoints', 'recipes': 'rvos_nb/recipes', 'notebooks': 'nbs', 'kernels': 'ops'}[parts[0]]
-    checkout = package.parent/home/Path(*parts[1:])
-    return checkout if (package.parent/'settings.ini').exists() else package/Path(*parts)
+    package = Path(__file__).parent if "__file__" in globals() else root() / "rvos_nb"
+    home = {
+        "checkpoints": "data/checkpoints",
+        "recipes": "rvos_nb/recipes",
+        "notebooks": "nbs",
+        "kernels": "ops",
+    }[parts[0]]
+    checkout = package.parent / home / Path(*parts[1:])
+    return checkout if (package.parent / "settings.ini").exists() else package / Path(*parts)
 
 # %% ../nbs/00_core.ipynb #0a47f437
-_TMP = '.tmp-'
+_TMP = ".tmp-"
 
-def _temporary(path: Path) -> Path: return path.with_name(f"{_TMP}{uuid4().hex[:8]}-{path.name}")
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_TMP}{uuid4().hex[:8]}-{path.name}")
+
 
 def _flush(path: Path):
     "Ask the disk to keep `path` before it is renamed."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 @contextmanager
 def _named_errors(path: Path):
     "Name the path and the remedy where the file system refuses."
-    try: yield
+    try:
+        yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Problem(path, 'no space left on the device', 'room for the result',
-                          'free some space and run the same command again: what is done is kept') from e
+            raise Problem(
+                path,
+                "no space left on the device",
+                "room for the result",
+                "free some space and run the same command again: what is done is kept",
+            ) from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise Problem(path, f'no permission to write ({e.strerror})', 'a folder you may write to', 'choose another output folder') from e
+            raise Problem(
+                path,
+                f"no permission to write ({e.strerror})",
+                "a folder you may write to",
+                "choose another output folder",
+            ) from e
         raise
+
 
 def _make(folder: Path, where: Path):
     "Make `folder` and those above it; `where` is named in the `Problem` where a file is in the way."
-    try: folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as e:
-        raise Problem(where, f'a place where no folder can be made ({e.strerror})', 'a folder, or a name that is free', 'choose another output folder') from e
+        raise Problem(
+            where,
+            f"a place where no folder can be made ({e.strerror})",
+            "a folder, or a name that is free",
+            "choose another output folder",
+        ) from e
 
 # %% ../nbs/00_core.ipynb #01c8462c
 @contextmanager
 def whole(
-    path, # where the file shall appear
+    path,  # where the file shall appear
 ) -> Iterator[Path]:
     "Yield a temporary path with the suffix of `path`; rename it onto `path` on a clean exit, remove it on an error."
-    path = Path(path); tmp = _temporary(path)
+    path = Path(path)
+    tmp = _temporary(path)
     with _named_errors(path):
         _make(path.parent, path)
         try:
             yield tmp
-            _flush(tmp); os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+            _flush(tmp)
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #7780917b
 @contextmanager
 def whole_folder(
-    path, # where the folder shall appear
+    path,  # where the folder shall appear
 ) -> Iterator[Path]:
     "Yield a new temporary folder; rename it onto `path` on a clean exit, remove it on an error."
-    path = Path(path); tmp, old = _temporary(path), _temporary(path)
+    path = Path(path)
+    tmp, old = _temporary(path), _temporary(path)
     with _named_errors(path):
         try:
             _make(tmp, path)
             yield tmp
-            with ThreadPoolExecutor(8) as pool: list(pool.map(_flush, tmp.rglob('*')))
-            if path.exists(): os.replace(path, old)
-            os.replace(tmp, path); _flush(path.parent)
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(_flush, tmp.rglob("*")))
+            if path.exists():
+                os.replace(path, old)
+            os.replace(tmp, path)
+            _flush(path.parent)
         finally:
-            for p in (tmp, old): shutil.rmtree(p, ignore_errors=True)
+            for p in (tmp, old):
+                shutil.rmtree(p, ignore_errors=True)
+
 
 def sweep(
-    folder, # a results folder that no other process is writing
-) -> list[Path]: # what was removed
+    folder,  # a results folder that no other process is writing
+) -> list[Path]:  # what was removed
     "Remove the temporary leftovers of a killed process below `folder`."
-    found = [p for p in Path(folder).rglob(_TMP + '*')]
-    for p in found: shutil.rmtree(p, ignore_errors=True) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
+    found = list(Path(folder).rglob(_TMP + "*"))
+    for p in found:
+        shutil.rmtree(p, ignore_errors=True) if p.is_dir() and not p.is_symlink() else p.unlink(
+            missing_ok=True
+        )
     return found
 
 # %% ../nbs/00_core.ipynb #590b3074
 def write_bytes(path, data: bytes):
     "Write `data` to `path`, whole or not at all."
-    with whole(path) as tmp: tmp.write_bytes(data)
+    with whole(path) as tmp:
+        tmp.write_bytes(data)
+
 
 def write_json(path, obj, indent: int | None = 1):
     "Write `obj` as UTF-8 JSON to `path`, whole or not at all."
-    try: data = json.dumps(obj, indent=indent, ensure_ascii=False).encode()
-    except UnicodeEncodeError: data = json.dumps(obj, indent=indent).encode() # half a character out of somebody's file
-    write_bytes(path, data + b'\n')
+    try:
+        data = json.dumps(obj, indent=indent, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        data = json.dumps(obj, indent=indent).encode()  # half a character out of somebody's file
+    write_bytes(path, data + b"\n")
+
 
 def read_json(
     path,
-    pairs: Callable | None = None, # [(key, value), ...] -> what an object becomes, in place of a dict
+    pairs: Callable
+    | None = None,  # [(key, value), ...] -> what an object becomes, in place of a dict
 ) -> object:
     "Read a JSON file; raise `Problem` where it is missing or is not JSON."
     path = Path(path)
-    try: return json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=pairs)
-    except FileNotFoundError: raise Problem(path, 'no such file', 'a JSON file', 'check the path') from None
-    except IsADirectoryError: raise Problem(path, 'a folder', 'a JSON file', 'check the path') from None
-    except OSError as e: raise Problem(path, f'a file that cannot be read ({e.strerror})', 'a JSON file', 'check the path') from None
-    except RecursionError: raise Problem(path, 'brackets nested a thousand deep', 'a JSON file', 'write or download the file again') from None
-    except ValueError as e: raise Problem(path, f'text that is not JSON ({e})', 'a JSON file', 'write or download the file again') from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+    except FileNotFoundError:
+        raise Problem(path, "no such file", "a JSON file", "check the path") from None
+    except IsADirectoryError:
+        raise Problem(path, "a folder", "a JSON file", "check the path") from None
+    except OSError as e:
+        raise Problem(
+            path, f"a file that cannot be read ({e.strerror})", "a JSON file", "check the path"
+        ) from None
+    except RecursionError:
+        raise Problem(
+            path,
+            "brackets nested a thousand deep",
+            "a JSON file",
+            "write or download the file again",
+        ) from None
+    except ValueError as e:
+        raise Problem(
+            path, f"text that is not JSON ({e})", "a JSON file", "write or download the file again"
+        ) from None
 
 # %% ../nbs/00_core.ipynb #da4a18cc
 def progress(
-    it: Iterable,      # what to walk through
-    desc: str,         # a word in front of the bar
+    it: Iterable,  # what to walk through
+    desc: str,  # a word in front of the bar
     total: int | None = None,
 ) -> Iterable:
     "Wrap `it` in one tqdm line on stderr; no bar where tests run or the output is a file."
     from tqdm import tqdm
-    return tqdm(it, desc=desc, total=total, mininterval=2, disable=bool(os.environ.get('IN_TEST')) or not sys.stderr.isatty())
+
+    return tqdm(
+        it,
+        desc=desc,
+        total=total,
+        mininterval=2,
+        disable=bool(os.environ.get("IN_TEST")) or not sys.stderr.isatty(),
+    )
 
 # %% ../nbs/00_core.ipynb #d8878bba
 def map_units(
-    work: Callable,              # (unit), or (unit, prepared), does one unit and writes its result, or returns a function that writes it
-    units: Sequence[str],        # their names; or lists of names, each done in one call
-    executor: str = 'local',     # 'local': this process; 'processes:2': two worker processes; 'ray': a Ray cluster
-    prepare: Callable | None = None, # (unit) -> what `work` is given beside the unit
+    work: Callable,  # (unit), or (unit, prepared), does one unit and writes its result, or returns a function that writes it
+    units: Sequence[str],  # their names; or lists of names, each done in one call
+    executor: str = "local",  # 'local': this process; 'processes:2': two worker processes; 'ray': a Ray cluster
+    prepare: Callable | None = None,  # (unit) -> what `work` is given beside the unit
 ) -> Iterator[tuple[str, Exception | None]]:
     "Yield `(unit, None)` or `(unit, exception)` in order; raises `Problem` for an unknown executor."
-    if executor == 'ray': yield from _map_ray((work, prepare), units); return
-    if executor != 'local':
-        if not (workers := re.fullmatch(r'processes:([1-9]\d{0,2})', executor)): raise Problem('executor', repr(executor), "'local', 'processes:2' or another number, or 'ray'", 'choose one of these')
-        yield from _map_processes((work, prepare), units, int(workers[1])); return
+    if executor == "ray":
+        yield from _map_ray((work, prepare), units)
+        return
+    if executor != "local":
+        if not (workers := re.fullmatch(r"processes:([1-9]\d{0,2})", executor)):
+            raise Problem(
+                "executor",
+                repr(executor),
+                "'local', 'processes:2' or another number, or 'ray'",
+                "choose one of these",
+            )
+        yield from _map_processes((work, prepare), units, int(workers[1]))
+        return
     behind, ahead = None, deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         for u, following in zip(units, [*units[1:], None]):
-            if prepare and not ahead: ahead.append(reader.submit(prepare, u))
-            if prepare and following is not None: ahead.append(reader.submit(prepare, following))
-            try: rest, error = work(u, *([ahead.popleft().result()] if prepare else [])), None
-            except Exception as e: rest, error = None, e
-            if behind: yield behind[0], behind[1].exception()
+            if prepare and not ahead:
+                ahead.append(reader.submit(prepare, u))
+            if prepare and following is not None:
+                ahead.append(reader.submit(prepare, following))
+            try:
+                rest, error = work(u, *([ahead.popleft().result()] if prepare else [])), None
+            except Exception as e:
+                rest, error = None, e
+            if behind:
+                yield behind[0], behind[1].exception()
             behind = (u, writer.submit(rest)) if callable(rest) else None
-            if not behind: yield u, error
-        if behind: yield behind[0], behind[1].exception()
+            if not behind:
+                yield u, error
+        if behind:
+            yield behind[0], behind[1].exception()
 
 # %% ../nbs/00_core.ipynb #659df46a
 def _call(job, unit: str):
     work, prepare = job
     rest = work(unit, prepare(unit)) if prepare else work(unit)
-    if callable(rest): rest()
+    if callable(rest):
+        rest()
+
 
 def _serve(pipe):
     "The life of a worker process: answers each unit with None or the exception that it met."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    os.environ.setdefault('OMP_NUM_THREADS', '1') # the other cores have workers of their own
-    try: job = pickle.loads(pipe.recv_bytes())
-    except Exception as e: job = e
+    Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have workers of their own
+    try:
+        job = pickle.loads(pipe.recv_bytes())
+    except Exception as e:
+        job = e
     while True:
-        try: unit, error = pipe.recv(), None
-        except EOFError: return
         try:
-            if isinstance(job, Exception): raise job
+            unit, error = pipe.recv(), None
+        except EOFError:
+            return
+        try:
+            if isinstance(job, Exception):
+                raise job
             _call(job, unit)
-        except Exception as e: error = e
-        try: pickle.loads(pickle.dumps(error))
-        except Exception: error = RuntimeError(f'{type(error).__name__}: {error}') # some exceptions do not survive the way
+        except Exception as e:
+            error = e
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(
+                f"{type(error).__name__}: {error}"
+            )  # some exceptions do not survive the way
         pipe.send(error)
 
 # %% ../nbs/00_core.ipynb #a155e249
 def _map_processes(job, units, count: int):
     "The units in `count` worker processes."
-    context, sent = multiprocessing.get_context('spawn'), pickle.dumps(job)
+    context, sent = multiprocessing.get_context("spawn"), pickle.dumps(job)
     todo, busy, idle, ends = deque(enumerate(units)), {}, [], {}
+
     def start():
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start(); theirs.close(); ours.send_bytes(sent)
+        process.start()
+        theirs.close()
+        ours.send_bytes(sent)
         return ours, process
+
     try:
         for n, unit in enumerate(units):
             while n not in ends:
@@ -253,38 +397,65 @@ def _map_processes(job, units, count: int):
                     pipe.send(todo.popleft()[1])
                 for pipe in connection.wait(busy):
                     process, i = busy.pop(pipe)
-                    try: ends[i] = pipe.recv(); idle.append((pipe, process))
+                    try:
+                        ends[i] = pipe.recv()
+                        idle.append((pipe, process))
                     except (EOFError, ConnectionError):
                         process.join()
-                        ends[i] = Problem(units[i], f'a worker process that ended (exit code {process.exitcode})', 'a worker that lives', 'look whether memory ran out, and run the same command again')
+                        ends[i] = Problem(
+                            units[i],
+                            f"a worker process that ended (exit code {process.exitcode})",
+                            "a worker that lives",
+                            "look whether memory ran out, and run the same command again",
+                        )
             yield unit, ends.pop(n)
     finally:
         workers = [*idle, *((pipe, process) for pipe, (process, _) in busy.items())]
-        for _, process in workers: process.terminate()
-        for pipe, process in workers: process.join(); pipe.close()
+        for _, process in workers:
+            process.terminate()
+        for pipe, process in workers:
+            process.join()
+            pipe.close()
 
 # %% ../nbs/00_core.ipynb #5a714910
 def _map_ray(job, units):
     "The units as Ray tasks: a task whose worker dies is tried again by Ray."
-    try: import ray
-    except ImportError: raise Problem('executor', "'ray', but Ray is not installed", 'the cluster extra', "pip install 'rvos_nb[cluster]'") from None
-    if not ray.is_initialized(): ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        import ray
+    except ImportError:
+        raise Problem(
+            "executor",
+            "'ray', but Ray is not installed",
+            "the cluster extra",
+            "pip install 'rvos_nb[cluster]'",
+        ) from None
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
     task, shared = ray.remote(_call), ray.put(job)
     for u, ref in [(u, task.remote(shared, u)) for u in units]:
-        try: ray.get(ref); yield u, None
-        except Exception as e: yield u, getattr(e, 'cause', None) or e
+        try:
+            ray.get(ref)
+            yield u, None
+        except Exception as e:
+            yield u, getattr(e, "cause", None) or e
 
 # %% ../nbs/00_core.ipynb #713ab131
 class StageFailed(RuntimeError):
     "Some units of a stage failed; the message is the table of reasons."
 
+
 class SomeFailed(Exception):
     "Raised by work on a group of units: `each` holds the exception of every unit that failed; the others are done."
-    def __init__(self, each: dict[str, Exception]): super().__init__(each); self.each = each
+
+    def __init__(self, each: dict[str, Exception]):
+        super().__init__(each)
+        self.each = each
+
 
 @dataclass
 class Report:
     "What a stage did: names of units done now, skipped because they stood, failed with their reason."
+
     stage: str
     out: Path
     done: list[str] = field(default_factory=list)
@@ -294,190 +465,325 @@ class Report:
     def table(self) -> str:
         "A summary line and one line for each failure."
         head = f"{self.stage}: {len(self.done)} done, {len(self.skipped)} already there, {len(self.failed)} failed"
-        return '\n'.join([head, *(f"  {u}: {why}" for u, why in self.failed.items())])
+        return "\n".join([head, *(f"  {u}: {why}" for u, why in self.failed.items())])
 
     def check(self):
         "Raise `StageFailed` with the table where a unit failed."
-        if self.failed: raise StageFailed(self.table() + f"\nWhat is done is complete in {self.out}; mend the above and run the same command again.")
+        if self.failed:
+            raise StageFailed(
+                self.table()
+                + f"\nWhat is done is complete in {self.out}; mend the above and run the same command again."
+            )
         return self
 
 # %% ../nbs/00_core.ipynb #aba74268
 @contextmanager
 def locked(
-    folder, # a results folder
+    folder,  # a results folder
 ):
     "Hold `folder` for this process, and clear it of what a killed one left; raise `Problem` where another one holds it."
-    path = Path(folder)/'.lock'
+    path = Path(folder) / ".lock"
     with _named_errors(path):
         _make(path.parent, folder)
-        f = open(path, 'a+')
+        f = open(path, "a+")
     try:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise Problem(folder, f"another run at work there ({f.read().strip() or 'unknown'})", 'a folder to itself',
-                          'wait for it, end it, or choose another output folder') from None
-        f.truncate(0); f.write(f"pid {os.getpid()} on {socket.gethostname()}"); f.flush()
-        try: sweep(folder); yield
-        finally: path.unlink(missing_ok=True)
-    finally: f.close()
+            raise Problem(
+                folder,
+                f"another run at work there ({f.read().strip() or 'unknown'})",
+                "a folder to itself",
+                "wait for it, end it, or choose another output folder",
+            ) from None
+        f.truncate(0)
+        f.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        try:
+            sweep(folder)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        f.close()
 
 # %% ../nbs/00_core.ipynb #723920d8
 def versions() -> dict[str, str]:
     "Versions of Python, this package and what its numbers hang on."
-    found = {'python': platform.python_version()}
-    for name in ('rvos_nb', 'torch', 'numpy', 'opencv-python', 'pillow', 'transformers'):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+    found = {"python": platform.python_version()}
+    for name in ("rvos_nb", "torch", "numpy", "opencv-python", "pillow", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
-def device_name(device: str = '') -> str: # '' picks CUDA where it is available
+
+def device_name(device: str = "") -> str:  # '' picks CUDA where it is available
     "The torch device to use; the CPU where nothing else is there. Raises `Problem` for one that is not there."
     import torch
-    if not device: return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e: raise Problem('device', f'{device!r} ({str(e).splitlines()[0][:100]})', 'a device that torch can use here', "choose 'cpu', or look what `rvos doctor` finds") from e
+
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise Problem(
+            "device",
+            f"{device!r} ({str(e).splitlines()[0][:100]})",
+            "a device that torch can use here",
+            "choose 'cpu', or look what `rvos doctor` finds",
+        ) from e
     return device
 
 # %% ../nbs/00_core.ipynb #25b8e990
-def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
 
 def contents(
-    path, # a file
+    path,  # a file
 ) -> str:
     "A digest of a file: of all its bytes, or of its size and 64 pieces of 16 kB where it is larger than these."
     size, piece = Path(path).stat().st_size, 1 << 14
-    with open(path, 'rb') as f:
-        if size <= 64 * piece: return hashlib.sha256(f.read()).hexdigest()[:16]
+    with open(path, "rb") as f:
+        if size <= 64 * piece:
+            return hashlib.sha256(f.read()).hexdigest()[:16]
         found = hashlib.sha256(str(size).encode())
-        for i in range(64): f.seek(i * (size - piece) // 63); found.update(f.read(piece))
+        for i in range(64):
+            f.seek(i * (size - piece) // 63)
+            found.update(f.read(piece))
     return found.hexdigest()[:16]
+
 
 def _parts(path: Path) -> dict[str, str]:
     "The digest of every VIDEO/EXP, or file above that, of a folder without `run.json`."
-    tree, found = next((d for d in (path/'Annotations', path/'candidates') if d.is_dir()), path), {}
-    for p in sorted(tree.rglob('*')):
-        if p.is_file() and not p.name.startswith('.'): found.setdefault('/'.join(p.relative_to(tree).parts[:2]), []).append([p.name, contents(p)])
+    tree, found = (
+        next((d for d in (path / "Annotations", path / "candidates") if d.is_dir()), path),
+        {},
+    )
+    for p in sorted(tree.rglob("*")):
+        if p.is_file() and not p.name.startswith("."):
+            found.setdefault("/".join(p.relative_to(tree).parts[:2]), []).append(
+                [p.name, contents(p)]
+            )
     return {k: _digest(*v) for k, v in found.items()}
 
+
 def fingerprint(
-    path, # a run, a tree of masks, a checkpoint folder, or a file
-) -> str: # 16 hexadecimal digits
+    path,  # a run, a tree of masks, a checkpoint folder, or a file
+) -> str:  # 16 hexadecimal digits
     "What made the results at `path`, or their contents where that is not recorded. Raises `Problem` where nothing is there."
-    path = Path(path); note = path/'run.json' if path.is_dir() else path.with_suffix('.run.json')
-    if not path.exists(): raise Problem(path, 'no such file or folder', 'what the stage is to be made from', 'check the path')
+    path = Path(path)
+    note = path / "run.json" if path.is_dir() else path.with_suffix(".run.json")
+    if not path.exists():
+        raise Problem(
+            path, "no such file or folder", "what the stage is to be made from", "check the path"
+        )
     made = read_json(note) if note.is_file() else {}
-    if made and (path.is_dir() or made.get('contents') == contents(path)): return _digest(made['stage'], made['params'], made.get('inputs', {}))
+    if made and (path.is_dir() or made.get("contents") == contents(path)):
+        return _digest(made["stage"], made["params"], made.get("inputs", {}))
     return contents(path) if path.is_file() else _digest(_parts(path))
 
 # %% ../nbs/00_core.ipynb #9588f863
 def made_from(
-    out,      # the results folder
+    out,  # the results folder
     *inputs,  # runs, trees or files
-    model='', # a checkpoint's name or folder; anything else that computes is not recorded
+    model="",  # a checkpoint's name or folder; anything else that computes is not recorded
 ) -> dict[str, Path]:
     "Inputs by the names under which `run.json` keeps their fingerprints; raises nothing for one that is missing."
     found = {os.path.relpath(p, Path(out).parent): Path(p) for p in inputs}
     if model and isinstance(model, (str, Path)):
-        found |= {str(model): p for p in (resolve(model), shipped('checkpoints', str(model))) if p.is_dir()}
+        found |= {
+            str(model): p
+            for p in (resolve(model), shipped("checkpoints", str(model)))
+            if p.is_dir()
+        }
     return found
 
 # %% ../nbs/00_core.ipynb #63821213
 def write_made(
-    path,           # where the JSON file shall appear
+    path,  # where the JSON file shall appear
     obj,
-    stage: str, params: dict, inputs: Mapping[str, Path] = {}, # as for `run_stage`
+    stage: str,
+    params: dict,
+    inputs: Mapping[str, Path] = {},  # as for `run_stage`
 ):
     "Write `obj` as JSON to `path` and what it was made from to NAME.run.json beside it."
-    path = Path(path); write_json(path, obj)
-    write_json(path.with_suffix('.run.json'), dict(stage=stage, params=params, inputs={k: fingerprint(p) for k, p in inputs.items()}, contents=contents(path)))
+    path = Path(path)
+    write_json(path, obj)
+    write_json(
+        path.with_suffix(".run.json"),
+        {
+            "stage": stage,
+            "params": params,
+            "inputs": {k: fingerprint(p) for k, p in inputs.items()},
+            "contents": contents(path),
+        },
+    )
 
 # %% ../nbs/00_core.ipynb #a3196dd5
 def fingerprints(
     inputs: Mapping[str, Path],
-    old: dict,                # the `run.json` that stands, or {}
-) -> tuple[dict[str, str], dict[str, dict[str, str]]]: # fingerprints, those of `old` where only failed units could tell the difference; digests of parts
+    old: dict,  # the `run.json` that stands, or {}
+) -> tuple[
+    dict[str, str], dict[str, dict[str, str]]
+]:  # fingerprints, those of `old` where only failed units could tell the difference; digests of parts
     "What the inputs are now, as far as what stands can tell."
-    trees = {k: _parts(p) for k, p in inputs.items() if p.is_dir() and not (p/'run.json').is_file()}
+    trees = {
+        k: _parts(p) for k, p in inputs.items() if p.is_dir() and not (p / "run.json").is_file()
+    }
     prints = {k: _digest(trees[k]) if k in trees else fingerprint(p) for k, p in inputs.items()}
-    units = old.get('units', {})
-    def failed(part): return {units[u] for u in (part, part.split('/')[0]) if u in units} == {'failed'}
-    for k in trees.keys() & old.get('parts', {}).keys():
-        if all(digest == trees[k].get(part) or failed(part) for part, digest in old['parts'][k].items()): prints[k] = old['inputs'][k]
+    units = old.get("units", {})
+
+    def failed(part):
+        return {units[u] for u in (part, part.split("/")[0]) if u in units} == {"failed"}
+
+    for k in trees.keys() & old.get("parts", {}).keys():
+        if all(
+            digest == trees[k].get(part) or failed(part) for part, digest in old["parts"][k].items()
+        ):
+            prints[k] = old["inputs"][k]
     return prints, trees
 
 # %% ../nbs/00_core.ipynb #7c5d3187
 def clear(
-    out: Path, # a results folder that this process has locked
+    out: Path,  # a results folder that this process has locked
 ):
     "Remove the results of a stage, its `run.json` last."
-    for p in sorted(out.iterdir(), key=lambda p: p.name == 'run.json'):
-        if p.name != '.lock': shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+    for p in sorted(out.iterdir(), key=lambda p: p.name == "run.json"):
+        if p.name != ".lock":
+            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
-def _refuse_other(out: Path, stage: str, params: dict, inputs: dict[str, str], force: bool, old: dict):
+
+def _refuse_other(
+    out: Path, stage: str, params: dict, inputs: dict[str, str], force: bool, old: dict
+):
     "Raise where `out` holds results of another stage, of other parameters or from other inputs (`old`: its `run.json`); with `force`, remove them."
-    if not old: return
-    def changed(a, b): return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
-    other, moved = changed(old.get('params', {}), params), changed(old.get('inputs', inputs), inputs)
-    if old.get('stage') == stage and not other and not moved: return
-    if force: return clear(out)
-    if old.get('stage') != stage: what = f"results of stage {old.get('stage')!r}"
-    elif other: what = 'results of other parameters (' + ', '.join(f'{k}: {a!r} there, {b!r} asked' for k, (a, b) in other.items()) + ')'
-    else: what = 'results made from other inputs (' + ', '.join(f"{k} has changed since" if a and b else f"{k} is {'new' if b else 'gone'}" for k, (a, b) in moved.items()) + ')'
-    raise Problem(out, what, f'an empty folder or the same {stage} run', 'choose another output folder, or force to replace what is there')
+    if not old:
+        return
+
+    def changed(a, b):
+        return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
+
+    other, moved = (
+        changed(old.get("params", {}), params),
+        changed(old.get("inputs", inputs), inputs),
+    )
+    if old.get("stage") == stage and not other and not moved:
+        return
+    if force:
+        return clear(out)
+    if old.get("stage") != stage:
+        what = f"results of stage {old.get('stage')!r}"
+    elif other:
+        what = (
+            "results of other parameters ("
+            + ", ".join(f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in other.items())
+            + ")"
+        )
+    else:
+        what = (
+            "results made from other inputs ("
+            + ", ".join(
+                f"{k} has changed since" if a and b else f"{k} is {'new' if b else 'gone'}"
+                for k, (a, b) in moved.items()
+            )
+            + ")"
+        )
+    raise Problem(
+        out,
+        what,
+        f"an empty folder or the same {stage} run",
+        "choose another output folder, or force to replace what is there",
+    )
 
 # %% ../nbs/00_core.ipynb #c323ab73
 def run_stage(
-    stage: str,                    # its name
-    out,                           # results folder
-    params: dict,                  # JSON-able: all that decides the results
-    units: Sequence[str],          # 'VIDEO' or 'VIDEO/EXP'
-    work: Callable,                # does one unit, or a group (see `map_units`): results appear whole (`whole`, `whole_folder`) or not at all
-    done: Callable[[str], bool],   # whether a unit's result stands
-    faults: Mapping[str, str] = {},# units already known to be unusable, with the reason
-    executor: str = 'local',
-    force: bool = False,           # replace results of other parameters, or from other inputs
-    device: str = 'cpu',           # for the record
-    groups: Callable[[list[str]], list[list[str]]] | None = None, # units to do -> lists of units that `work` takes at once
-    prepare: Callable | None = None, # see `map_units`
-    inputs: Mapping[str, Path] = {}, # what the results are made from, see `made_from`
+    stage: str,  # its name
+    out,  # results folder
+    params: dict,  # JSON-able: all that decides the results
+    units: Sequence[str],  # 'VIDEO' or 'VIDEO/EXP'
+    work: Callable,  # does one unit, or a group (see `map_units`): results appear whole (`whole`, `whole_folder`) or not at all
+    done: Callable[[str], bool],  # whether a unit's result stands
+    faults: Mapping[str, str] = {},  # units already known to be unusable, with the reason
+    executor: str = "local",
+    force: bool = False,  # replace results of other parameters, or from other inputs
+    device: str = "cpu",  # for the record
+    groups: Callable[[list[str]], list[list[str]]]
+    | None = None,  # units to do -> lists of units that `work` takes at once
+    prepare: Callable | None = None,  # see `map_units`
+    inputs: Mapping[str, Path] = {},  # what the results are made from, see `made_from`
 ) -> Report:
     "Bring every unit's result into `out`; failures are recorded, not raised. Raises `Problem` for a locked or foreign folder."
-    out = Path(out); report = Report(stage, out, failed=dict(faults)); params = json.loads(json.dumps(params))
+    out = Path(out)
+    report = Report(stage, out, failed=dict(faults))
+    params = json.loads(json.dumps(params))
+
     def record():
-        state = {u: 'to do' for u in units} | {u: 'failed' for u in report.failed} | {u: 'done' for u in report.done + report.skipped}
-        write_json(out/'run.json', dict(stage=stage, params=params, inputs=prints, **({'parts': trees} if trees else {}), versions=versions(), device=device,
-                                        units={u: state[u] for u in sorted(state, key=natural_key)}, failures=dict(sorted(report.failed.items()))))
+        state = (
+            dict.fromkeys(units, "to do")
+            | dict.fromkeys(report.failed, "failed")
+            | dict.fromkeys(report.done + report.skipped, "done")
+        )
+        write_json(
+            out / "run.json",
+            dict(
+                stage=stage,
+                params=params,
+                inputs=prints,
+                **({"parts": trees} if trees else {}),
+                versions=versions(),
+                device=device,
+                units={u: state[u] for u in sorted(state, key=natural_key)},
+                failures=dict(sorted(report.failed.items())),
+            ),
+        )
+
     with locked(out):
-        old = read_json(out/'run.json') if (out/'run.json').exists() else {}
+        old = read_json(out / "run.json") if (out / "run.json").exists() else {}
         prints, trees = fingerprints(inputs, old)
         _refuse_other(out, stage, params, prints, force, old)
-        if not (out/'run.json').exists(): record()
+        if not (out / "run.json").exists():
+            record()
         todo = []
         for u in units:
-            if u not in report.failed: (report.skipped if done(u) else todo).append(u)
+            if u not in report.failed:
+                (report.skipped if done(u) else todo).append(u)
         todo = groups(todo) if groups else todo
         for part, error in progress(map_units(work, todo, executor, prepare), stage, len(todo)):
             for u in part if groups else [part]:
                 e = error.each.get(u) if isinstance(error, SomeFailed) else error
-                if e is None: report.done.append(u)
-                else: report.failed[u] = ' '.join(str(e).split()) if isinstance(e, Problem) else f"{type(e).__name__}: {' '.join(str(e).split())}"
+                if e is None:
+                    report.done.append(u)
+                else:
+                    report.failed[u] = (
+                        " ".join(str(e).split())
+                        if isinstance(e, Problem)
+                        else f"{type(e).__name__}: {' '.join(str(e).split())}"
+                    )
         record()
     return report
 
 # %% ../nbs/00_core.ipynb #6f3726e4
 def _skip_flagged(lines: list[str]) -> list[str]:
     "An input transformer: a cell with a flag that is not switched on becomes a print."
-    if os.environ.get('IN_TEST'): return lines
-    on = set(os.environ.get('RVOS_FLAGS', '').split())
+    if os.environ.get("IN_TEST"):
+        return lines
+    on = set(os.environ.get("RVOS_FLAGS", "").split())
     for line in lines:
-        m = re.match(r'#\|\s*(\w+):?\s*$', line)
-        if m and m[1] in {'slow', 'gpu', 'data'} - on: return [f'print("skipped: {m[1]}")\n']
-        if line.strip() and not line.startswith('#'): break
+        m = re.match(r"#\|\s*(\w+):?\s*$", line)
+        if m and m[1] in {"slow", "gpu", "data"} - on:
+            return [f'print("skipped: {m[1]}")\n']
+        if line.strip() and not line.startswith("#"):
+            break
     return lines
+
 
 def honour_flags():
     "Register the transformer in the running notebook, once."
-    try: transformers = get_ipython().input_transformers_cleanup
-    except NameError: return
-    if _skip_flagged.__name__ not in [getattr(t, '__name__', '') for t in transformers]: transformers.insert(0, _skip_flagged)
+    try:
+        transformers = get_ipython().input_transformers_cleanup
+    except NameError:
+        return
+    if _skip_flagged.__name__ not in [getattr(t, "__name__", "") for t in transformers]:
+        transformers.insert(0, _skip_flagged)

@@ -8,7 +8,11 @@ __all__ = ['MEASURES', 'score_expression', 'true_masks', 'tenths', 'video_rows',
            'vos_rows', 'evaluate_vos', 'packed_mask', 'packed_labels', 'members', 'Incomplete', 'submission']
 
 # %% ../nbs/07b_evaluate.ipynb #c9abc075
-import csv, io, os, stat, zipfile
+import csv
+import io
+import os
+import stat
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +23,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .core import Problem, check_id, natural_key, progress, resolve, whole, write_bytes, write_json
+from rvos_nb.core import (
+    Problem,
+    check_id,
+    natural_key,
+    progress,
+    resolve,
+    whole,
+    write_bytes,
+    write_json,
+)
 from .data.datasets import Dataset, frame_size, open_dataset, recognise
 from .data.masks import encode_labels, encode_mask, read_labels
 from .data.video import Expression
@@ -29,17 +42,28 @@ from .results import REMARKS, Results, label_maps, maps_folder, open_results, st
 
 # %% ../nbs/07b_evaluate.ipynb #ca9a2d38
 def score_expression(
-    truth: np.ndarray,     # (T, H, W) bool
+    truth: np.ndarray,  # (T, H, W) bool
     results: Results,
-    folder: str,           # VIDEO/EXP, holds FRAME.png
-    frames: Sequence[str], # T names without extension
-) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, int]]: # J (T,), F (T,), what was missing or unusable, and how often each key of `REMARKS`
+    folder: str,  # VIDEO/EXP, holds FRAME.png
+    frames: Sequence[str],  # T names without extension
+) -> tuple[
+    np.ndarray, np.ndarray, list[str], dict[str, int]
+]:  # J (T,), F (T,), what was missing or unusable, and how often each key of `REMARKS`
     "J and F of every frame; an unusable mask scores 0 and is named."
-    if not results.names(folder): return np.zeros(len(frames)), np.zeros(len(frames)), [f'{results.name(folder)}: no masks of this expression; ask about the video again'], {}
+    if not results.names(folder):
+        return (
+            np.zeros(len(frames)),
+            np.zeros(len(frames)),
+            [f"{results.name(folder)}: no masks of this expression; ask about the video again"],
+            {},
+        )
     values, faults, remarks = np.zeros((2, len(frames))), [], []
     for t, (gt, name) in enumerate(zip(truth, frames, strict=True)):
-        try: pred, odd = results.mask(f'{folder}/{check_id(name, folder)}.png', gt.shape)
-        except Problem as e: faults.append(str(e)); continue
+        try:
+            pred, odd = results.mask(f"{folder}/{check_id(name, folder)}.png", gt.shape)
+        except Problem as e:
+            faults.append(str(e))
+            continue
         values[:, t] = j_and_f(gt, pred)
         remarks.append(odd)
     return *values, faults, {k: remarks.count(k) for k in REMARKS if k in remarks}
@@ -48,40 +72,89 @@ def score_expression(
 def true_masks(
     data: Dataset,
     expression: Expression,
-) -> tuple[np.ndarray | None, str]: # (T, H, W) bool or None, and why there is none
+) -> tuple[np.ndarray | None, str]:  # (T, H, W) bool or None, and why there is none
     "The truth of an expression; an annotation that cannot be read leaves it unscored instead of ending the evaluation."
-    try: truth = data.masks(expression)
-    except Problem as e: return None, str(e)
-    return truth, '' if truth is not None else 'no true masks'
+    try:
+        truth = data.masks(expression)
+    except Problem as e:
+        return None, str(e)
+    return truth, "" if truth is not None else "no true masks"
 
 # %% ../nbs/07b_evaluate.ipynb #9d6e1355
 def tenths(
-    values: np.ndarray, # (T,), T ≥ 1
-) -> list[float]:       # 10
+    values: np.ndarray,  # (T,), T ≥ 1
+) -> list[float]:  # 10
     "The mean over each tenth of a clip."
     n = len(values)
-    return [float(np.mean(values[(start := i * n // 10):max(start + 1, (i + 1) * n // 10)])) for i in range(10)]
+    return [
+        float(np.mean(values[(start := i * n // 10) : max(start + 1, (i + 1) * n // 10)]))
+        for i in range(10)
+    ]
 
 # %% ../nbs/07b_evaluate.ipynb #b0e35d61
-MEASURES = ('J&F', 'J', 'F', 'J_recall', 'J_decay', 'F_recall', 'F_decay')  # columns of every table, in percent
+MEASURES = (
+    "J&F",
+    "J",
+    "F",
+    "J_recall",
+    "J_decay",
+    "F_recall",
+    "F_decay",
+)  # columns of every table, in percent
+
 
 def video_rows(
     video: str,
     data: Dataset,
     results: Results,
-) -> list[dict]:       # video, expression, object, kind, text, frames, missing, faults, odd, area (% of the frame), tenths, and MEASURES (None without truth)
+) -> list[
+    dict
+]:  # video, expression, object, kind, text, frames, missing, faults, odd, area (% of the frame), tenths, and MEASURES (None without truth)
     "One row for each expression of a video, in order. Holds the truth of one expression at a time."
-    data, rows, known, frames = replace(data), [], object(), data.videos[video].frames # a copy, which remembers the label maps of this video
+    data, rows, known, frames = (
+        replace(data),
+        [],
+        object(),
+        data.videos[video].frames,
+    )  # a copy, which remembers the label maps of this video
     for e in data.expressions[video]:
-        if e.object_id is None or e.object_id != known: truth = None; known, (truth, why) = e.object_id, true_masks(data, e) # never two truths at once
-        row = {'video': video, 'expression': e.id, 'object': e.object_id, 'kind': e.kind or '', 'text': e.text, 'frames': len(frames)}
-        if truth is None: rows.append(row | {'missing': 0, 'faults': [], 'odd': {}, 'unscored': why, 'J&F': None}); continue
-        folder = f'{check_id(video, data.root)}/{check_id(e.id, data.root)}'
+        if e.object_id is None or e.object_id != known:
+            truth = None
+            known, (truth, why) = e.object_id, true_masks(data, e)  # never two truths at once
+        row = {
+            "video": video,
+            "expression": e.id,
+            "object": e.object_id,
+            "kind": e.kind or "",
+            "text": e.text,
+            "frames": len(frames),
+        }
+        if truth is None:
+            rows.append(row | {"missing": 0, "faults": [], "odd": {}, "unscored": why, "J&F": None})
+            continue
+        folder = f"{check_id(video, data.root)}/{check_id(e.id, data.root)}"
         j, f, faults, odd = score_expression(truth, results, folder, frames)
-        sj, sf, sizes = statistics(j), statistics(f), np.array([cv2.countNonZero(m.view(np.uint8)) / m.size for m in truth])
-        row |= {'missing': len(faults) if results.names(folder) else len(frames), 'faults': faults, 'odd': odd,
-                'area': 100 * float(sizes[sizes > 0].mean()) if sizes.any() else 0., 'tenths': tenths(50 * (j + f))}
-        values = ((sj.mean + sf.mean) / 2, sj.mean, sf.mean, sj.recall, sj.decay, sf.recall, sf.decay)
+        sj, sf, sizes = (
+            statistics(j),
+            statistics(f),
+            np.array([cv2.countNonZero(m.view(np.uint8)) / m.size for m in truth]),
+        )
+        row |= {
+            "missing": len(faults) if results.names(folder) else len(frames),
+            "faults": faults,
+            "odd": odd,
+            "area": 100 * float(sizes[sizes > 0].mean()) if sizes.any() else 0.0,
+            "tenths": tenths(50 * (j + f)),
+        }
+        values = (
+            (sj.mean + sf.mean) / 2,
+            sj.mean,
+            sf.mean,
+            sj.recall,
+            sj.decay,
+            sf.recall,
+            sf.decay,
+        )
         rows.append(row | {k: 100 * x for k, x in zip(MEASURES, values)})
     return rows
 
@@ -89,194 +162,373 @@ def video_rows(
 def score_rows(
     data: Dataset,
     results: Results,
-) -> Iterator[dict]:   # of `video_rows`
+) -> Iterator[dict]:  # of `video_rows`
     "One row for each expression of the data set, in its order."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with ThreadPoolExecutor(min(4, cores)) as pool:
-        for rows in progress(pool.map(partial(video_rows, data=data, results=results), data.videos), 'evaluate', len(data.videos)): yield from rows
+        for rows in progress(
+            pool.map(partial(video_rows, data=data, results=results), data.videos),
+            "evaluate",
+            len(data.videos),
+        ):
+            yield from rows
 
 # %% ../nbs/07b_evaluate.ipynb #be037df3
 def strays(
     data: Dataset,
     results: Results,
-) -> Iterator[str]: # a line each
+) -> Iterator[str]:  # a line each
     "Videos, expressions and files that the data set does not list, by the folder that they lie in."
-    asked = {v: {e.id for e in es} | {u.split('/')[1] for u in data.faults if u.startswith(f'{v}/')} for v, es in data.expressions.items()}
-    if results.box and results.root and (beside := sorted(results.children[''] - {'Annotations'})):
-        yield str(Problem(results.where, f"{', '.join(beside[:3])} beside Annotations", 'Annotations alone', 'not scored, but a server may stumble over it; pack the masks again with `rvos submit`'))
-    yield from strays_in(results, '', asked.keys() | data.faults.keys())
+    asked = {
+        v: {e.id for e in es} | {u.split("/")[1] for u in data.faults if u.startswith(f"{v}/")}
+        for v, es in data.expressions.items()
+    }
+    if results.box and results.root and (beside := sorted(results.children[""] - {"Annotations"})):
+        yield str(
+            Problem(
+                results.where,
+                f"{', '.join(beside[:3])} beside Annotations",
+                "Annotations alone",
+                "not scored, but a server may stumble over it; pack the masks again with `rvos submit`",
+            )
+        )
+    yield from strays_in(results, "", asked.keys() | data.faults.keys())
     for v, ids in asked.items():
         yield from strays_in(results, v, ids)
-        wanted = {f'{f}.png' for f in data.videos[v].frames}
-        for e in data.expressions[v]: yield from strays_in(results, f'{v}/{e.id}', wanted)
+        wanted = {f"{f}.png" for f in data.videos[v].frames}
+        for e in data.expressions[v]:
+            yield from strays_in(results, f"{v}/{e.id}", wanted)
 
 # %% ../nbs/07b_evaluate.ipynb #3e2ba909
 def averages(
-    rows: Iterable[dict],           # scored rows
-    by: Callable[[dict], object],   # what puts rows together
+    rows: Iterable[dict],  # scored rows
+    by: Callable[[dict], object],  # what puts rows together
     measures: Sequence[str] = MEASURES,
-) -> dict:                          # {key: {'expressions': n, **measures}}, keys in the order in which they appear
+) -> dict:  # {key: {'expressions': n, **measures}}, keys in the order in which they appear
     "Mean of every measure over the rows of each group."
     groups: dict = {}
-    for r in rows: groups.setdefault(by(r), []).append(r)
-    return {k: {'expressions': len(rs), **{m: float(np.mean([r[m] for r in rs])) for m in measures}} for k, rs in groups.items()}
+    for r in rows:
+        groups.setdefault(by(r), []).append(r)
+    return {
+        k: {"expressions": len(rs), **{m: float(np.mean([r[m] for r in rs])) for m in measures}}
+        for k, rs in groups.items()
+    }
 
 # %% ../nbs/07b_evaluate.ipynb #4e5a97dc
 class NoTruth(Problem):
     "The split has no true masks."
 
-def _object(row: dict) -> tuple[str, str]: return row['video'], row['object'] or f"expression {row['expression']}"
+
+def _object(row: dict) -> tuple[str, str]:
+    return row["video"], row["object"] or f"expression {row['expression']}"
+
 
 def summary(
-    rows: Sequence[dict],     # of `score_rows`
-    faults: Iterable[str] = (), # what was wrong with the rest of the data set
+    rows: Sequence[dict],  # of `score_rows`
+    faults: Iterable[str] = (),  # what was wrong with the rest of the data set
 ) -> dict:
     "All averages of a split, in percent; `NoTruth` where no expression has truth."
-    scored = [r for r in rows if r['J&F'] is not None]
+    scored = [r for r in rows if r["J&F"] is not None]
     if not scored:
-        reasons = [*dict.fromkeys([*(r['unscored'] for r in rows), *faults])]
-        raise NoTruth('evaluate', f'{len(rows)} expressions, none with true masks' + (f" ({'; '.join(reasons[:3])}{'; …' if len(reasons) > 3 else ''})" if reasons else ''), 'a split with object ids and annotations of every frame',
-                      'this split cannot be scored here: look at it with 08_explore, or pack it with submission() for the server')
+        reasons = [*dict.fromkeys([*(r["unscored"] for r in rows), *faults])]
+        raise NoTruth(
+            "evaluate",
+            f"{len(rows)} expressions, none with true masks"
+            + (
+                f" ({'; '.join(reasons[:3])}{'; …' if len(reasons) > 3 else ''})" if reasons else ""
+            ),
+            "a split with object ids and annotations of every frame",
+            "this split cannot be scored here: look at it with 08_explore, or pack it with submission() for the server",
+        )
     by_object = averages(scored, _object)
-    total, objects = averages(scored, lambda r: '')[''], averages(by_object.values(), lambda r: '')['']
-    return {'unit': 'percent', **{m: total[m] for m in MEASURES}, 'expressions': len(scored), 'unscored': {f"{r['video']}/{r['expression']}": r['unscored'] for r in rows if r['J&F'] is None},
-            'objects': {'objects': len(by_object), **{m: objects[m] for m in MEASURES}},
-            'kinds': averages(sorted(scored, key=lambda r: r['kind']), lambda r: r['kind'] or 'any'),
-            'videos': averages(scored, lambda r: r['video']), 'by_object': {f'{v}/{o}': x for (v, o), x in by_object.items()},
-            'missing': {f"{r['video']}/{r['expression']}": f"{r['missing']} of {r['frames']} masks; " + r['faults'][0] for r in scored if r['faults']},
-            'odd': {f"{r['video']}/{r['expression']}": '; '.join(f'{n} of {r["frames"]} masks: {k}; {REMARKS[k]}' for k, n in r['odd'].items()) for r in scored if r['odd']}}
+    total, objects = (
+        averages(scored, lambda r: "")[""],
+        averages(by_object.values(), lambda r: "")[""],
+    )
+    return {
+        "unit": "percent",
+        **{m: total[m] for m in MEASURES},
+        "expressions": len(scored),
+        "unscored": {
+            f"{r['video']}/{r['expression']}": r["unscored"] for r in rows if r["J&F"] is None
+        },
+        "objects": {"objects": len(by_object), **{m: objects[m] for m in MEASURES}},
+        "kinds": averages(sorted(scored, key=lambda r: r["kind"]), lambda r: r["kind"] or "any"),
+        "videos": averages(scored, lambda r: r["video"]),
+        "by_object": {f"{v}/{o}": x for (v, o), x in by_object.items()},
+        "missing": {
+            f"{r['video']}/{r['expression']}": f"{r['missing']} of {r['frames']} masks; "
+            + r["faults"][0]
+            for r in scored
+            if r["faults"]
+        },
+        "odd": {
+            f"{r['video']}/{r['expression']}": "; ".join(
+                f"{n} of {r['frames']} masks: {k}; {REMARKS[k]}" for k, n in r["odd"].items()
+            )
+            for r in scored
+            if r["odd"]
+        },
+    }
 
 # %% ../nbs/07b_evaluate.ipynb #7b88e8bd
-def _round(x): return round(x, 4) if isinstance(x, float) else {k: _round(v) for k, v in x.items()} if isinstance(x, dict) else x
+def _round(x):
+    return (
+        round(x, 4)
+        if isinstance(x, float)
+        else {k: _round(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else x
+    )
+
 
 def write_table(
-    path,                    # .csv
-    rows: Iterable[dict],    # all with the same keys
+    path,  # .csv
+    rows: Iterable[dict],  # all with the same keys
 ):
     "A CSV file, whole or not at all."
     rows, text = [_round(r) for r in rows], io.StringIO()
     if rows:
-        table = csv.DictWriter(text, list(rows[0]), lineterminator='\n', extrasaction='ignore')
-        table.writeheader(); table.writerows(rows)
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
     write_bytes(path, text.getvalue().encode())
 
 # %% ../nbs/07b_evaluate.ipynb #9634a981
 def write_scores(
     out: Path,
-    rows: Iterable[dict], # of `score_rows`
-    result: dict,         # of `evaluate`
+    rows: Iterable[dict],  # of `score_rows`
+    result: dict,  # of `evaluate`
 ):
     "scores.json; expressions.csv, objects.csv, kinds.csv and videos.csv; missing.csv with a line for each mask that is missing or unusable."
-    rows, columns = list(rows), ('video', 'expression', 'object', 'kind', 'text', 'frames', 'missing', 'area', *MEASURES)
-    write_table(out/'expressions.csv', ({c: r.get(c) for c in columns} for r in rows))
-    for what, key in (('kind', 'kinds'), ('video', 'videos'), ('object', 'by_object')):
-        write_table(out/f'{what}s.csv', ({what: k, **v} for k, v in result[key].items()))
-    write_table(out/'missing.csv', ({'video': r['video'], 'expression': r['expression'], 'why': why} for r in rows for why in r['faults']))
-    write_json(out/'scores.json', result)
+    rows, columns = (
+        list(rows),
+        ("video", "expression", "object", "kind", "text", "frames", "missing", "area", *MEASURES),
+    )
+    write_table(out / "expressions.csv", ({c: r.get(c) for c in columns} for r in rows))
+    for what, key in (("kind", "kinds"), ("video", "videos"), ("object", "by_object")):
+        write_table(out / f"{what}s.csv", ({what: k, **v} for k, v in result[key].items()))
+    write_table(
+        out / "missing.csv",
+        (
+            {"video": r["video"], "expression": r["expression"], "why": why}
+            for r in rows
+            for why in r["faults"]
+        ),
+    )
+    write_json(out / "scores.json", result)
 
 # %% ../nbs/07b_evaluate.ipynb #06fb3f07
 def evaluate(
-    data_dir,              # a data set whose truth is masks of every frame
-    pred_dir,              # a run with Annotations/, a tree VIDEO/EXP/FRAME.png itself, or a zip of either
-    out_dir='',            # where the tables of `write_scores` go; '' writes none
-    split: str = 'valid',
-    keep: Callable[[list[dict]], object] = lambda rows: None, # is given the rows, for a report
-) -> dict:                 # J&F, J, F, recalls and decays in percent; 'objects', 'kinds', 'videos', 'by_object'; 'missing', 'odd', 'strays', 'unscored' and 'faults' with reasons
+    data_dir,  # a data set whose truth is masks of every frame
+    pred_dir,  # a run with Annotations/, a tree VIDEO/EXP/FRAME.png itself, or a zip of either
+    out_dir="",  # where the tables of `write_scores` go; '' writes none
+    split: str = "valid",
+    keep: Callable[[list[dict]], object] = lambda rows: None,  # is given the rows, for a report
+) -> dict:  # J&F, J, F, recalls and decays in percent; 'objects', 'kinds', 'videos', 'by_object'; 'missing', 'odd', 'strays', 'unscored' and 'faults' with reasons
     "Score a run. Missing masks score 0 and are listed; `NoTruth` where the split has no true masks."
     data = open_dataset(resolve(data_dir), split)
-    if data.truth is not None: raise Problem(data.root, f'{data.layout}, which asks about single frames', 'whole videos', 'score its results.json with `rvos evaluate`')
+    if data.truth is not None:
+        raise Problem(
+            data.root,
+            f"{data.layout}, which asks about single frames",
+            "whole videos",
+            "score its results.json with `rvos evaluate`",
+        )
     with open_results(pred_dir) as results:
-        if 'anno_0' in results.names() - data.videos.keys(): raise Problem(results.where, 'label maps of several annotators', 'a mask for each sentence', 'score the run that was merged; the maps are scored by `rvos evaluate`')
+        if "anno_0" in results.names() - data.videos.keys():
+            raise Problem(
+                results.where,
+                "label maps of several annotators",
+                "a mask for each sentence",
+                "score the run that was merged; the maps are scored by `rvos evaluate`",
+            )
         rows, extra = list(score_rows(data, results)), list(strays(data, results))
-    result = _round({'split': split, **summary(rows, data.faults.values()), 'strays': extra, 'faults': dict(data.faults)})
-    if out_dir: write_scores(resolve(out_dir), rows, result)
+    result = _round(
+        {
+            "split": split,
+            **summary(rows, data.faults.values()),
+            "strays": extra,
+            "faults": dict(data.faults),
+        }
+    )
+    if out_dir:
+        write_scores(resolve(out_dir), rows, result)
     keep(rows)
     return result
 
 # %% ../nbs/07b_evaluate.ipynb #82bf46e5
 def listed(
-    sorts: Mapping[str, Sequence[str]], # what it means for the score -> lines
-    most: int = 20,                     # lines of each sort
+    sorts: Mapping[str, Sequence[str]],  # what it means for the score -> lines
+    most: int = 20,  # lines of each sort
 ) -> list[str]:
     "Findings for a reader."
     lines = []
     for sort, found in sorts.items():
-        lines += [f'{sort}: {line}' for line in found[:most]]
-        if len(found) > most: lines.append(f'{sort}: and {len(found) - most} more')
+        lines += [f"{sort}: {line}" for line in found[:most]]
+        if len(found) > most:
+            lines.append(f"{sort}: and {len(found) - most} more")
     return lines
 
+
 def findings(
-    result: dict, # of `evaluate`
+    result: dict,  # of `evaluate`
 ) -> list[str]:
     "What was wrong with data and results, a line each."
-    lines = lambda found: [f'{unit}: {why}' for unit, why in found.items()]
-    return listed({'missing, counted as 0': lines(result['missing']), 'odd, scored': lines(result['odd']), 'not asked for, ignored': result['strays'], 'left out of the mean': lines(result['unscored'] | result['faults'])})
+
+    def lines(found):
+        return [f"{unit}: {why}" for unit, why in found.items()]
+
+    return listed(
+        {
+            "missing, counted as 0": lines(result["missing"]),
+            "odd, scored": lines(result["odd"]),
+            "not asked for, ignored": result["strays"],
+            "left out of the mean": lines(result["unscored"] | result["faults"]),
+        }
+    )
 
 # %% ../nbs/07b_evaluate.ipynb #b88914e2
 def write_samples(
     out: Path,
-    rows: Sequence[dict], # video, expression, object, kind, text, area, answer, and numbers from 'IoU' on, in percent
+    rows: Sequence[
+        dict
+    ],  # video, expression, object, kind, text, area, answer, and numbers from 'IoU' on, in percent
 ):
     "samples.csv, and means of its numbers in objects.csv, kinds.csv and videos.csv."
-    write_table(out/'samples.csv', ({k: 'yes' if k == 'answer' and v else v for k, v in r.items()} for r in rows))
-    columns = list(rows[0]); measures = columns[columns.index('IoU'):]
-    for what, by in (('kind', lambda r: r['kind'] or 'any'), ('video', lambda r: r['video']), ('object', lambda r: '/'.join(_object(r)))):
-        write_table(out/f'{what}s.csv', ({what: k, **v} for k, v in averages(rows, by, measures).items()))
+    write_table(
+        out / "samples.csv",
+        ({k: "yes" if k == "answer" and v else v for k, v in r.items()} for r in rows),
+    )
+    columns = list(rows[0])
+    measures = columns[columns.index("IoU") :]
+    for what, by in (
+        ("kind", lambda r: r["kind"] or "any"),
+        ("video", lambda r: r["video"]),
+        ("object", lambda r: "/".join(_object(r))),
+    ):
+        write_table(
+            out / f"{what}s.csv", ({what: k, **v} for k, v in averages(rows, by, measures).items())
+        )
 
 # %% ../nbs/07b_evaluate.ipynb #394a0cf3
-def read_maps(video: Annotated, results: Results) -> tuple[np.ndarray, np.ndarray, list[str]]: # truth and result (T, H, W) uint8, faults
+def read_maps(
+    video: Annotated, results: Results
+) -> tuple[np.ndarray, np.ndarray, list[str]]:  # truth and result (T, H, W) uint8, faults
     "Label maps of one video. Raises `Problem` for unusable annotations."
-    truth = [read_labels(video.folder/f'{video.frames[0]}.png')]
-    truth += [read_labels(video.folder/f'{n}.png', truth[0].shape) for n in video.frames[1:]]
+    truth = [read_labels(video.folder / f"{video.frames[0]}.png")]
+    truth += [read_labels(video.folder / f"{n}.png", truth[0].shape) for n in video.frames[1:]]
     return np.stack(truth), *label_maps(results, video.id, video.frames, truth[0].shape)
 
-def vos_rows(video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+
+def vos_rows(
+    video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     "(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for what DAVIS refuses."
-    if kind == 'davis':
-        for o, (j, f) in enumerate(label_scores(truth, found, 'semi-supervised'), 1): yield str(o), j, f
+    if kind == "davis":
+        for o, (j, f) in enumerate(label_scores(truth, found, "semi-supervised"), 1):
+            yield str(o), j, f
         return
-    for o in sorted({*video.first, *map(str, np.unique(truth[(truth > 0) & (truth < 255)]))}, key=natural_key):
+    for o in sorted(
+        {*video.first, *map(str, np.unique(truth[(truth > 0) & (truth < 255)]))}, key=natural_key
+    ):
         there = [t for t in range(len(truth)) if (truth[t] == int(o)).any()]
-        start = video.frames.index(video.first[o]) if video.first.get(o) in video.frames else min(there, default=len(truth))
-        if start + 1 < len(truth): yield o, *j_and_f(truth[start + 1:] == int(o), found[start + 1:] == int(o))
+        start = (
+            video.frames.index(video.first[o])
+            if video.first.get(o) in video.frames
+            else min(there, default=len(truth))
+        )
+        if start + 1 < len(truth):
+            yield o, *j_and_f(truth[start + 1 :] == int(o), found[start + 1 :] == int(o))
 
 # %% ../nbs/07b_evaluate.ipynb #e63af00f
 def evaluate_vos(
-    data_dir,              # DAVIS-2017 or YouTube-VOS
-    pred_dir,              # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either
-    out_dir='',            # where scores.json and objects.csv go; '' writes none
-    split: str = 'valid',
-) -> dict:                 # in percent: J&F, J, F and, of DAVIS, recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'
+    data_dir,  # DAVIS-2017 or YouTube-VOS
+    pred_dir,  # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either
+    out_dir="",  # where scores.json and objects.csv go; '' writes none
+    split: str = "valid",
+) -> dict:  # in percent: J&F, J, F and, of DAVIS, recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'
     "Score propagation where objects are given by masks. Raises `Problem` for another layout and where nothing can be scored."
     kind, videos, seen = vos_videos(resolve(data_dir), split)
     results, rows, pairs, missing = open_results(pred_dir), [], [], {}
-    for video in progress(videos, 'evaluate'):
+    for video in progress(videos, "evaluate"):
         truth, found, faults = read_maps(video, results)
-        if faults: missing[video.id] = f'{len(faults) if results.names(video.id) else len(video.frames)} of {len(video.frames)} label maps; {faults[0]}'
-        try: scored = list(vos_rows(video, truth, found, kind))
-        except Problem as e: raise Problem(f'{video.id}, {e.where}', e.found, e.expected, e.remedy) from None
+        if faults:
+            missing[video.id] = (
+                f"{len(faults) if results.names(video.id) else len(video.frames)} of {len(video.frames)} label maps; {faults[0]}"
+            )
+        try:
+            scored = list(vos_rows(video, truth, found, kind))
+        except Problem as e:
+            raise Problem(f"{video.id}, {e.where}", e.found, e.expected, e.remedy) from None
         for o, j, f in scored:
-            group = '' if kind == 'davis' or not seen or o not in video.category else 'seen' if video.category[o] in seen else 'unseen'
-            pairs.append((j, f)); rows.append({'video': video.id, 'object': o, 'group': group} | {m: 100 * x for m, x in davis_mean([(j, f)]).items()})
-    if not rows: raise NoTruth('evaluate', f'{len(videos)} videos, no object with frames to score', 'annotations of more than one frame', 'this split cannot be scored here')
+            group = (
+                ""
+                if kind == "davis" or not seen or o not in video.category
+                else "seen"
+                if video.category[o] in seen
+                else "unseen"
+            )
+            pairs.append((j, f))
+            rows.append(
+                {"video": video.id, "object": o, "group": group}
+                | {m: 100 * x for m, x in davis_mean([(j, f)]).items()}
+            )
+    if not rows:
+        raise NoTruth(
+            "evaluate",
+            f"{len(videos)} videos, no object with frames to score",
+            "annotations of more than one frame",
+            "this split cannot be scored here",
+        )
     total = {m: 100 * x for m, x in davis_mean(pairs).items()}
-    result = {'protocol': {'davis': 'DAVIS-2017 semi-supervised', 'youtube': 'YouTube-VOS'}[kind], 'unit': 'percent', 'split': split} | (total if kind == 'davis' else {m: total[m] for m in ('J&F', 'J', 'F')})
-    four = {f'{m} {g}': float(np.mean([r[m] for r in rows if r['group'] == g])) for g in ('seen', 'unseen') if any(r['group'] == g for r in rows) for m in 'JF'}
-    result |= four | ({'G': float(np.mean(list(four.values())))} if len(four) == 4 else {}) | {'objects': len(rows), 'by_object': {f"{r['video']}/{r['object']}": r['J&F'] for r in rows}, 'missing': missing}
+    result = {
+        "protocol": {"davis": "DAVIS-2017 semi-supervised", "youtube": "YouTube-VOS"}[kind],
+        "unit": "percent",
+        "split": split,
+    } | (total if kind == "davis" else {m: total[m] for m in ("J&F", "J", "F")})
+    four = {
+        f"{m} {g}": float(np.mean([r[m] for r in rows if r["group"] == g]))
+        for g in ("seen", "unseen")
+        if any(r["group"] == g for r in rows)
+        for m in "JF"
+    }
+    result |= (
+        four
+        | ({"G": float(np.mean(list(four.values())))} if len(four) == 4 else {})
+        | {
+            "objects": len(rows),
+            "by_object": {f"{r['video']}/{r['object']}": r["J&F"] for r in rows},
+            "missing": missing,
+        }
+    )
     if out_dir:
-        write_table(resolve(out_dir)/'objects.csv', rows); write_json(resolve(out_dir)/'scores.json', _round(result))
+        write_table(resolve(out_dir) / "objects.csv", rows)
+        write_json(resolve(out_dir) / "scores.json", _round(result))
     return _round(result)
 
 # %% ../nbs/07b_evaluate.ipynb #5d31ddde
 def packed_mask(results: Results, file: str, size: tuple[int, int]) -> bytes:
     "A mask in the form of a submission; `Problem` where it is unusable."
     mask, odd = results.mask(file, size)
-    if 'not black' in odd: raise Problem(results.name(file), odd, 'entry 0 black', REMARKS[odd])
+    if "not black" in odd:
+        raise Problem(results.name(file), odd, "entry 0 black", REMARKS[odd])
     stored = results.read(file)
-    if odd or stored[24] != 8: return encode_mask(mask)
-    try: Image.open(io.BytesIO(stored)).verify()
-    except Exception as e: raise Problem(results.name(file), f'a PNG that strict readers refuse ({type(e).__name__})', 'right check sums', 'copy or write the mask again') from None
+    if odd or stored[24] != 8:
+        return encode_mask(mask)
+    try:
+        Image.open(io.BytesIO(stored)).verify()
+    except Exception as e:
+        raise Problem(
+            results.name(file),
+            f"a PNG that strict readers refuse ({type(e).__name__})",
+            "right check sums",
+            "copy or write the mask again",
+        ) from None
     return stored
+
 
 def packed_labels(results: Results, file: str, size: tuple[int, int]) -> bytes:
     "A label map in the DAVIS colours; `Problem` where it is unusable."
@@ -286,58 +538,108 @@ def packed_labels(results: Results, file: str, size: tuple[int, int]) -> bytes:
 def members(
     data: Dataset,
     video: str,
-    maps: bool = False, # label maps of four annotators instead of masks
-) -> list[tuple[str, str]]: # (name in the zip, name in the results)
+    maps: bool = False,  # label maps of four annotators instead of masks
+) -> list[tuple[str, str]]:  # (name in the zip, name in the results)
     "The files of a video in a submission, in order."
     frames, v = data.videos[video].frames, check_id(video, data.root)
-    if maps: files = [f'anno_{a}/{v}/{t:05d}.png' for a in range(4) for t in range(len(frames))]
-    else: files = [f'{v}/{check_id(e.id, data.root)}/{check_id(f, data.root)}.png' for e in data.expressions[video] for f in frames]
-    around = '' if maps or data.layout == 'mevis' else 'Annotations/'
+    if maps:
+        files = [f"anno_{a}/{v}/{t:05d}.png" for a in range(4) for t in range(len(frames))]
+    else:
+        files = [
+            f"{v}/{check_id(e.id, data.root)}/{check_id(f, data.root)}.png"
+            for e in data.expressions[video]
+            for f in frames
+        ]
+    around = "" if maps or data.layout == "mevis" else "Annotations/"
     return [(around + f, f) for f in files]
 
 # %% ../nbs/07b_evaluate.ipynb #e6f14d04
 class Incomplete(Problem):
     "A tree that cannot be handed in; `faults` are all reasons."
-    def __init__(self, where, found, expected, remedy, faults: Sequence[str] = ()): super().__init__(where, found, expected, remedy); self.faults = list(faults)
 
-def _packed(data: Dataset, results: Results, video: str, maps: bool, pool: ThreadPoolExecutor) -> Iterator[tuple[str, bytes | None, str]]:
+    def __init__(self, where, found, expected, remedy, faults: Sequence[str] = ()):
+        super().__init__(where, found, expected, remedy)
+        self.faults = list(faults)
+
+
+def _packed(
+    data: Dataset, results: Results, video: str, maps: bool, pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, bytes | None, str]]:
     "(name in the zip, bytes or None, fault) of every file of a video."
-    try: size = frame_size(data.videos[video])
-    except Problem as e: yield video, None, str(e); return
+    try:
+        size = frame_size(data.videos[video])
+    except Problem as e:
+        yield video, None, str(e)
+        return
+
     def one(pair):
-        try: return pair[0], (packed_labels if maps else packed_mask)(results, pair[1], size), ''
-        except Problem as e: return pair[0], None, str(e)
+        try:
+            return pair[0], (packed_labels if maps else packed_mask)(results, pair[1], size), ""
+        except Problem as e:
+            return pair[0], None, str(e)
+
     folders: dict = {}
-    for pair in members(data, video, maps): folders.setdefault(pair[1].rsplit('/', 1)[0], []).append(pair)
+    for pair in members(data, video, maps):
+        folders.setdefault(pair[1].rsplit("/", 1)[0], []).append(pair)
     for folder, pairs in folders.items():
-        if results.names(folder): yield from pool.map(one, pairs)
-        else: yield folder, None, f'{results.name(folder)}: none of its {len(pairs)} masks; run the video again'
+        if results.names(folder):
+            yield from pool.map(one, pairs)
+        else:
+            yield (
+                folder,
+                None,
+                f"{results.name(folder)}: none of its {len(pairs)} masks; run the video again",
+            )
 
 # %% ../nbs/07b_evaluate.ipynb #bbdb4942
 def submission(
-    data_dir,             # a data set
-    pred_dir,             # a run with Annotations/ (or anno_0/ to anno_3/), such a tree itself, or a zip of either
-    zip_path,             # where the zip shall appear
-    split: str = 'valid',
-) -> Path:                # the zip
+    data_dir,  # a data set
+    pred_dir,  # a run with Annotations/ (or anno_0/ to anno_3/), such a tree itself, or a zip of either
+    zip_path,  # where the zip shall appear
+    split: str = "valid",
+) -> Path:  # the zip
     "Pack a complete tree; `Incomplete` with the list of what is missing or unusable, and no zip, otherwise."
     root, run, path = resolve(data_dir), resolve(pred_dir), resolve(zip_path)
-    if (layout := recognise(root)) in ('a2d-sentences', 'jhmdb-sentences', 'refcoco'): raise Problem(root, f'{layout}, which no server scores', 'Ref-YouTube-VOS, MeViS or Ref-DAVIS17', 'score it here, with `rvos evaluate`')
+    if (layout := recognise(root)) in ("a2d-sentences", "jhmdb-sentences", "refcoco"):
+        raise Problem(
+            root,
+            f"{layout}, which no server scores",
+            "Ref-YouTube-VOS, MeViS or Ref-DAVIS17",
+            "score it here, with `rvos evaluate`",
+        )
     data = open_dataset(root, split)
-    if path.is_dir(): raise Problem(path, 'a folder', 'a file name for the zip', 'add a name, such as submission.zip')
-    faults, count = [f'{u}: {why}' for u, why in data.faults.items()], 0
-    with open_results(maps_folder(run, split) if data.layout == 'ref-davis17' else run) as results, whole(path) as tmp, ThreadPoolExecutor(4) as pool:
-        merged = data.layout == 'ref-davis17' and 'anno_0' in results.names()
-        with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as box:
-            for v in progress(list(data.videos), 'submission'):
+    if path.is_dir():
+        raise Problem(
+            path, "a folder", "a file name for the zip", "add a name, such as submission.zip"
+        )
+    faults, count = [f"{u}: {why}" for u, why in data.faults.items()], 0
+    with (
+        open_results(maps_folder(run, split) if data.layout == "ref-davis17" else run) as results,
+        whole(path) as tmp,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        merged = data.layout == "ref-davis17" and "anno_0" in results.names()
+        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as box:
+            for v in progress(list(data.videos), "submission"):
                 for name, content, fault in _packed(data, results, v, merged, pool):
                     count += 1
-                    if fault: faults.append(fault); continue
+                    if fault:
+                        faults.append(fault)
+                        continue
                     about = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
                     about.external_attr, about.create_system = (stat.S_IFREG | 0o644) << 16, 3
                     box.writestr(about, content)
         if faults or not count:
-            shown = '; '.join(faults[:10]) + (f'; and {len(faults) - 10} more' if len(faults) > 10 else '')
-            raise Incomplete(results.where, f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {shown}" if faults else 'no expression to pack',
-                             'every mask of every expression, as large as its frame', 'run the failed units again; no zip was written', faults)
+            shown = "; ".join(faults[:10]) + (
+                f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+            )
+            raise Incomplete(
+                results.where,
+                f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {shown}"
+                if faults
+                else "no expression to pack",
+                "every mask of every expression, as large as its frame",
+                "run the failed units again; no zip was written",
+                faults,
+            )
     return path

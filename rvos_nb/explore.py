@@ -7,7 +7,10 @@ __all__ = ['ORANGE', 'WHITE', 'DARK', 'SIZES', 'STYLE', 'panel', 'label', 'compa
            'by_size', 'loss_charts', 'report', 'sample_sheet', 'sample_charts', 'samples_report']
 
 # %% ../nbs/08_explore.ipynb #f0904a2d
-import base64, html, io, textwrap
+import base64
+import html
+import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,109 +27,164 @@ from .evaluate import MEASURES, score_rows, summary, true_masks
 from .results import Results, open_results
 
 # %% ../nbs/08_explore.ipynb #518aa455
-ORANGE, WHITE, DARK = (255, 140, 20), (255, 255, 255), (24, 26, 30)  # what a run says; the truth; the ground of titles
+ORANGE, WHITE, DARK = (
+    (255, 140, 20),
+    (255, 255, 255),
+    (24, 26, 30),
+)  # what a run says; the truth; the ground of titles
+
 
 def _outline(picture: np.ndarray, mask: np.ndarray, color: tuple, width: int):
     "Draw the outlines of a (H, W) bool mask into a picture."
     edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, edges, -1, color, width, cv2.LINE_AA)
 
+
 def panel(
-    frame: np.ndarray,             # (H, W, 3) uint8
-    mask: np.ndarray | None,       # (H, W) bool; None: the run has no usable mask here
-    truth: np.ndarray | None = None, # (H, W) bool, drawn as a white outline
-    size: tuple[int, int] = (216, 324), # (height, width) to fit into
-) -> np.ndarray:                   # (height, width, 3) uint8
+    frame: np.ndarray,  # (H, W, 3) uint8
+    mask: np.ndarray | None,  # (H, W) bool; None: the run has no usable mask here
+    truth: np.ndarray | None = None,  # (H, W) bool, drawn as a white outline
+    size: tuple[int, int] = (216, 324),  # (height, width) to fit into
+) -> np.ndarray:  # (height, width, 3) uint8
     "One frame with what a run says; nearly dark where the run says nothing usable."
-    scale, small = min((size[0] - 2) / frame.shape[0], (size[1] - 2) / frame.shape[1]), size[0] < 150
+    scale, small = (
+        min((size[0] - 2) / frame.shape[0], (size[1] - 2) / frame.shape[1]),
+        size[0] < 150,
+    )
     w, h = max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale))
-    grown = lambda m: cv2.resize(m.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR) > .5
-    picture = cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    picture = picture // 5 if mask is None else np.where(grown(mask)[..., None], picture, picture // 5 * 2 + 30)
-    if truth is not None: _outline(picture, grown(truth), WHITE, 1 if small else 3)
-    if mask is not None: _outline(picture, grown(mask), ORANGE, 1 if small else 2)
+
+    def grown(m):
+        return cv2.resize(m.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR) > 0.5
+
+    picture = cv2.resize(
+        frame, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    )
+    picture = (
+        picture // 5
+        if mask is None
+        else np.where(grown(mask)[..., None], picture, picture // 5 * 2 + 30)
+    )
+    if truth is not None:
+        _outline(picture, grown(truth), WHITE, 1 if small else 3)
+    if mask is not None:
+        _outline(picture, grown(mask), ORANGE, 1 if small else 2)
     out = np.full((*size, 3), DARK, np.uint8)
     y, x = (size[0] - h) // 2, (size[1] - w) // 2
-    out[y:y + h, x:x + w] = picture
+    out[y : y + h, x : x + w] = picture
     return out
 
 # %% ../nbs/08_explore.ipynb #d19d29ce
 @lru_cache
 def _font(size: int):
     import matplotlib
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf'), size)
+
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size
+    )
+
 
 def label(
     text: str,
-    width: int,             # pixels
-    size: int = 15,         # of the letters, in pixels
-    lines: int = 1,         # how many lines of room; what does not fit is cut with an ellipsis
-) -> np.ndarray:            # (height, width, 3) uint8
+    width: int,  # pixels
+    size: int = 15,  # of the letters, in pixels
+    lines: int = 1,  # how many lines of room; what does not fit is cut with an ellipsis
+) -> np.ndarray:  # (height, width, 3) uint8
     "A strip of text, light on dark, wrapped at words."
     font, each = _font(size), size * 3 // 2
-    per_line = max(8, int(width / max(1, font.getlength('n')) * .98))
-    shown = textwrap.wrap(text, per_line, max_lines=lines, placeholder=' …') or ['']
-    strip = Image.new('RGB', (width, each * lines + 4), DARK)
-    for i, line in enumerate(shown): ImageDraw.Draw(strip).text((6, 3 + each * i), line, font=font, fill=(235, 235, 235))
+    per_line = max(8, int(width / max(1, font.getlength("n")) * 0.98))
+    shown = textwrap.wrap(text, per_line, max_lines=lines, placeholder=" …") or [""]
+    strip = Image.new("RGB", (width, each * lines + 4), DARK)
+    for i, line in enumerate(shown):
+        ImageDraw.Draw(strip).text((6, 3 + each * i), line, font=font, fill=(235, 235, 235))
     return np.array(strip)
 
 # %% ../nbs/08_explore.ipynb #6fed2633
-def _mask_or_none(tree: Results, video: Video, expression: Expression, name: str, size) -> np.ndarray | None:
+def _mask_or_none(
+    tree: Results, video: Video, expression: Expression, name: str, size
+) -> np.ndarray | None:
     "A run's mask, or None where it has no usable one."
-    try: return tree.mask(f'{video.id}/{expression.id}/{name}.png', size)[0]
-    except Problem: return None
+    try:
+        return tree.mask(f"{video.id}/{expression.id}/{name}.png", size)[0]
+    except Problem:
+        return None
+
 
 def comparison(
     data: Dataset,
     expression: Expression,
-    trees: Mapping[str, Results], # by name
-    size: tuple[int, int] = (216, 324), # (height, width) of a panel
-) -> Iterator[np.ndarray]:      # (h, w, 3) uint8 each, all of one size
+    trees: Mapping[str, Results],  # by name
+    size: tuple[int, int] = (216, 324),  # (height, width) of a panel
+) -> Iterator[np.ndarray]:  # (h, w, 3) uint8 each, all of one size
     "The expression's frames with one panel for each run; the truth first where it is known."
     video, (truth, _) = data.videos[expression.video], true_masks(data, expression)
-    names = [*(['truth'] if truth is not None else []), *trees]
-    head = label(f'{expression.video} / {expression.id}   “{expression.text}”', size[1] * len(names), 16, lines=2 if len(names) < 3 else 1)
+    names = [*(["truth"] if truth is not None else []), *trees]
+    head = label(
+        f"{expression.video} / {expression.id}   “{expression.text}”",
+        size[1] * len(names),
+        16,
+        lines=2 if len(names) < 3 else 1,
+    )
     titles = np.hstack([label(n, size[1], 13) for n in names])
     for t, frame in enumerate(read_video(video)):
         true = None if truth is None else truth[t]
         shown = [panel(frame, true, None, size)] if truth is not None else []
-        shown += [panel(frame, _mask_or_none(tree, video, expression, video.frames[t], frame.shape[:2]), true, size) for tree in trees.values()]
+        shown += [
+            panel(
+                frame,
+                _mask_or_none(tree, video, expression, video.frames[t], frame.shape[:2]),
+                true,
+                size,
+            )
+            for tree in trees.values()
+        ]
         yield np.vstack([head, titles, np.hstack(shown)])
 
 # %% ../nbs/08_explore.ipynb #0708dd00
 def spread(items: Sequence, n: int) -> list:
     "At most n of the items, evenly spread, the first and the last among them."
-    if len(items) <= n: return list(items)
+    if len(items) <= n:
+        return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, n).round().astype(int)]
+
 
 def _panel_size(video: Video, height: int = 216) -> tuple[int, int]:
     "A panel of this height with the shape of the video, its sides even."
-    try: h, w = frame_size(video)
-    except Problem: h, w = 2, 3  # its frames are broken; the shape of the others is not known yet
+    try:
+        h, w = frame_size(video)
+    except Problem:
+        h, w = 2, 3  # its frames are broken; the shape of the others is not known yet
     return height, max(height // 2, min(2 * height, round(height * w / h / 2) * 2))
 
 # %% ../nbs/08_explore.ipynb #66d1002b
 def overlays(
-    data_dir,                   # a data set in the Ref-YouTube-VOS layout
-    pred_dirs: Mapping,         # name -> run folder, shown from left to right
-    out_mp4,                    # where the video file shall appear
-    split: str = 'valid',
-    videos: Sequence[str] | None = None, # ids; None: up to four, evenly spread
+    data_dir,  # a data set in the Ref-YouTube-VOS layout
+    pred_dirs: Mapping,  # name -> run folder, shown from left to right
+    out_mp4,  # where the video file shall appear
+    split: str = "valid",
+    videos: Sequence[str] | None = None,  # ids; None: up to four, evenly spread
     fps: int = 4,
-) -> Path:                      # the video file
+) -> Path:  # the video file
     "Write one video file of all expressions of some videos, every run beside the other; `Problem` for an unknown video or no run."
     data, out = open_dataset(resolve(data_dir), split), resolve(out_mp4)
     trees = {name: open_results(run) for name, run in pred_dirs.items()}
-    if not trees: raise Problem('runs', 'no run', 'at least one, by name', 'name the folder of a run')
+    if not trees:
+        raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
     chosen = spread(list(data.videos), 4) if videos is None else list(videos)
     for v in chosen:
-        if v not in data.videos: raise Problem('videos', f'{v!r}', f'a video of {split}', 'see the keys of meta_expressions.json')
+        if v not in data.videos:
+            raise Problem(
+                "videos", f"{v!r}", f"a video of {split}", "see the keys of meta_expressions.json"
+            )
     size = _panel_size(data.videos[chosen[0]])
+
     def pictures():
-        for v in progress(chosen, 'overlays'):
+        for v in progress(chosen, "overlays"):
             for e in data.expressions[v]:
-                try: yield from comparison(data, e, trees, size)
-                except Problem: continue  # a video whose frames are broken was reported by the stage that met it first
+                try:
+                    yield from comparison(data, e, trees, size)
+                except Problem:
+                    continue  # a video whose frames are broken was reported by the stage that met it first
+
     write_video(out, pictures(), fps)
     return out
 
@@ -134,124 +192,227 @@ def overlays(
 def sheet(
     data: Dataset,
     expression: Expression,
-    trees: Mapping[str, Results], # by name
-    columns: int = 5,           # frames, evenly spread
-    height: int = 96,           # of a panel, in pixels
-) -> np.ndarray:                # (h, w, 3) uint8
+    trees: Mapping[str, Results],  # by name
+    columns: int = 5,  # frames, evenly spread
+    height: int = 96,  # of a panel, in pixels
+) -> np.ndarray:  # (h, w, 3) uint8
     "Rows: the truth where it is known, then each run. Columns: frames in time."
     video, (truth, _) = data.videos[expression.video], true_masks(data, expression)
-    size = _panel_size(video, height); places = spread(range(len(video.frames)), columns)
+    size = _panel_size(video, height)
+    places = spread(range(len(video.frames)), columns)
     frames = list(read_video(video, names=[video.frames[t] for t in places]))
-    rows = {} if truth is None else {'truth': [panel(f, truth[t], None, size) for f, t in zip(frames, places)]}
+    rows = (
+        {}
+        if truth is None
+        else {"truth": [panel(f, truth[t], None, size) for f, t in zip(frames, places)]}
+    )
     for name, tree in trees.items():
-        masks = [_mask_or_none(tree, video, expression, video.frames[t], f.shape[:2]) for f, t in zip(frames, places)]
-        rows[name] = [panel(f, m, None if truth is None else truth[t], size) for f, m, t in zip(frames, masks, places)]
+        masks = [
+            _mask_or_none(tree, video, expression, video.frames[t], f.shape[:2])
+            for f, t in zip(frames, places)
+        ]
+        rows[name] = [
+            panel(f, m, None if truth is None else truth[t], size)
+            for f, m, t in zip(frames, masks, places)
+        ]
     sides = [np.rot90(cv2.resize(label(name, height, 12), (height, 22))) for name in rows]
     return np.vstack([np.hstack([side, *panels]) for side, panels in zip(sides, rows.values())])
 
 # %% ../nbs/08_explore.ipynb #9fc6c571
 def charts(
-    rows: Mapping[str, list[dict]], # run name -> scored rows of `evaluate.score_rows`
-):                                  # a matplotlib figure
+    rows: Mapping[str, list[dict]],  # run name -> scored rows of `evaluate.score_rows`
+):  # a matplotlib figure
     "J&F by kind of sentence, and every expression sorted by J&F."
     from matplotlib.figure import Figure
+
     tables = {n: summary(r) for n, r in rows.items()}
-    kinds = sorted({k for t in tables.values() for k in t['kinds']}, key=natural_key)
-    fig = Figure(figsize=(9, 2.9), layout='constrained'); bars, curve = fig.subplots(1, 2, width_ratios=[1.6, 1])
+    kinds = sorted({k for t in tables.values() for k in t["kinds"]}, key=natural_key)
+    fig = Figure(figsize=(9, 2.9), layout="constrained")
+    bars, curve = fig.subplots(1, 2, width_ratios=[1.6, 1])
     for i, (name, table) in enumerate(tables.items()):
-        x = np.arange(len(kinds)) + (i - (len(tables) - 1) / 2) * .8 / len(tables)
-        bars.bar(x, [table['kinds'].get(k, {'J&F': 0})['J&F'] for k in kinds], .8 / len(tables), label=f"{name}  {table['J&F']:.1f}", color=f'C{i}')
-        values = sorted((r['J&F'] for r in rows[name] if r['J&F'] is not None), reverse=True)
-        curve.plot(np.linspace(0, 100, len(values)), values, color=f'C{i}')
-    bars.set_xticks(range(len(kinds)), kinds, rotation=25, ha='right', fontsize=8); bars.set(ylabel='J&F, %', ylim=(0, 100), title='by kind of sentence')
-    fig.legend(fontsize=8, loc='outside upper center', ncols=4, frameon=False); curve.set(xlabel='share of the expressions, %', ylim=(0, 102), title='every expression, best first')
+        x = np.arange(len(kinds)) + (i - (len(tables) - 1) / 2) * 0.8 / len(tables)
+        bars.bar(
+            x,
+            [table["kinds"].get(k, {"J&F": 0})["J&F"] for k in kinds],
+            0.8 / len(tables),
+            label=f"{name}  {table['J&F']:.1f}",
+            color=f"C{i}",
+        )
+        values = sorted((r["J&F"] for r in rows[name] if r["J&F"] is not None), reverse=True)
+        curve.plot(np.linspace(0, 100, len(values)), values, color=f"C{i}")
+    bars.set_xticks(range(len(kinds)), kinds, rotation=25, ha="right", fontsize=8)
+    bars.set(ylabel="J&F, %", ylim=(0, 100), title="by kind of sentence")
+    fig.legend(fontsize=8, loc="outside upper center", ncols=4, frameon=False)
+    curve.set(
+        xlabel="share of the expressions, %", ylim=(0, 102), title="every expression, best first"
+    )
     return fig
 
 # %% ../nbs/08_explore.ipynb #b3ff158c
-SIZES = (.25, .5, 1, 2, 4, 8, 16, 32)  # bounds between groups of objects, % of the frame
+SIZES = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # bounds between groups of objects, % of the frame
 
-def by_size(ax, rows: Sequence[dict], measure: str, color: str = 'C0'):
+
+def by_size(ax, rows: Sequence[dict], measure: str, color: str = "C0"):
     "Draw the mean of a measure over the size of the object; what is not in the picture has none."
-    seen = [r for r in rows if r['area'] > 0]
-    groups = np.digitize([r['area'] for r in seen], SIZES); there = np.unique(groups)
-    ax.plot(there, [np.mean([r[measure] for r, g in zip(seen, groups) if g == k]) for k in there], 'o-', ms=3, color=color)
-    ax.set_xticks(range(len(SIZES) + 1), ['0', *map(str, SIZES)], fontsize=7); ax.set(xlabel='object, % of the frame, from', ylim=(0, 102), title='by size')
+    seen = [r for r in rows if r["area"] > 0]
+    groups = np.digitize([r["area"] for r in seen], SIZES)
+    there = np.unique(groups)
+    ax.plot(
+        there,
+        [np.mean([r[measure] for r, g in zip(seen, groups) if g == k]) for k in there],
+        "o-",
+        ms=3,
+        color=color,
+    )
+    ax.set_xticks(range(len(SIZES) + 1), ["0", *map(str, SIZES)], fontsize=7)
+    ax.set(xlabel="object, % of the frame, from", ylim=(0, 102), title="by size")
+
 
 def loss_charts(
-    rows: Mapping[str, list[dict]], # run name -> scored rows of `evaluate.score_rows`
-):                                  # a matplotlib figure
+    rows: Mapping[str, list[dict]],  # run name -> scored rows of `evaluate.score_rows`
+):  # a matplotlib figure
     "J&F of each video, by size of the object, and over time."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 2.7), layout='constrained'); video, size, time = fig.subplots(1, 3)
+
+    fig = Figure(figsize=(9, 2.7), layout="constrained")
+    video, size, time = fig.subplots(1, 3)
     for i, (name, every) in enumerate(rows.items()):
-        scored = [r for r in every if r['J&F'] is not None]
-        values = sorted(t['J&F'] for t in summary(scored)['videos'].values())
-        video.step(np.arange(len(values) + 1), [values[0], *values], color=f'C{i}', label=name)
-        by_size(size, scored, 'J&F', f'C{i}')
-        time.plot(np.arange(5, 100, 10), np.mean([r['tenths'] for r in scored], 0), color=f'C{i}')
-    video.set(ylabel='J&F, %', xlabel='videos, worst first', title='by video')
-    time.set(xlabel='part of the clip, %', title='over time')
-    for ax in (video, time): ax.set_ylim(0, 102)
+        scored = [r for r in every if r["J&F"] is not None]
+        values = sorted(t["J&F"] for t in summary(scored)["videos"].values())
+        video.step(np.arange(len(values) + 1), [values[0], *values], color=f"C{i}", label=name)
+        by_size(size, scored, "J&F", f"C{i}")
+        time.plot(np.arange(5, 100, 10), np.mean([r["tenths"] for r in scored], 0), color=f"C{i}")
+    video.set(ylabel="J&F, %", xlabel="videos, worst first", title="by video")
+    time.set(xlabel="part of the clip, %", title="over time")
+    for ax in (video, time):
+        ax.set_ylim(0, 102)
     return fig
 
 # %% ../nbs/08_explore.ipynb #78141f22
 def _png(fig, dpi: int = 90) -> bytes:
     "A matplotlib figure as PNG without the name and version of its writer, so that equal figures are equal bytes."
-    buffer = io.BytesIO(); fig.savefig(buffer, format='png', dpi=dpi, metadata={'Software': None})
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 # %% ../nbs/08_explore.ipynb #c98e762f
 def _img(picture: np.ndarray, alt: str) -> str:
     "An embedded JPEG of a (h, w, 3) uint8 picture."
-    data = cv2.imencode('.jpg', picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
+    data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+
 
 def _table(head: Sequence[str], body: Sequence[Sequence]) -> str:
     "An HTML table; floats with one decimal."
-    cell = lambda x: f'<td class="n">{x:.1f}</td>' if isinstance(x, float) else f'<td class="n">{x}</td>' if isinstance(x, int) else f'<td>{html.escape(str(x))}</td>'
-    rows = ''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in body)
-    return '<table><tr>' + ''.join(f'<th>{html.escape(h)}</th>' for h in head) + f'</tr>{rows}</table>'
 
-STYLE = '''body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
+    def cell(x):
+        return (
+            f'<td class="n">{x:.1f}</td>'
+            if isinstance(x, float)
+            else f'<td class="n">{x}</td>'
+            if isinstance(x, int)
+            else f"<td>{html.escape(str(x))}</td>"
+        )
+
+    rows = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in body)
+    return (
+        "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + f"</tr>{rows}</table>"
+    )
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}th,td{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}.n{text-align:right;font-variant-numeric:tabular-nums}
-img{max-width:100%;display:block}figure{margin:1em 0 1.6em}figcaption{margin-bottom:.3em}small{color:#666}'''
+img{max-width:100%;display:block}figure{margin:1em 0 1.6em}figcaption{margin-bottom:.3em}small{color:#666}"""
 
 # %% ../nbs/08_explore.ipynb #f1fc050a
 def _scores(rows: Mapping[str, list[dict]]) -> str:
     "Tables and charts of scored runs."
     tables = {n: summary(r) for n, r in rows.items()}
-    kinds = sorted({k for t in tables.values() for k in t['kinds']}, key=natural_key)
-    pictures = ''.join(f'<img alt="charts" src="data:image/png;base64,{base64.b64encode(_png(draw(rows))).decode()}">' for draw in (charts, loss_charts))
-    main = _table(['run', *MEASURES, 'J&F over objects', 'incomplete'], [[n, *(t[m] for m in MEASURES), t['objects']['J&F'], len(t['missing'])] for n, t in tables.items()])
-    by_kind = _table(['kind', 'expressions', *(f'J&F {n}' for n in tables)], [[k, next(iter(tables.values()))['kinds'][k]['expressions'], *(t['kinds'][k]['J&F'] for t in tables.values())] for k in kinds])
-    lists = ''
-    for key, title in (('missing', 'Missing or unusable masks'), ('odd', 'Odd masks, scored as they are'), ('unscored', 'Left out of every mean')):
-        lines = [f'<li>{html.escape(f"{n}: {u}: {why}")}</li>' for n, t in tables.items() for u, why in list(t[key].items())[:20]]
-        lists += f"<h2>{title}</h2><ul>{''.join(lines)}</ul>" if lines else ''
-    return f'<h2>Scores</h2><p>Percent; a missing mask counts as 0.</p>{main}{pictures}<h2>By kind of sentence</h2>{by_kind}{_long(rows, tables)}{lists}'
+    kinds = sorted({k for t in tables.values() for k in t["kinds"]}, key=natural_key)
+    pictures = "".join(
+        f'<img alt="charts" src="data:image/png;base64,{base64.b64encode(_png(draw(rows))).decode()}">'
+        for draw in (charts, loss_charts)
+    )
+    main = _table(
+        ["run", *MEASURES, "J&F over objects", "incomplete"],
+        [
+            [n, *(t[m] for m in MEASURES), t["objects"]["J&F"], len(t["missing"])]
+            for n, t in tables.items()
+        ],
+    )
+    by_kind = _table(
+        ["kind", "expressions", *(f"J&F {n}" for n in tables)],
+        [
+            [
+                k,
+                next(iter(tables.values()))["kinds"][k]["expressions"],
+                *(t["kinds"][k]["J&F"] for t in tables.values()),
+            ]
+            for k in kinds
+        ],
+    )
+    lists = ""
+    for key, title in (
+        ("missing", "Missing or unusable masks"),
+        ("odd", "Odd masks, scored as they are"),
+        ("unscored", "Left out of every mean"),
+    ):
+        lines = [
+            f"<li>{html.escape(f'{n}: {u}: {why}')}</li>"
+            for n, t in tables.items()
+            for u, why in list(t[key].items())[:20]
+        ]
+        lists += f"<h2>{title}</h2><ul>{''.join(lines)}</ul>" if lines else ""
+    return f"<h2>Scores</h2><p>Percent; a missing mask counts as 0.</p>{main}{pictures}<h2>By kind of sentence</h2>{by_kind}{_long(rows, tables)}{lists}"
+
 
 def _long(rows: Mapping[str, list[dict]], tables: Mapping[str, dict]) -> str:
     "Tables by video, object and expression, folded."
-    first, out = next(iter(tables.values())), ''
-    for title, key in (('video', 'videos'), ('object', 'by_object')):
-        body = [[k, t['expressions'], *(u[key][k]['J&F'] for u in tables.values())] for k, t in first[key].items()]
-        out += f'<details><summary>By {title}</summary>' + _table([title, 'expressions', *(f'J&F {n}' for n in tables)], body) + '</details>'
-    body = [[f"{r[0]['video']}/{r[0]['expression']}", r[0]['text'], *('' if x['J&F'] is None else x['J&F'] for x in r)] for r in zip(*rows.values())]
-    return out + '<details><summary>By expression</summary>' + _table(['expression', 'sentence', *(f'J&F {n}' for n in rows)], body) + '</details>'
+    first, out = next(iter(tables.values())), ""
+    for title, key in (("video", "videos"), ("object", "by_object")):
+        body = [
+            [k, t["expressions"], *(u[key][k]["J&F"] for u in tables.values())]
+            for k, t in first[key].items()
+        ]
+        out += (
+            f"<details><summary>By {title}</summary>"
+            + _table([title, "expressions", *(f"J&F {n}" for n in tables)], body)
+            + "</details>"
+        )
+    body = [
+        [
+            f"{r[0]['video']}/{r[0]['expression']}",
+            r[0]["text"],
+            *("" if x["J&F"] is None else x["J&F"] for x in r),
+        ]
+        for r in zip(*rows.values())
+    ]
+    return (
+        out
+        + "<details><summary>By expression</summary>"
+        + _table(["expression", "sentence", *(f"J&F {n}" for n in rows)], body)
+        + "</details>"
+    )
 
 # %% ../nbs/08_explore.ipynb #609bdbf4
-def _gallery(data: Dataset, trees: Mapping[str, Results], picked: Sequence[dict], scored: Mapping[str, dict]) -> str:
+def _gallery(
+    data: Dataset, trees: Mapping[str, Results], picked: Sequence[dict], scored: Mapping[str, dict]
+) -> str:
     "A sheet for each picked row, with the sentence and the J&F of every run."
     by_id = {(e.video, e.id): e for es in data.expressions.values() for e in es}
     out = []
     for r in picked:
-        key = r['video'], r['expression']
-        values = ', '.join(f"{n} {s[key]['J&F']:.0f}" for n, s in scored.items() if s[key]['J&F'] is not None)
+        key = r["video"], r["expression"]
+        values = ", ".join(
+            f"{n} {s[key]['J&F']:.0f}" for n, s in scored.items() if s[key]["J&F"] is not None
+        )
         caption = f"<b>“{html.escape(r['text'])}”</b> <small>{html.escape('/'.join(key))} {html.escape(r['kind'])} {'· J&F ' + html.escape(values) if values else ''}</small>"
-        try: picture = _img(sheet(data, by_id[key], trees), r['text'])
-        except Problem as p: picture = f'<p>{html.escape(str(p))}</p>'
-        out.append(f'<figure><figcaption>{caption}</figcaption>{picture}</figure>')
-    return ''.join(out)
+        try:
+            picture = _img(sheet(data, by_id[key], trees), r["text"])
+        except Problem as p:
+            picture = f"<p>{html.escape(str(p))}</p>"
+        out.append(f"<figure><figcaption>{caption}</figcaption>{picture}</figure>")
+    return "".join(out)
 
 # %% ../nbs/08_explore.ipynb #43342ca1
 def _page(data: Dataset, body: str) -> bytes:
@@ -261,62 +422,99 @@ def _page(data: Dataset, body: str) -> bytes:
 
 # %% ../nbs/08_explore.ipynb #032eadb5
 def report(
-    data_dir,              # a data set in the Ref-YouTube-VOS layout
-    runs: Mapping,         # name -> run folder, in the order of the pipeline
-    out_html,              # where the report shall appear
-    split: str = 'valid',
-    examples: int = 4,     # worst expressions shown, and at most four of the best
-    rows: Mapping[str, list[dict]] | None = None, # the runs as `score_rows` scored them, where that is done already
-) -> Path:                 # the report
+    data_dir,  # a data set in the Ref-YouTube-VOS layout
+    runs: Mapping,  # name -> run folder, in the order of the pipeline
+    out_html,  # where the report shall appear
+    split: str = "valid",
+    examples: int = 4,  # worst expressions shown, and at most four of the best
+    rows: Mapping[str, list[dict]]
+    | None = None,  # the runs as `score_rows` scored them, where that is done already
+) -> Path:  # the report
     "Write one self-contained HTML file; without true masks it shows examples and says that nothing could be scored."
     data, out = open_dataset(resolve(data_dir), split), resolve(out_html)
     trees = {name: open_results(run) for name, run in runs.items()}
-    if not trees: raise Problem('runs', 'no run', 'at least one, by name', 'name the folder of a run')
+    if not trees:
+        raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
     rows = rows or {name: list(score_rows(data, tree)) for name, tree in trees.items()}
-    scored = {n: {(r['video'], r['expression']): r for r in rs} for n, rs in rows.items()}
-    last = sorted((r for r in rows[[*rows][-1]] if r['J&F'] is not None), key=lambda r: r['J&F'])
-    gallery = lambda picked: _gallery(data, trees, picked, scored)
+    scored = {n: {(r["video"], r["expression"]): r for r in rs} for n, rs in rows.items()}
+    last = sorted((r for r in rows[[*rows][-1]] if r["J&F"] is not None), key=lambda r: r["J&F"])
+
+    def gallery(picked):
+        return _gallery(data, trees, picked, scored)
+
     if last:
-        body = _scores(rows) + f'<h2>Worst of {html.escape([*rows][-1])}</h2><p>Orange outline: the run; white outline: the truth.</p>' + gallery(last[:examples])
-        body += '<h2>Best</h2>' + gallery(last[-1:-min(examples, 4) - 1:-1])
-    else: body = '<p>This split has no true masks, so nothing could be scored here.</p><h2>Examples</h2>' + gallery(spread(next(iter(rows.values())), 2 * examples))
+        body = (
+            _scores(rows)
+            + f"<h2>Worst of {html.escape([*rows][-1])}</h2><p>Orange outline: the run; white outline: the truth.</p>"
+            + gallery(last[:examples])
+        )
+        body += "<h2>Best</h2>" + gallery(last[-1 : -min(examples, 4) - 1 : -1])
+    else:
+        body = (
+            "<p>This split has no true masks, so nothing could be scored here.</p><h2>Examples</h2>"
+            + gallery(spread(next(iter(rows.values())), 2 * examples))
+        )
     write_bytes(out, _page(data, body))
     return out
 
 # %% ../nbs/08_explore.ipynb #5257b928
 def sample_sheet(data: Dataset, row: dict, height: int = 144) -> np.ndarray:
     "(h, w, 3) uint8: the truth and the answer of one row of `score_frames`. Raises `Problem` for a frame that cannot be read."
-    e = next(e for e in data.expressions[row['video']] if e.id == row['expression'])
-    video = data.videos[e.video]; frame = next(read_video(video, names=[video.frames[e.frame]]))
+    e = next(e for e in data.expressions[row["video"]] if e.id == row["expression"])
+    video = data.videos[e.video]
+    frame = next(read_video(video, names=[video.frames[e.frame]]))
     truth, size = data.masks(e)[0], _panel_size(video, height)
-    answer = None if row['answer'] is None else rle_decode(row['answer'])
+    answer = None if row["answer"] is None else rle_decode(row["answer"])
     return np.hstack([panel(frame, truth, None, size), panel(frame, answer, truth, size)])
 
 # %% ../nbs/08_explore.ipynb #23b56b76
 def sample_charts(rows: Sequence[dict]):
     "A matplotlib figure: every sample sorted by IoU, and IoU by size of the object."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 2.7), layout='constrained'); curve, size = fig.subplots(1, 2)
-    curve.plot(np.linspace(0, 100, len(rows)), sorted((r['IoU'] for r in rows), reverse=True))
-    curve.set(xlabel='share of the samples, %', ylabel='IoU, %', ylim=(0, 102), title='every sample, best first'); by_size(size, rows, 'IoU')
+
+    fig = Figure(figsize=(9, 2.7), layout="constrained")
+    curve, size = fig.subplots(1, 2)
+    curve.plot(np.linspace(0, 100, len(rows)), sorted((r["IoU"] for r in rows), reverse=True))
+    curve.set(
+        xlabel="share of the samples, %",
+        ylabel="IoU, %",
+        ylim=(0, 102),
+        title="every sample, best first",
+    )
+    by_size(size, rows, "IoU")
     return fig
 
+
 def samples_report(
-    data: Dataset,         # of a layout with annotated frames
-    scores: dict,          # of `protocols.score_frames`
+    data: Dataset,  # of a layout with annotated frames
+    scores: dict,  # of `protocols.score_frames`
     rows: Sequence[dict],  # that it kept
-    out_html,              # where the report shall appear
-    examples: int = 20,    # worst samples shown
-) -> Path:                 # the report
+    out_html,  # where the report shall appear
+    examples: int = 20,  # worst samples shown
+) -> Path:  # the report
     "Write one self-contained HTML file."
-    numbers = lambda found: [[kind, *('' if x is None else x for x in row.values())] for kind, row in found.items()]
-    ap, kinds = scores['AP'], [k for k in ('box', 'mask') if k in scores]
-    body = f"<h2>Scores</h2><p>Percent over {scores['samples']} samples; one without an answer counts as 0.</p>" + _table(['AP', *ap['all']], numbers(ap))
-    body += ''.join(_table([k, *scores[k]], numbers({k: scores[k]})) for k in kinds) + f'<img alt="charts" src="data:image/png;base64,{base64.b64encode(_png(sample_charts(rows))).decode()}">'
-    body += '<h2>Worst</h2><p>Left the truth, right the answer; orange outline: the answer; white outline: the truth.</p>'
-    for r in sorted(rows, key=lambda r: r['IoU'])[:examples]:
-        try: picture = _img(sample_sheet(data, r), r['text'])
-        except Problem as p: picture = f'<p>{html.escape(str(p))}</p>'
+
+    def numbers(found):
+        return [
+            [kind, *("" if x is None else x for x in row.values())] for kind, row in found.items()
+        ]
+
+    ap, kinds = scores["AP"], [k for k in ("box", "mask") if k in scores]
+    body = (
+        f"<h2>Scores</h2><p>Percent over {scores['samples']} samples; one without an answer counts as 0.</p>"
+        + _table(["AP", *ap["all"]], numbers(ap))
+    )
+    body += (
+        "".join(_table([k, *scores[k]], numbers({k: scores[k]})) for k in kinds)
+        + f'<img alt="charts" src="data:image/png;base64,{base64.b64encode(_png(sample_charts(rows))).decode()}">'
+    )
+    body += "<h2>Worst</h2><p>Left the truth, right the answer; orange outline: the answer; white outline: the truth.</p>"
+    for r in sorted(rows, key=lambda r: r["IoU"])[:examples]:
+        try:
+            picture = _img(sample_sheet(data, r), r["text"])
+        except Problem as p:
+            picture = f"<p>{html.escape(str(p))}</p>"
         body += f"<figure><figcaption><b>“{html.escape(r['text'])}”</b> <small>{html.escape(r['video'])}/{html.escape(r['expression'])} · IoU {r['IoU']:.0f}</small></figcaption>{picture}</figure>"
-    out = resolve(out_html); write_bytes(out, _page(data, body))
+    out = resolve(out_html)
+    write_bytes(out, _page(data, body))
     return out

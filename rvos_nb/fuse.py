@@ -7,7 +7,8 @@ __all__ = ['GROUPS', 'ALIKE', 'RULES', 'tally', 'vote', 'mean', 'grouped', 'over
            'sureness', 'united', 'fuse_video', 'Rule', 'position', 'check_fit', 'choose_frames', 'fuse']
 
 # %% ../nbs/06_fuse.ipynb #a8921ac7
-import math, os
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .core import Problem, Report, check_id, made_from, natural_key, resolve, run_stage, whole_folder, write_made
+from rvos_nb.core import (
+    Problem,
+    Report,
+    check_id,
+    made_from,
+    natural_key,
+    resolve,
+    run_stage,
+    whole_folder,
+    write_made,
+)
 from .data.datasets import Dataset, frame_size, open_dataset
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
@@ -27,105 +38,144 @@ from .members import Member, member_name, open_member
 # %% ../nbs/06_fuse.ipynb #47d64798
 def _same(shape: tuple, first: tuple | None, i: int):
     "`Problem` where opinion `i` has another shape than the first."
-    if first not in (None, shape): raise Problem(f'opinion {i}', f'shape {shape}', f'{first}, as the first has', 'predict at the same frames and size')
+    if first not in (None, shape):
+        raise Problem(
+            f"opinion {i}",
+            f"shape {shape}",
+            f"{first}, as the first has",
+            "predict at the same frames and size",
+        )
+
 
 def tally(
     opinions: Iterable[np.ndarray],  # (T, H, W) bool each, all of one shape
-    weights: Sequence[float] | None = None, # one for each opinion; 1 each by default
-) -> tuple[np.ndarray, float]:       # (T, H, W) votes, and the total weight
+    weights: Sequence[float] | None = None,  # one for each opinion; 1 each by default
+) -> tuple[np.ndarray, float]:  # (T, H, W) votes, and the total weight
     "Add up opinions. Votes are uint8 up to 255 unweighted opinions, float32 with weights. `Problem` for none, or of several shapes."
     votes, total = None, 0
     for i, o in enumerate(opinions):
         w = 1 if weights is None else weights[i]
         _same(o.shape, None if votes is None else votes.shape, i)
-        if votes is None: votes = np.zeros(o.shape, np.uint8 if weights is None else np.float32)
-        if weights is None and i == 255: votes = votes.astype(np.uint16)
-        votes += np.ascontiguousarray(o, bool).view(np.uint8) if weights is None else o * np.float32(w)
+        if votes is None:
+            votes = np.zeros(o.shape, np.uint8 if weights is None else np.float32)
+        if weights is None and i == 255:
+            votes = votes.astype(np.uint16)
+        votes += (
+            np.ascontiguousarray(o, bool).view(np.uint8) if weights is None else o * np.float32(w)
+        )
         total += w
-    if votes is None: raise Problem('opinions', 'none', 'at least one', 'name a member')
+    if votes is None:
+        raise Problem("opinions", "none", "at least one", "name a member")
     return votes, total
 
 # %% ../nbs/06_fuse.ipynb #898f467b
 def vote(
     opinions: Iterable[np.ndarray],  # (T, H, W) bool each
-    weights: Sequence[float] | None = None, # one for each opinion
+    weights: Sequence[float] | None = None,  # one for each opinion
     threshold: float | None = None,  # votes that make foreground; None: half of the weight
-    strict: bool = False,            # without threshold: a tie is background
-) -> np.ndarray:                     # (T, H, W) bool
+    strict: bool = False,  # without threshold: a tie is background
+) -> np.ndarray:  # (T, H, W) bool
     "Foreground where enough opinions say so."
     votes, total = tally(opinions, weights)
     limit, strict = total / 2 if threshold is None else threshold, strict and threshold is None
-    if weights is None: return votes >= (math.floor(limit) + 1 if strict else math.ceil(limit)) # bytes are compared as bytes
-    slack = 1e-6 * total # float32 sums of weights are off by less
+    if weights is None:
+        return votes >= (
+            math.floor(limit) + 1 if strict else math.ceil(limit)
+        )  # bytes are compared as bytes
+    slack = 1e-6 * total  # float32 sums of weights are off by less
     return votes > limit + slack if strict else votes >= limit - slack
 
 # %% ../nbs/06_fuse.ipynb #c0d088b4
 def mean(
     opinions: Iterable[np.ndarray],  # (T, H, W) float32 probabilities each
-    weights: Sequence[float] | None = None, # one for each opinion
+    weights: Sequence[float] | None = None,  # one for each opinion
     threshold: float | None = None,  # probability to exceed; None: one half
-) -> np.ndarray:                     # (T, H, W) bool
+) -> np.ndarray:  # (T, H, W) bool
     "Foreground where the weighted mean of the probabilities exceeds the threshold."
     total, weight = None, 0
     for i, p in enumerate(opinions):
         w = 1 if weights is None else weights[i]
         _same(p.shape, None if total is None else total.shape, i)
-        if total is None: total = np.zeros(p.shape, np.float32)
-        total += p if w == 1 else p * np.float32(w); weight += w
-    if total is None: raise Problem('opinions', 'none', 'at least one', 'name a member')
+        if total is None:
+            total = np.zeros(p.shape, np.float32)
+        total += p if w == 1 else p * np.float32(w)
+        weight += w
+    if total is None:
+        raise Problem("opinions", "none", "at least one", "name a member")
     return total > (0.5 if threshold is None else threshold) * weight
 
 # %% ../nbs/06_fuse.ipynb #3bf20958
 def grouped(
-    expressions: Sequence[Expression], # of one video, in the order of the file
-    rule: str = 'pairs',               # 'pairs', 'matched', 'objects' or 'none'
-    unusable: Sequence[str] = (),      # ids of expressions that the file lists but that cannot be used
-    alike: Callable[[str, str], float] | None = None, # how alike two expressions are answered, for 'matched'
-) -> list[list[str]]:                  # expression ids
+    expressions: Sequence[Expression],  # of one video, in the order of the file
+    rule: str = "pairs",  # 'pairs', 'matched', 'objects' or 'none'
+    unusable: Sequence[str] = (),  # ids of expressions that the file lists but that cannot be used
+    alike: Callable[[str, str], float]
+    | None = None,  # how alike two expressions are answered, for 'matched'
+) -> list[list[str]]:  # expression ids
     "Which expressions are taken to mean one object; `Problem` for 'objects' without object ids."
     ids = [e.id for e in expressions]
-    if rule == 'none': return [[i] for i in ids]
-    if rule == 'objects': return _by_object(expressions)
-    if rule not in GROUPS: raise Problem('groups', repr(rule), ' or '.join(map(repr, GROUPS)), 'choose one of them')
+    if rule == "none":
+        return [[i] for i in ids]
+    if rule == "objects":
+        return _by_object(expressions)
+    if rule not in GROUPS:
+        raise Problem("groups", repr(rule), " or ".join(map(repr, GROUPS)), "choose one of them")
     places = sorted([*ids, *unusable], key=natural_key) if unusable else ids
-    def pairs(lone): # the pairs where the place `lone` is nobody's partner
-        return _couples(places[:lone]) + [places[lone:lone + 1]] + _couples(places[lone + 1:])
+
+    def pairs(lone):  # the pairs where the place `lone` is nobody's partner
+        return [*_couples(places[:lone]), places[lone : lone + 1], *_couples(places[lone + 1 :])]
+
     lone = len(places) - len(places) % 2
-    if rule == 'matched' and lone < len(places):
-        same = cache(lambda a, b: alike(a, b) if a in ids and b in ids else 0.)
-        lone = max(range(lone, -1, -2), key=lambda k: sum(same(*p) for p in pairs(k) if len(p) == 2))
+    if rule == "matched" and lone < len(places):
+        same = cache(lambda a, b: alike(a, b) if a in ids and b in ids else 0.0)
+        lone = max(
+            range(lone, -1, -2), key=lambda k: sum(same(*p) for p in pairs(k) if len(p) == 2)
+        )
     return [kept for p in pairs(lone) if (kept := [i for i in p if i in ids])]
 
-GROUPS = 'pairs', 'matched', 'objects', 'none'
 
-def _couples(ids: list[str]) -> list[list[str]]: return [ids[k:k + 2] for k in range(0, len(ids), 2)]
+GROUPS = "pairs", "matched", "objects", "none"
+
+
+def _couples(ids: list[str]) -> list[list[str]]:
+    return [ids[k : k + 2] for k in range(0, len(ids), 2)]
+
 
 def _by_object(expressions: Sequence[Expression]) -> list[list[str]]:
     objects: dict[str, list[str]] = {}
     for e in expressions:
-        if e.object_id is None: raise Problem(f'{e.video}/{e.id}', 'no object id', 'one for every expression', "use groups='pairs' or 'none' for this data set")
+        if e.object_id is None:
+            raise Problem(
+                f"{e.video}/{e.id}",
+                "no object id",
+                "one for every expression",
+                "use groups='pairs' or 'none' for this data set",
+            )
         objects.setdefault(e.object_id, []).append(e.id)
     return list(objects.values())
 
 # %% ../nbs/06_fuse.ipynb #2aafd665
 def overlap(
-    a: np.ndarray, # any shape: bool, or packed bits
-    b: np.ndarray, # the same
+    a: np.ndarray,  # any shape: bool, or packed bits
+    b: np.ndarray,  # the same
 ) -> float:
     "Pixels of both over pixels of either; 1 where both are empty."
     a, b = (np.ascontiguousarray(x).view(np.uint8) for x in (a, b))
     either = int(np.bitwise_count(a | b).sum())
-    return int(np.bitwise_count(a & b).sum()) / either if either else 1.
+    return int(np.bitwise_count(a & b).sum()) / either if either else 1.0
 
-def packed(opinion: np.ndarray) -> np.ndarray: # (T, H, W) bool, or probabilities -> (ceil(T*H*W/8),) uint8
+
+def packed(
+    opinion: np.ndarray,
+) -> np.ndarray:  # (T, H, W) bool, or probabilities -> (ceil(T*H*W/8),) uint8
     "One vote for every pixel, as bits."
-    return np.packbits(opinion if opinion.dtype == bool else opinion > .5)
+    return np.packbits(opinion if opinion.dtype == bool else opinion > 0.5)
 
 # %% ../nbs/06_fuse.ipynb #8fad2ddb
 def clusters(
-    masks: Sequence[np.ndarray], # as for `overlap`
-    least: float,                # the overlap of two that belong together
-) -> list[list[int]]:            # positions, in order
+    masks: Sequence[np.ndarray],  # as for `overlap`
+    least: float,  # the overlap of two that belong together
+) -> list[list[int]]:  # positions, in order
     "Masks that are connected by overlaps."
     found: list[list[int]] = []
     for i, mask in enumerate(masks):
@@ -135,214 +185,401 @@ def clusters(
 
 # %% ../nbs/06_fuse.ipynb #5c17417b
 def guarded(
-    groups: Sequence[Sequence[str]],   # expression ids
-    first: Callable[[str], np.ndarray],# expression -> (T, H, W), the first member's opinion
-    least: float,                      # the overlap of what may be pooled; 0: everything
+    groups: Sequence[Sequence[str]],  # expression ids
+    first: Callable[[str], np.ndarray],  # expression -> (T, H, W), the first member's opinion
+    least: float,  # the overlap of what may be pooled; 0: everything
 ) -> Iterator[list[str]]:
     "The groups, each divided where its opinions do not overlap enough."
     for group in groups:
-        if not least or len(group) == 1: yield list(group)
-        else: yield from ([group[i] for i in c] for c in clusters([packed(first(e)) for e in group], least))
+        if not least or len(group) == 1:
+            yield list(group)
+        else:
+            yield from (
+                [group[i] for i in c] for c in clusters([packed(first(e)) for e in group], least)
+            )
 
 # %% ../nbs/06_fuse.ipynb #4d3a5873
 def pooled(
-    scores: Sequence[np.ndarray | None],    # (T,) of each member; None where it keeps none
-    weights: Sequence[float] | None = None, # one for each member
-) -> np.ndarray:                            # (T,) float64
+    scores: Sequence[np.ndarray | None],  # (T,) of each member; None where it keeps none
+    weights: Sequence[float] | None = None,  # one for each member
+) -> np.ndarray:  # (T,) float64
     "The weighted mean of the scores that there are; `Problem` where there are none."
-    kept = [(np.nan_to_num(s), 1 if weights is None else weights[m]) for m, s in enumerate(scores) if s is not None]
-    if not sum(w for _, w in kept): raise Problem('scores', 'no member that keeps scores', 'a run with candidates, or a published .pth', 'do without confidence, or add such a member')
+    kept = [
+        (np.nan_to_num(s), 1 if weights is None else weights[m])
+        for m, s in enumerate(scores)
+        if s is not None
+    ]
+    if not sum(w for _, w in kept):
+        raise Problem(
+            "scores",
+            "no member that keeps scores",
+            "a run with candidates, or a published .pth",
+            "do without confidence, or add such a member",
+        )
     return np.average([s for s, _ in kept], 0, [w for _, w in kept])
 
+
 def sureness(
-    scores: Sequence[np.ndarray | None], # (T,) of each member; None where it keeps none
-) -> list[float]:                        # one for each member
+    scores: Sequence[np.ndarray | None],  # (T,) of each member; None where it keeps none
+) -> list[float]:  # one for each member
     "Each member's confidence in one expression: its mean score, or that of the others; `Problem` where there are none."
     typical = float(pooled(scores).mean())
     return [typical if s is None else float(np.nan_to_num(s).mean()) for s in scores]
 
 # %% ../nbs/06_fuse.ipynb #79b103e3
-ALIKE = 0.3 # overlap of two opinions about the same object
+ALIKE = 0.3  # overlap of two opinions about the same object
+
 
 def united(
     opinions: Iterable[np.ndarray],  # (T, H, W) bool each; all are held, as bits
-    weights: Sequence[float] | None = None, # one for each opinion
-    share: float = 1.,               # of the weight that a cluster needs to be united with the heaviest
-) -> np.ndarray:                     # (T, H, W) bool
+    weights: Sequence[float] | None = None,  # one for each opinion
+    share: float = 1.0,  # of the weight that a cluster needs to be united with the heaviest
+) -> np.ndarray:  # (T, H, W) bool
     "The heaviest cluster of opinions, united with all others that have their share; each is a vote of its own."
     kept, shape = [], None
-    for i, o in enumerate(opinions): _same(o.shape, shape, i); shape = o.shape; kept.append(packed(o))
-    if not kept: raise Problem('opinions', 'none', 'at least one', 'name a member')
-    w = [1.] * len(kept) if weights is None else weights
-    found = clusters(kept, ALIKE); heavy = [sum(w[i] for i in c) for c in found]
+    for i, o in enumerate(opinions):
+        _same(o.shape, shape, i)
+        shape = o.shape
+        kept.append(packed(o))
+    if not kept:
+        raise Problem("opinions", "none", "at least one", "name a member")
+    w = [1.0] * len(kept) if weights is None else weights
+    found = clusters(kept, ALIKE)
+    heavy = [sum(w[i] for i in c) for c in found]
     out = np.zeros(shape, bool)
     for n, c in enumerate(found):
         if n == heavy.index(max(heavy)) or heavy[n] >= share * sum(w) * (1 - 1e-9):
-            out |= vote((np.unpackbits(kept[i], count=out.size).view(bool).reshape(shape) for i in c), [w[i] for i in c])
+            out |= vote(
+                (np.unpackbits(kept[i], count=out.size).view(bool).reshape(shape) for i in c),
+                [w[i] for i in c],
+            )
     return out
 
 # %% ../nbs/06_fuse.ipynb #273a0625
 def fuse_video(
-    opinion: Callable[[int, str], np.ndarray], # (member, expression) -> (T, H, W): bool for 'vote', float32 probabilities for 'mean'
-    groups: Sequence[Sequence[str]],           # expression ids
-    members: int,                              # how many
-    weights: Sequence[float] | None = None,    # one for each member; 1 each by default
-    threshold: float | None = None,            # votes ('vote') or probability ('mean') for a group; None: half
-    mode: str = 'vote',                        # or 'mean'
-    leftover: str | float = 'majority',        # an expression alone: 'majority', 'first' member, 'group': as any group, or a threshold of its own
-    guard: float = 0.,                         # overlap of the first member's masks that pooling needs; 0: none
-    confidence: Callable[[int, str], float] | None = None, # (member, expression) -> how sure; opinions then weigh so much
-    union: float = 0.,                         # as `share` of `united`; 0: pixels are voted on, not objects
-    absent: float = 0.,                        # with `confidence`: the mean confidence below which a mask is empty
-) -> Iterator[tuple[Sequence[str], np.ndarray]]: # a group, and its one mask (T, H, W) bool
+    opinion: Callable[
+        [int, str], np.ndarray
+    ],  # (member, expression) -> (T, H, W): bool for 'vote', float32 probabilities for 'mean'
+    groups: Sequence[Sequence[str]],  # expression ids
+    members: int,  # how many
+    weights: Sequence[float] | None = None,  # one for each member; 1 each by default
+    threshold: float
+    | None = None,  # votes ('vote') or probability ('mean') for a group; None: half
+    mode: str = "vote",  # or 'mean'
+    leftover: str
+    | float = "majority",  # an expression alone: 'majority', 'first' member, 'group': as any group, or a threshold of its own
+    guard: float = 0.0,  # overlap of the first member's masks that pooling needs; 0: none
+    confidence: Callable[[int, str], float]
+    | None = None,  # (member, expression) -> how sure; opinions then weigh so much
+    union: float = 0.0,  # as `share` of `united`; 0: pixels are voted on, not objects
+    absent: float = 0.0,  # with `confidence`: the mean confidence below which a mask is empty
+) -> Iterator[tuple[Sequence[str], np.ndarray]]:  # a group, and its one mask (T, H, W) bool
     "Fuse the groups of one video."
     for group in guarded(groups, partial(opinion, 0), guard):
-        alone = len(group) == 1 and leftover != 'group'
-        who = [(m, e) for m in ([0] if alone and leftover == 'first' else range(members)) for e in group]
-        plain = [1. if weights is None else weights[m] for m, _ in who]
+        alone = len(group) == 1 and leftover != "group"
+        who = [
+            (m, e)
+            for m in ([0] if alone and leftover == "first" else range(members))
+            for e in group
+        ]
+        plain = [1.0 if weights is None else weights[m] for m, _ in who]
         w = [a * confidence(*asked) for a, asked in zip(plain, who)] if confidence else plain
-        if confidence and sum(w) < absent * sum(plain): yield group, np.zeros(opinion(*who[0]).shape, bool); continue
-        w = None if not sum(w) or weights is None and not confidence or len(who) == 1 else w
-        asked, limit = (opinion(*one) for one in who), threshold if not alone else leftover if not isinstance(leftover, str) else None
-        if union: yield group, united(asked, w, union)
-        else: yield group, mean(asked, w, limit) if mode == 'mean' else vote(asked, w, limit, strict=alone)
+        if confidence and sum(w) < absent * sum(plain):
+            yield group, np.zeros(opinion(*who[0]).shape, bool)
+            continue
+        w = None if not sum(w) or (weights is None and not confidence) or len(who) == 1 else w
+        asked, limit = (
+            (opinion(*one) for one in who),
+            threshold if not alone else leftover if not isinstance(leftover, str) else None,
+        )
+        if union:
+            yield group, united(asked, w, union)
+        else:
+            yield (
+                group,
+                mean(asked, w, limit) if mode == "mean" else vote(asked, w, limit, strict=alone),
+            )
 
 # %% ../nbs/06_fuse.ipynb #204a4eb7
 @dataclass(frozen=True)
 class Rule:
     "How to fuse. Raises `Problem` for a choice that there is not."
-    mode: str = 'vote'               # 'vote' on masks, 'mean' of probabilities
-    groups: str = 'pairs'            # who is pooled: 'pairs', 'matched', 'objects', 'none'
-    guard: float = 0.                # see `fuse_video`, as all others
+
+    mode: str = "vote"  # 'vote' on masks, 'mean' of probabilities
+    groups: str = "pairs"  # who is pooled: 'pairs', 'matched', 'objects', 'none'
+    guard: float = 0.0  # see `fuse_video`, as all others
     weights: tuple[float, ...] | None = None
     threshold: float | None = None
-    leftover: str | float = 'majority' # 'majority', 'first' member, or a threshold
-    confidence: bool = False         # opinions weigh as much as they are sure
-    union: float = 0.
-    absent: float = 0.
-    key_frames: str = 'member'       # of 'member'; 'pooled': the highest pooled score; 'nonempty': the same where the fused mask has a pixel
+    leftover: str | float = "majority"  # 'majority', 'first' member, or a threshold
+    confidence: bool = False  # opinions weigh as much as they are sure
+    union: float = 0.0
+    absent: float = 0.0
+    key_frames: str = "member"  # of 'member'; 'pooled': the highest pooled score; 'nonempty': the same where the fused mask has a pixel
     key_frame_member: int | str = 0  # whose: a position, or a name
 
     def __post_init__(self):
         def need(ok, where, expected):
-            if not ok: raise Problem(where, repr(getattr(self, where)), expected, 'correct the parameter')
-        if isinstance(self.leftover, str) and self.leftover.replace('.', '', 1).isdigit(): object.__setattr__(self, 'leftover', float(self.leftover))
-        if self.weights is not None: object.__setattr__(self, 'weights', tuple(map(float, self.weights)) or None)
-        need(self.mode in ('vote', 'mean'), 'mode', "'vote' or 'mean'")
-        need(self.groups in GROUPS, 'groups', ' or '.join(map(repr, GROUPS)))
-        need(self.key_frames in ('member', 'pooled', 'nonempty'), 'key_frames', "'member', 'pooled' or 'nonempty'")
-        need(self.leftover in ('majority', 'first') or not isinstance(self.leftover, str) and self.leftover > 0, 'leftover', "'majority', 'first', or a threshold above 0")
-        need(self.weights is None or min(self.weights) >= 0 < max(self.weights), 'weights', 'numbers from 0 on, not all 0')
-        need(self.threshold is None or self.threshold > 0, 'threshold', 'more than 0')
-        for name in ('guard', 'union', 'absent'): need(0 <= getattr(self, name) <= 1, name, 'a share, from 0 (off) to 1')
-        need(not self.absent or self.confidence, 'absent', 'confidence switched on with it')
-        need(not self.union or self.mode == 'vote', 'union', "mode 'vote' with it")
-        need(self.threshold is None or not (self.union or self.confidence and self.mode == 'vote'), 'threshold', 'none, as confidence and union count no votes')
+            if not ok:
+                raise Problem(where, repr(getattr(self, where)), expected, "correct the parameter")
 
-    def fuse(self, opinion, groups, members: int, confidence=None) -> Iterator[tuple[Sequence[str], np.ndarray]]:
+        if isinstance(self.leftover, str) and self.leftover.replace(".", "", 1).isdigit():
+            object.__setattr__(self, "leftover", float(self.leftover))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(map(float, self.weights)) or None)
+        need(self.mode in ("vote", "mean"), "mode", "'vote' or 'mean'")
+        need(self.groups in GROUPS, "groups", " or ".join(map(repr, GROUPS)))
+        need(
+            self.key_frames in ("member", "pooled", "nonempty"),
+            "key_frames",
+            "'member', 'pooled' or 'nonempty'",
+        )
+        need(
+            self.leftover in ("majority", "first")
+            or (not isinstance(self.leftover, str) and self.leftover > 0),
+            "leftover",
+            "'majority', 'first', or a threshold above 0",
+        )
+        need(
+            self.weights is None or min(self.weights) >= 0 < max(self.weights),
+            "weights",
+            "numbers from 0 on, not all 0",
+        )
+        need(self.threshold is None or self.threshold > 0, "threshold", "more than 0")
+        for name in ("guard", "union", "absent"):
+            need(0 <= getattr(self, name) <= 1, name, "a share, from 0 (off) to 1")
+        need(not self.absent or self.confidence, "absent", "confidence switched on with it")
+        need(not self.union or self.mode == "vote", "union", "mode 'vote' with it")
+        need(
+            self.threshold is None or not (self.union or (self.confidence and self.mode == "vote")),
+            "threshold",
+            "none, as confidence and union count no votes",
+        )
+
+    def fuse(
+        self, opinion, groups, members: int, confidence=None
+    ) -> Iterator[tuple[Sequence[str], np.ndarray]]:
         "Fuse one video; arguments and yield as for `fuse_video`."
-        leftover = ('majority' if self.threshold is None else 'group') if self.groups == 'none' else self.leftover # nothing is left over where nothing is pooled
-        yield from fuse_video(opinion, groups, members, self.weights, self.threshold, self.mode, leftover, self.guard,
-                              confidence if self.confidence else None, self.union, self.absent)
+        leftover = (
+            ("majority" if self.threshold is None else "group")
+            if self.groups == "none"
+            else self.leftover
+        )  # nothing is left over where nothing is pooled
+        yield from fuse_video(
+            opinion,
+            groups,
+            members,
+            self.weights,
+            self.threshold,
+            self.mode,
+            leftover,
+            self.guard,
+            confidence if self.confidence else None,
+            self.union,
+            self.absent,
+        )
 
-RULES = {'round1': Rule(leftover='first'), 'round2': Rule()} # as published
+
+RULES = {"round1": Rule(leftover="first"), "round2": Rule()}  # as published
 
 # %% ../nbs/06_fuse.ipynb #0438fc69
 def position(
     members: Sequence[Member],
-    which: int | str,     # a position, or a member's name
+    which: int | str,  # a position, or a member's name
 ) -> int:
     "Which member is meant; `Problem` for one that there is not."
     found = [i for i, m in enumerate(members) if str(which) in (str(i), m.name)]
-    if len(found) != 1: raise Problem('key_frame_member', f"{which!r}{', twice' if found else ''}", f'a position below {len(members)}, or one of ' + ', '.join(m.name for m in members), 'correct the parameter')
+    if len(found) != 1:
+        raise Problem(
+            "key_frame_member",
+            f"{which!r}{', twice' if found else ''}",
+            f"a position below {len(members)}, or one of " + ", ".join(m.name for m in members),
+            "correct the parameter",
+        )
     return found[0]
+
 
 def check_fit(rule: Rule, dirs: Sequence[Path]):
     "`Problem` where a rule is not one for members at these paths, which need not be there yet."
+
     def need(ok, where, found, expected):
-        if not ok: raise Problem(where, found, expected, 'correct the parameter')
-    need(rule.weights is None or len(rule.weights) == len(dirs), 'weights', f'{len(rule.weights or ())} weights', f'one for each of {len(dirs)} members')
+        if not ok:
+            raise Problem(where, found, expected, "correct the parameter")
+
+    need(
+        rule.weights is None or len(rule.weights) == len(dirs),
+        "weights",
+        f"{len(rule.weights or ())} weights",
+        f"one for each of {len(dirs)} members",
+    )
     votes = sum(rule.weights or [1] * len(dirs))
-    for name, most in (('threshold', votes * dict(none=1, pairs=2, matched=2).get(rule.groups, math.inf)), ('leftover', votes)):
-        if not isinstance(limit := getattr(rule, name), int | float): continue
-        if rule.mode == 'mean': need(limit < 1, name, f'{limit:g}', "a probability below 1 in mode 'mean'")
-        else: need(limit <= most * (1 + 1e-6), name, f'{limit:g}', f'at most {most:g}, as there are no more votes')
+    for name, most in (
+        ("threshold", votes * {"none": 1, "pairs": 2, "matched": 2}.get(rule.groups, math.inf)),
+        ("leftover", votes),
+    ):
+        if not isinstance(limit := getattr(rule, name), int | float):
+            continue
+        if rule.mode == "mean":
+            need(limit < 1, name, f"{limit:g}", "a probability below 1 in mode 'mean'")
+        else:
+            need(
+                limit <= most * (1 + 1e-6),
+                name,
+                f"{limit:g}",
+                f"at most {most:g}, as there are no more votes",
+            )
     position([SimpleNamespace(name=member_name(d)) for d in dirs], rule.key_frame_member)
+
 
 def _gather(member_dirs: Sequence, out: Path, rule: Rule) -> list[Member]:
     "Open the members, once the rule is known to fit them."
     dirs = [resolve(m) for m in member_dirs]
-    if not dirs: raise Problem('member_dirs', 'no member', 'at least one run, tree, zip or .pth', 'correct the parameter')
-    if out in dirs: raise Problem('out_dir', f'{out}, which is a member', 'a folder of its own', 'correct the parameter')
+    if not dirs:
+        raise Problem(
+            "member_dirs",
+            "no member",
+            "at least one run, tree, zip or .pth",
+            "correct the parameter",
+        )
+    if out in dirs:
+        raise Problem(
+            "out_dir", f"{out}, which is a member", "a folder of its own", "correct the parameter"
+        )
     check_fit(rule, dirs)
     return [open_member(m) for m in dirs]
 
 # %% ../nbs/06_fuse.ipynb #04d25fd3
 def _write(folder: Path, group: Sequence[str], frames: Sequence[str], masks: np.ndarray):
     "One group's masks, (T, H, W), for each of its expressions."
-    for e in group: (folder/e).mkdir()
+    for e in group:
+        (folder / e).mkdir()
     for name, mask in zip(frames, masks):
         png = encode_mask(mask)
-        for e in group: (folder/e/f'{name}.png').write_bytes(png)
+        for e in group:
+            (folder / e / f"{name}.png").write_bytes(png)
+
 
 def _fuse_unit(unit: str, data: Dataset, members: list[Member], out: Path, rule: Rule):
     "Fuse one video and place its masks."
-    frames, expressions = [check_id(f, data.root) for f in data.videos[check_id(unit, data.root)].frames], data.expressions[unit]
-    unusable = [f.split('/', 1)[1] for f in data.faults if f.startswith(unit + '/')]
-    try: size = frame_size(data.videos[unit])
-    except Problem: size = None  # a tree can be fused without its frames; then the first mask says the size
+    frames, expressions = (
+        [check_id(f, data.root) for f in data.videos[check_id(unit, data.root)].frames],
+        data.expressions[unit],
+    )
+    unusable = [f.split("/", 1)[1] for f in data.faults if f.startswith(unit + "/")]
+    try:
+        size = frame_size(data.videos[unit])
+    except Problem:
+        size = None  # a tree can be fused without its frames; then the first mask says the size
+
     def opinion(m, e):
         nonlocal size
         read = members[m].opinion(unit, check_id(e, data.root), frames, rule.mode, size)
         size = read.shape[1:]
         return read
-    def alike(a, b): return overlap(packed(opinion(0, a)), packed(opinion(0, b)))
+
+    def alike(a, b):
+        return overlap(packed(opinion(0, a)), packed(opinion(0, b)))
+
     sure = cache(lambda e: sureness([m.scores(unit, e, frames) for m in members]))
-    if rule.key_frames != 'member': [sure(e.id) for e in expressions] # without scores there is no use in fusing
+    if rule.key_frames != "member":
+        [sure(e.id) for e in expressions]  # without scores there is no use in fusing
     groups = grouped(expressions, rule.groups, unusable, alike)
-    with whole_folder(out/'Annotations'/unit) as folder:
-        for group, masks in rule.fuse(opinion, groups, len(members), lambda m, e: sure(e)[m]): _write(folder, group, frames, masks)
+    with whole_folder(out / "Annotations" / unit) as folder:
+        for group, masks in rule.fuse(opinion, groups, len(members), lambda m, e: sure(e)[m]):
+            _write(folder, group, frames, masks)
+
 
 def _fused(unit: str, data: Dataset, out: Path) -> bool:
     "Whether every expression of the video has all its masks."
-    return all(len(list((out/'Annotations'/unit/e.id).glob('*.png'))) == len(data.videos[unit].frames) for e in data.expressions[unit])
+    return all(
+        len(list((out / "Annotations" / unit / e.id).glob("*.png")))
+        == len(data.videos[unit].frames)
+        for e in data.expressions[unit]
+    )
 
 # %% ../nbs/06_fuse.ipynb #3e818f82
-def choose_frames(data: Dataset, members: Sequence[Member], rule: Rule, out: Path, videos: Iterable[str]) -> dict[str, dict[str, int]]:
+def choose_frames(
+    data: Dataset, members: Sequence[Member], rule: Rule, out: Path, videos: Iterable[str]
+) -> dict[str, dict[str, int]]:
     "The key frames of fused videos, as `rule` has them; `Problem` where a policy needs scores and there are none."
-    if rule.key_frames == 'member':
+    if rule.key_frames == "member":
         theirs = members[position(members, rule.key_frame_member)].key_frames()
-        return {v: kept for v in videos if (kept := {e.id: theirs[v][e.id] for e in data.expressions[v] if e.id in theirs.get(v, {})})}
+        return {
+            v: kept
+            for v in videos
+            if (
+                kept := {
+                    e.id: theirs[v][e.id] for e in data.expressions[v] if e.id in theirs.get(v, {})
+                }
+            )
+        }
     found: dict[str, dict[str, int]] = {}
     for e in (e for v in videos for e in data.expressions[v]):
         frames = data.videos[e.video].frames
         scores = pooled([m.scores(e.video, e.id, frames) for m in members], rule.weights)
-        drawn = lambda t: rule.key_frames == 'pooled' or read_mask(out/'Annotations'/e.video/e.id/f'{frames[t]}.png').any()
+
+        def drawn(t):
+            return (
+                rule.key_frames == "pooled"
+                or read_mask(out / "Annotations" / e.video / e.id / f"{frames[t]}.png").any()
+            )
+
         found.setdefault(e.video, {})[e.id] = key_frame_nonempty(scores, drawn)
     return found
 
 # %% ../nbs/06_fuse.ipynb #c47cb1ef
 def fuse(
-    data_dir,                 # a data set in the Ref-YouTube-VOS or MeViS layout
-    member_dirs: Sequence,    # runs, mask trees, submission zips or published .pth files, in order of trust
-    out_dir,                  # results: Annotations/, key_frame.json, run.json
-    split: str = 'valid',
-    rule: str = 'round2',     # one of `RULES`, to begin with
-    executor: str = 'local',  # or another of `map_units`
-    force: bool = False,      # replace results of other parameters
-    **options,                # what differs from it: see `Rule`
+    data_dir,  # a data set in the Ref-YouTube-VOS or MeViS layout
+    member_dirs: Sequence,  # runs, mask trees, submission zips or published .pth files, in order of trust
+    out_dir,  # results: Annotations/, key_frame.json, run.json
+    split: str = "valid",
+    rule: str = "round2",  # one of `RULES`, to begin with
+    executor: str = "local",  # or another of `map_units`
+    force: bool = False,  # replace results of other parameters
+    **options,  # what differs from it: see `Rule`
 ) -> Report:
     "Fuse members video by video; a video that a member lacks is recorded and the others finish. `Problem` for wrong parameters."
-    if rule not in RULES: raise Problem('rule', repr(rule), ' or '.join(map(repr, RULES)), 'choose one of them')
+    if rule not in RULES:
+        raise Problem("rule", repr(rule), " or ".join(map(repr, RULES)), "choose one of them")
     how = replace(RULES[rule], **options)
     data, out = open_dataset(resolve(data_dir), split), resolve(out_dir)
-    if how.groups != 'none' and data.layout == 'mevis': raise Problem('groups', repr(how.groups), "'none': sentences of MeViS mean any number of objects, and neighbours do not mean the same", "set groups to 'none'")
+    if how.groups != "none" and data.layout == "mevis":
+        raise Problem(
+            "groups",
+            repr(how.groups),
+            "'none': sentences of MeViS mean any number of objects, and neighbours do not mean the same",
+            "set groups to 'none'",
+        )
     with ExitStack() as stack:
         members = [stack.enter_context(m) for m in _gather(member_dirs, out, how)]
-        params = asdict(how) | dict(split=split, members=[os.path.relpath(m.where, out.parent) for m in members], key_frame_member=position(members, how.key_frame_member))
-        handed = [p for p in [members[params['key_frame_member']].where/'key_frame.json'] if how.key_frames == 'member' and p.is_file()]
-        report = run_stage('fuse', out, params, list(data.videos), partial(_fuse_unit, data=data, members=members, out=out, rule=how), partial(_fused, data=data, out=out),
-                           faults=data.faults, executor=executor, force=force, inputs=made_from(out, *(m.where for m in members), *handed))
-        found = choose_frames(data, members, how, out, [v for v in data.videos if v in {*report.done, *report.skipped}])
-        if found: write_made(out/'key_frame.json', as_json(found), 'fuse', {}, {'.': out})
+        params = asdict(how) | {
+            "split": split,
+            "members": [os.path.relpath(m.where, out.parent) for m in members],
+            "key_frame_member": position(members, how.key_frame_member),
+        }
+        handed = [
+            p
+            for p in [members[params["key_frame_member"]].where / "key_frame.json"]
+            if how.key_frames == "member" and p.is_file()
+        ]
+        report = run_stage(
+            "fuse",
+            out,
+            params,
+            list(data.videos),
+            partial(_fuse_unit, data=data, members=members, out=out, rule=how),
+            partial(_fused, data=data, out=out),
+            faults=data.faults,
+            executor=executor,
+            force=force,
+            inputs=made_from(out, *(m.where for m in members), *handed),
+        )
+        found = choose_frames(
+            data,
+            members,
+            how,
+            out,
+            [v for v in data.videos if v in {*report.done, *report.skipped}],
+        )
+        if found:
+            write_made(out / "key_frame.json", as_json(found), "fuse", {}, {".": out})
     return report

@@ -17,76 +17,128 @@ from .predict import load_candidates
 
 # %% ../nbs/05b_keyframe.ipynb #fe7007c7
 def key_frame(
-    scores, # (T,) the model's confidence that the object is there, one value a frame
-) -> int:   # a position in the video's list of frames
+    scores,  # (T,) the model's confidence that the object is there, one value a frame
+) -> int:  # a position in the video's list of frames
     "The first frame of highest score; `Problem` where there is none."
     s = np.asarray(scores, np.float64).ravel()
     s = np.where(np.isnan(s), -np.inf, s)
-    if not s.size or s.max() == -np.inf: raise Problem('scores', f'{s.size} scores without a number', 'one number for each frame', 'predict this expression again')
+    if not s.size or s.max() == -np.inf:
+        raise Problem(
+            "scores",
+            f"{s.size} scores without a number",
+            "one number for each frame",
+            "predict this expression again",
+        )
     return int(s.argmax())
 
 # %% ../nbs/05b_keyframe.ipynb #14606ce1
 def key_frame_nonempty(
-    scores, # (T,) the model's confidence, one value a frame
-    drawn: Callable[[int], bool], # whether the mask of a frame has a pixel; asked about one frame after the other, the best first
-) -> int:   # a position in the video's list of frames
+    scores,  # (T,) the model's confidence, one value a frame
+    drawn: Callable[
+        [int], bool
+    ],  # whether the mask of a frame has a pixel; asked about one frame after the other, the best first
+) -> int:  # a position in the video's list of frames
     "The best-scored frame among those with a mask; the best-scored of all where no mask has a pixel."
     s, best = np.asarray(scores, np.float64).ravel(), key_frame(scores)
-    return next((int(t) for t in np.argsort(-s, kind='stable') if not np.isnan(s[t]) and drawn(int(t))), best)
+    return next(
+        (int(t) for t in np.argsort(-s, kind="stable") if not np.isnan(s[t]) and drawn(int(t))),
+        best,
+    )
 
 # %% ../nbs/05b_keyframe.ipynb #3f171335
 def as_json(
-    frames: Mapping[str, Mapping[str, int]], # {video: {expression: k}}
-) -> dict: # the published form
+    frames: Mapping[str, Mapping[str, int]],  # {video: {expression: k}}
+) -> dict:  # the published form
     "Key frames as the published scripts store them."
-    return {v: {e: {'index_info': {'class_index': int(k)}} for e, k in es.items()} for v, es in frames.items()}
+    return {
+        v: {e: {"index_info": {"class_index": int(k)}} for e, k in es.items()}
+        for v, es in frames.items()
+    }
+
 
 def from_json(
-    obj,           # what `key_frame.json` holds
-    where='key_frame.json', # its path, for messages
-) -> dict[str, dict[str, int]]: # {video: {expression: k}}
+    obj,  # what `key_frame.json` holds
+    where="key_frame.json",  # its path, for messages
+) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
     "The reverse of `as_json`; `Problem` where `obj` is of another form."
-    try: return {v: {e: int(d['index_info']['class_index']) for e, d in es.items()} for v, es in obj.items()}
+    try:
+        return {
+            v: {e: int(d["index_info"]["class_index"]) for e, d in es.items()}
+            for v, es in obj.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise Problem(where, f'another form ({type(e).__name__}: {e})', '{VIDEO: {EXP: {"index_info": {"class_index": k}}}}', 'choose the key frames again') from None
+        raise Problem(
+            where,
+            f"another form ({type(e).__name__}: {e})",
+            '{VIDEO: {EXP: {"index_info": {"class_index": k}}}}',
+            "choose the key frames again",
+        ) from None
 
 # %% ../nbs/05b_keyframe.ipynb #7f183798
 def read_scores(
-    path, # a candidates file
-) -> tuple[np.ndarray, list[str]]: # (T,) float32 scores, names of the T frames
+    path,  # a candidates file
+) -> tuple[np.ndarray, list[str]]:  # (T,) float32 scores, names of the T frames
     "Scores and frame names of one expression; `Problem` where the file is missing, broken or of another kind."
-    arrays, about = load_candidates(path, ['scores'])
-    scores, frames = arrays['scores'], list(about['frames'])
-    if scores.shape != (len(frames),): raise Problem(path, f'{scores.shape} scores for {len(frames)} frames', 'one score for each frame', 'remove it and predict this video again')
+    arrays, about = load_candidates(path, ["scores"])
+    scores, frames = arrays["scores"], list(about["frames"])
+    if scores.shape != (len(frames),):
+        raise Problem(
+            path,
+            f"{scores.shape} scores for {len(frames)} frames",
+            "one score for each frame",
+            "remove it and predict this video again",
+        )
     return scores, frames
 
 # %% ../nbs/05b_keyframe.ipynb #85f1fc3a
 def choose_one(
-    run: Path,   # the run's folder
-    video: str, expression: str, policy: str,
+    run: Path,  # the run's folder
+    video: str,
+    expression: str,
+    policy: str,
 ) -> int:
     "The key frame of one expression under a policy."
-    scores, frames = read_scores(run/'candidates'/video/f'{expression}.safetensors')
-    if policy == 'score': return key_frame(scores)
-    return key_frame_nonempty(scores, lambda t: read_mask(run/'Annotations'/video/expression/f'{check_id(frames[t], run)}.png').any())
+    scores, frames = read_scores(run / "candidates" / video / f"{expression}.safetensors")
+    if policy == "score":
+        return key_frame(scores)
+    return key_frame_nonempty(
+        scores,
+        lambda t: read_mask(
+            run / "Annotations" / video / expression / f"{check_id(frames[t], run)}.png"
+        ).any(),
+    )
 
 # %% ../nbs/05b_keyframe.ipynb #869ad797
 def choose(
-    pred_dir,              # a run of `predict`, with candidates/ (and Annotations/ for 'best_nonempty')
-    policy: str = 'score', # 'score': highest score; 'best_nonempty': highest score among frames with a mask
-) -> dict:                 # what was written to pred_dir/key_frame.json
+    pred_dir,  # a run of `predict`, with candidates/ (and Annotations/ for 'best_nonempty')
+    policy: str = "score",  # 'score': highest score; 'best_nonempty': highest score among frames with a mask
+) -> dict:  # what was written to pred_dir/key_frame.json
     "Choose every expression's key frame; raises `Problem` without candidates, `StageFailed` (after writing the others) for unusable ones."
     run = resolve(pred_dir)
-    if policy not in ('score', 'best_nonempty'): raise Problem('policy', repr(policy), "'score' or 'best_nonempty'", 'choose one of the two')
-    files = sorted((run/'candidates').glob('*/*.safetensors'), key=lambda p: (natural_key(p.parent.name), natural_key(p.stem)))
-    files = [p for p in files if not any(n.startswith('.') for n in p.parts[-2:])]
-    if not files: raise Problem(run/'candidates', 'no candidates', 'VIDEO/EXP.safetensors', 'run 05a_predict into this folder first')
+    if policy not in ("score", "best_nonempty"):
+        raise Problem("policy", repr(policy), "'score' or 'best_nonempty'", "choose one of the two")
+    files = sorted(
+        (run / "candidates").glob("*/*.safetensors"),
+        key=lambda p: (natural_key(p.parent.name), natural_key(p.stem)),
+    )
+    files = [p for p in files if not any(n.startswith(".") for n in p.parts[-2:])]
+    if not files:
+        raise Problem(
+            run / "candidates",
+            "no candidates",
+            "VIDEO/EXP.safetensors",
+            "run 05a_predict into this folder first",
+        )
     chosen, failed = {}, {}
     for p in files:
         video, expression = p.parent.name, p.stem
-        try: chosen.setdefault(video, {})[expression] = choose_one(run, video, expression, policy)
-        except Problem as e: failed[f'{video}/{expression}'] = str(e)
+        try:
+            chosen.setdefault(video, {})[expression] = choose_one(run, video, expression, policy)
+        except Problem as e:
+            failed[f"{video}/{expression}"] = str(e)
     answer = as_json({v: es for v, es in chosen.items() if es})
-    write_made(run/'key_frame.json', answer, 'keyframe', dict(policy=policy), {'.': run})
-    Report('keyframe', run, [f'{v}/{e}' for v, es in chosen.items() for e in es], failed=failed).check()
+    write_made(run / "key_frame.json", answer, "keyframe", {"policy": policy}, {".": run})
+    Report(
+        "keyframe", run, [f"{v}/{e}" for v, es in chosen.items() for e in es], failed=failed
+    ).check()
     return answer

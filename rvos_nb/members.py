@@ -8,7 +8,12 @@ __all__ = ['HALF', 'TYPES', 'MAGIC', 'Places', 'TIMES', 'foreground', 'probabili
            'open_member', 'levels', 'convert_predictions']
 
 # %% ../nbs/05i_members.ipynb #d00aad52
-import logging, math, os, pickle, re, zipfile
+import logging
+import math
+import os
+import pickle
+import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +23,18 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .core import Problem, Report, check_id, made_from, natural_key, read_json, resolve, run_stage, whole_folder, write_json
+from rvos_nb.core import (
+    Problem,
+    Report,
+    check_id,
+    made_from,
+    natural_key,
+    read_json,
+    resolve,
+    run_stage,
+    whole_folder,
+    write_json,
+)
 from .data.datasets import open_dataset
 from .data.masks import mask_box, write_tree
 from .keyframe import as_json, from_json, key_frame
@@ -26,401 +42,785 @@ from .predict import full_masks, full_size, load_candidates, save_candidates
 from .results import open_results
 
 # %% ../nbs/05i_members.ipynb #809f7012
-HALF = np.float32(1.5 * 2**-24) # the largest float32 logit whose float32 sigmoid is not above one half
+HALF = np.float32(
+    1.5 * 2**-24
+)  # the largest float32 logit whose float32 sigmoid is not above one half
+
 
 def foreground(
-    values: np.ndarray, # any shape: bool or integer masks, float32 logits or probabilities
-    kind: str,          # 'mask' (above zero is object), 'logit' or 'probability'
-) -> np.ndarray:        # bool, the same shape
+    values: np.ndarray,  # any shape: bool or integer masks, float32 logits or probabilities
+    kind: str,  # 'mask' (above zero is object), 'logit' or 'probability'
+) -> np.ndarray:  # bool, the same shape
     "One member's vote for every pixel: probability above one half, decided as on the float32 sigmoid."
-    if kind not in ('mask', 'logit', 'probability'): raise Problem('kind', repr(kind), "'mask', 'logit' or 'probability'", 'write the candidates again')
-    return values > {'mask': 0, 'logit': HALF, 'probability': np.float32(0.5)}[kind]
+    if kind not in ("mask", "logit", "probability"):
+        raise Problem(
+            "kind", repr(kind), "'mask', 'logit' or 'probability'", "write the candidates again"
+        )
+    return values > {"mask": 0, "logit": HALF, "probability": np.float32(0.5)}[kind]
+
 
 def probability(
-    values: np.ndarray, # (T, H, W): bool masks, float32 logits or probabilities
-    kind: str,          # 'mask', 'logit' or 'probability'
-) -> np.ndarray:        # (T, H, W) float32 in [0, 1]
+    values: np.ndarray,  # (T, H, W): bool masks, float32 logits or probabilities
+    kind: str,  # 'mask', 'logit' or 'probability'
+) -> np.ndarray:  # (T, H, W) float32 in [0, 1]
     "Any kind of opinion as probabilities; a mask is sure of itself."
-    if kind != 'logit': return (values > 0 if kind == 'mask' else values).astype(np.float32)
+    if kind != "logit":
+        return (values > 0 if kind == "mask" else values).astype(np.float32)
     from scipy.special import expit
+
     return expit(np.asarray(values, np.float32))
 
 # %% ../nbs/05i_members.ipynb #bccd3a6c
 class Storage(NamedTuple):
     "Where a file keeps a run of numbers."
-    key: str   # its name in the file
+
+    key: str  # its name in the file
     type: str  # 'FloatStorage', ...
-    count: int # of numbers
+    count: int  # of numbers
+
 
 class Tensor(NamedTuple):
     "Where a file keeps a tensor: what stands for `torch.Tensor` while a file is read."
+
     storage: Storage
-    offset: int             # in numbers
+    offset: int  # in numbers
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-TYPES = dict(FloatStorage='f4', DoubleStorage='f8', HalfStorage='f2', BFloat16Storage='u2', ByteStorage='u1', BoolStorage='u1', LongStorage='i8', IntStorage='i4') # numbers as NumPy codes
 
-def _rebuilt(storage, offset, shape, strides, *_): return Tensor(storage, offset, tuple(shape), tuple(strides))
-def _encoded(text, code): return text.encode('latin1') # how bytes are pickled
+TYPES = {
+    "FloatStorage": "f4",
+    "DoubleStorage": "f8",
+    "HalfStorage": "f2",
+    "BFloat16Storage": "u2",
+    "ByteStorage": "u1",
+    "BoolStorage": "u1",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+}  # numbers as NumPy codes
+
+
+def _rebuilt(storage, offset, shape, strides, *_):
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _encoded(text, code):
+    return text.encode("latin1")  # how bytes are pickled
+
 
 class Unpickler(pickle.Unpickler):
     "Reads containers, numbers, texts and places of tensors; stops at any other name."
+
     def find_class(self, module: str, name: str):
-        if (module, name) == ('torch._utils', '_rebuild_tensor_v2'): return partial(_rebuilt)
-        if (module, name) == ('_codecs', 'encode'): return partial(_encoded)
-        if (module, name) == ('collections', 'OrderedDict'): return OrderedDict
-        if module == 'torch' and name in TYPES: return name
-        if module in ('numpy', 'numpy.core.multiarray', 'numpy._core.multiarray') and name in ('dtype', 'scalar'):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return partial(_rebuilt)
+        if (module, name) == ("_codecs", "encode"):
+            return partial(_encoded)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in TYPES:
+            return name
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in (
+            "dtype",
+            "scalar",
+        ):
             from rvos_nb.models.files import NumberKind, number
-            return partial(NumberKind if name == 'dtype' else number)
-        raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+
+            return partial(NumberKind if name == "dtype" else number)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def persistent_load(self, pid):
         what, type, key, _, count = pid[:5]
-        if what != 'storage' or type not in TYPES or not isinstance(count, int) or count < 0 or (len(pid) > 5 and pid[5] is not None): raise pickle.UnpicklingError('a storage of an unknown kind')
+        if (
+            what != "storage"
+            or type not in TYPES
+            or not isinstance(count, int)
+            or count < 0
+            or (len(pid) > 5 and pid[5] is not None)
+        ):
+            raise pickle.UnpicklingError("a storage of an unknown kind")
         return Storage(str(key), type, count)
 
 # %% ../nbs/05i_members.ipynb #3bf823b5
-MAGIC = 0x1950a86a20f9469cfc6c # begins the stream of torch.save before 1.6
-Places = dict[str, tuple[int, int]] # storage -> where its numbers begin in the file, and their bytes
+MAGIC = 0x1950A86A20F9469CFC6C  # begins the stream of torch.save before 1.6
+Places = dict[
+    str, tuple[int, int]
+]  # storage -> where its numbers begin in the file, and their bytes
 
-def _zip_places(f) -> tuple[object, str, Places]: # what was pickled, the byte order, and where the numbers are
+
+def _zip_places(
+    f,
+) -> tuple[object, str, Places]:  # what was pickled, the byte order, and where the numbers are
     with zipfile.ZipFile(f) as box:
         files = {i.filename: i for i in box.infolist()}
-        top = next((n for n in files if n.count('/') == 1 and n.endswith('/data.pkl')), None)
-        if top is None: raise ValueError('no data.pkl in it')
-        if files[top].file_size > 1 << 28: raise ValueError(f'{files[top].file_size} bytes of structure')
-        if packed := next((n for n, i in files.items() if i.compress_type != zipfile.ZIP_STORED), None): raise ValueError(f'member {packed} is packed, which PyTorch never does')
-        home, places = top.removesuffix('data.pkl'), {}
-        order = '>' if home + 'byteorder' in files and box.read(home + 'byteorder') == b'big' else '<'
+        top = next((n for n in files if n.count("/") == 1 and n.endswith("/data.pkl")), None)
+        if top is None:
+            raise ValueError("no data.pkl in it")
+        if files[top].file_size > 1 << 28:
+            raise ValueError(f"{files[top].file_size} bytes of structure")
+        if packed := next(
+            (n for n, i in files.items() if i.compress_type != zipfile.ZIP_STORED), None
+        ):
+            raise ValueError(f"member {packed} is packed, which PyTorch never does")
+        home, places = top.removesuffix("data.pkl"), {}
+        order = (
+            ">" if home + "byteorder" in files and box.read(home + "byteorder") == b"big" else "<"
+        )
         for name, i in files.items():
-            head = os.pread(f.fileno(), 30, i.header_offset) # a member's own header, with a name and more of any length
-            places[name.removeprefix(home + 'data/')] = i.header_offset + 30 + int.from_bytes(head[26:28], 'little') + int.from_bytes(head[28:30], 'little'), i.file_size
-        with box.open(top) as pickled: return Unpickler(pickled).load(), order, places
+            head = os.pread(
+                f.fileno(), 30, i.header_offset
+            )  # a member's own header, with a name and more of any length
+            places[name.removeprefix(home + "data/")] = (
+                i.header_offset
+                + 30
+                + int.from_bytes(head[26:28], "little")
+                + int.from_bytes(head[28:30], "little"),
+                i.file_size,
+            )
+        with box.open(top) as pickled:
+            return Unpickler(pickled).load(), order, places
 
-def _stream_places(f) -> tuple[object, str, Places]: # the same
+
+def _stream_places(f) -> tuple[object, str, Places]:  # the same
     found: dict[str, Storage] = {}
+
     class Stream(Unpickler):
         def persistent_load(self, pid):
             storage = super().persistent_load(pid)
-            if found.setdefault(storage.key, storage) != storage: raise pickle.UnpicklingError('two storages of one name')
+            if found.setdefault(storage.key, storage) != storage:
+                raise pickle.UnpicklingError("two storages of one name")
             return storage
-    if Unpickler(f).load() != MAGIC: raise ValueError('no file of torch.save')
-    Unpickler(f).load(); order = '<' if Unpickler(f).load().get('little_endian', True) else '>'
+
+    if Unpickler(f).load() != MAGIC:
+        raise ValueError("no file of torch.save")
+    Unpickler(f).load()
+    order = "<" if Unpickler(f).load().get("little_endian", True) else ">"
     obj, keys, places, at = Stream(f).load(), Unpickler(f).load(), {}, f.tell()
     for key in keys:
-        count = int.from_bytes(os.pread(f.fileno(), 8, at), 'little' if order == '<' else 'big')
+        count = int.from_bytes(os.pread(f.fileno(), 8, at), "little" if order == "<" else "big")
         places[key] = at + 8, count * np.dtype(TYPES[found[key].type]).itemsize
         at = sum(places[key])
     return obj, order, places
 
 # %% ../nbs/05i_members.ipynb #ab34e4e1
-def _structure(path: Path) -> tuple[object, object, str, Places]: # the open file; as above
+def _structure(path: Path) -> tuple[object, object, str, Places]:  # the open file; as above
     "Open a file of torch.save; `Problem` where it is none, was cut short, or asks for more than containers and tensors."
-    file = open(path, 'rb')
+    file = open(path, "rb")
     try:
         found = (_zip_places if zipfile.is_zipfile(path) else _stream_places)(file)
-        if any(at + n > path.stat().st_size for at, n in found[2].values()): raise ValueError('it ends in the middle of its numbers')
+        if any(at + n > path.stat().st_size for at, n in found[2].values()):
+            raise ValueError("it ends in the middle of its numbers")
         return file, *found
-    except Exception as e: # a hostile stream may raise anything
+    except Exception as e:  # a hostile stream may raise anything
         file.close()
         from rvos_nb.models.files import refusal, strange
+
         why = refusal(path, e)
-        raise Problem(path, strange(path) or why.found, 'predictions as torch.save writes them', why.remedy) from None
+        raise Problem(
+            path, strange(path) or why.found, "predictions as torch.save writes them", why.remedy
+        ) from None
 
 # %% ../nbs/05i_members.ipynb #960739eb
 class Predictions:
     "A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame; safe to use from threads."
+
     def __init__(self, path: Path):
         self.path = path
         self.file, obj, self.order, self.places = _structure(path)
-        good = isinstance(obj, dict) and all(isinstance(es, dict) and all(isinstance(d, dict) and isinstance(d.get('mask_logits'), Tensor) for d in es.values()) for es in obj.values())
-        if not good: raise Problem(path, 'another structure', '{VIDEO: {EXP: {"mask_logits": [T,H,W], "class_info": T numbers}}}', 'name a file of predictions; for weights there is `rvos convert` without --predictions')
-        self.entries = {check_id(v, path): {check_id(str(e), path): d for e, d in es.items()} for v, es in obj.items()}
+        good = isinstance(obj, dict) and all(
+            isinstance(es, dict)
+            and all(
+                isinstance(d, dict) and isinstance(d.get("mask_logits"), Tensor)
+                for d in es.values()
+            )
+            for es in obj.values()
+        )
+        if not good:
+            raise Problem(
+                path,
+                "another structure",
+                '{VIDEO: {EXP: {"mask_logits": [T,H,W], "class_info": T numbers}}}',
+                "name a file of predictions; for weights there is `rvos convert` without --predictions",
+            )
+        self.entries = {
+            check_id(v, path): {check_id(str(e), path): d for e, d in es.items()}
+            for v, es in obj.items()
+        }
 
     def place(self, video: str, expression: str) -> Tensor:
         "Where its logits lie; `Problem` where they cannot lie there."
-        x, where = self.entries[video][expression]['mask_logits'], f'{self.path}, {video}/{expression}'
-        whole = lambda numbers, least: all(isinstance(n, int) and n >= least for n in numbers)
-        if len(x.shape) != 3 or len(x.strides) != 3 or not whole(x.shape, 1) or not whole((x.offset, *x.strides), 0): raise Problem(where, f'mask_logits of shape {x.shape}', '(T, H, W)', 'save the predictions again')
-        last, size = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides)), self.places.get(x.storage.key, (0, -1))[1]
-        if last >= x.storage.count or math.prod(x.shape) > x.storage.count or x.storage.count * np.dtype(TYPES[x.storage.type]).itemsize > size:
-            raise Problem(where, 'a tensor that reaches out of its storage', 'as many numbers as its shape says', 'the file is damaged or made up: download it again')
+        x, where = (
+            self.entries[video][expression]["mask_logits"],
+            f"{self.path}, {video}/{expression}",
+        )
+
+        def whole(numbers, least):
+            return all(isinstance(n, int) and n >= least for n in numbers)
+
+        if (
+            len(x.shape) != 3
+            or len(x.strides) != 3
+            or not whole(x.shape, 1)
+            or not whole((x.offset, *x.strides), 0)
+        ):
+            raise Problem(
+                where, f"mask_logits of shape {x.shape}", "(T, H, W)", "save the predictions again"
+            )
+        last, size = (
+            x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides)),
+            self.places.get(x.storage.key, (0, -1))[1],
+        )
+        if (
+            last >= x.storage.count
+            or math.prod(x.shape) > x.storage.count
+            or x.storage.count * np.dtype(TYPES[x.storage.type]).itemsize > size
+        ):
+            raise Problem(
+                where,
+                "a tensor that reaches out of its storage",
+                "as many numbers as its shape says",
+                "the file is damaged or made up: download it again",
+            )
         return x
 
-    def frames(self, video: str, expression: str) -> Iterator[np.ndarray]: # (H, W) float32, each good until the next is asked for
+    def frames(
+        self, video: str, expression: str
+    ) -> Iterator[np.ndarray]:  # (H, W) float32, each good until the next is asked for
         "The frames of one expression."
         x = self.place(video, expression)
         (count, h, w), (step, *strides), (at, _) = x.shape, x.strides, self.places[x.storage.key]
-        flat = np.empty((h - 1) * strides[0] + (w - 1) * strides[1] + 1, self.order + TYPES[x.storage.type])
-        plane = np.lib.stride_tricks.as_strided(flat, (h, w), [s * flat.itemsize for s in strides], writeable=False)
+        flat = np.empty(
+            (h - 1) * strides[0] + (w - 1) * strides[1] + 1, self.order + TYPES[x.storage.type]
+        )
+        plane = np.lib.stride_tricks.as_strided(
+            flat, (h, w), [s * flat.itemsize for s in strides], writeable=False
+        )
         for t in range(count):
-            if os.preadv(self.file.fileno(), [flat.view(np.uint8)], at + flat.itemsize * (x.offset + t * step)) < flat.nbytes: raise Problem(self.path, 'the end of the file', f'frame {t} of {video}/{expression}', 'copy or download the file again')
-            yield (plane.astype(np.uint32) << 16).view(np.float32) if x.storage.type == 'BFloat16Storage' else plane.astype(np.float32, copy=False)
+            if (
+                os.preadv(
+                    self.file.fileno(),
+                    [flat.view(np.uint8)],
+                    at + flat.itemsize * (x.offset + t * step),
+                )
+                < flat.nbytes
+            ):
+                raise Problem(
+                    self.path,
+                    "the end of the file",
+                    f"frame {t} of {video}/{expression}",
+                    "copy or download the file again",
+                )
+            yield (
+                (plane.astype(np.uint32) << 16).view(np.float32)
+                if x.storage.type == "BFloat16Storage"
+                else plane.astype(np.float32, copy=False)
+            )
 
-    def scores(self, video: str, expression: str) -> np.ndarray | None: # (T,) float32
+    def scores(self, video: str, expression: str) -> np.ndarray | None:  # (T,) float32
         "Its `class_info`; None where there is none."
-        given, count = self.entries[video][expression].get('class_info'), self.place(video, expression).shape[0]
-        if given is None: return None
-        try: scores = np.array([float(s) for s in given], np.float32)
-        except (TypeError, ValueError): scores = np.empty(0)
-        if len(scores) != count: raise Problem(f'{self.path}, {video}/{expression}', f'class_info of {len(scores)} numbers', f'a list of {count}, one for each frame', 'save the predictions again')
+        given, count = (
+            self.entries[video][expression].get("class_info"),
+            self.place(video, expression).shape[0],
+        )
+        if given is None:
+            return None
+        try:
+            scores = np.array([float(s) for s in given], np.float32)
+        except (TypeError, ValueError):
+            scores = np.empty(0)
+        if len(scores) != count:
+            raise Problem(
+                f"{self.path}, {video}/{expression}",
+                f"class_info of {len(scores)} numbers",
+                f"a list of {count}, one for each frame",
+                "save the predictions again",
+            )
         return scores
 
 # %% ../nbs/05i_members.ipynb #95ac82db
 def found_kind(
     file: Predictions,
-    looks: int = 8,    # sentences, evenly spread
-) -> str:              # 'logit' or 'probability'
+    looks: int = 8,  # sentences, evenly spread
+) -> str:  # 'logit' or 'probability'
     "What the values say: outside of [0, 1] are logits only. Raises `Problem` where there is nothing to look at."
     entries = [(v, e) for v, es in file.entries.items() for e in es]
-    for v, e in entries[::max(1, len(entries) // looks)]:
+    for v, e in entries[:: max(1, len(entries) // looks)]:
         for x in file.frames(v, e):
-            if np.nanmin(x) < -1e-3 or np.nanmax(x) > 1.001: return 'logit'
-    return 'probability'
+            if np.nanmin(x) < -1e-3 or np.nanmax(x) > 1.001:
+                return "logit"
+    return "probability"
 
 # %% ../nbs/05i_members.ipynb #55406cfc
-TIMES = 1, 2, 4, 8, 16, 32 # how often a side may be enlarged so that all weights are exact
+TIMES = 1, 2, 4, 8, 16, 32  # how often a side may be enlarged so that all weights are exact
+
 
 def _near(x: np.ndarray, ys: np.ndarray, xs: np.ndarray, times: tuple[int, int]) -> bool:
     "Whether a pixel (ys, xs) of x (h, w) enlarged is so near to the threshold that float32 rounding of its own neighbours may decide."
-    (y, y1, fy), (x0, x1, fx) = (((at := np.maximum((k + .5) / n - .5, 0)).astype(int), np.minimum(at.astype(int) + 1, size - 1), at % 1) for k, n, size in zip((ys, xs), times, x.shape))
+    (y, y1, fy), (x0, x1, fx) = (
+        (
+            (at := np.maximum((k + 0.5) / n - 0.5, 0)).astype(int),
+            np.minimum(at.astype(int) + 1, size - 1),
+            at % 1,
+        )
+        for k, n, size in zip((ys, xs), times, x.shape)
+    )
     a, b, c, d = corners = np.stack([x[y, x0], x[y, x1], x[y1, x0], x[y1, x1]]).astype(np.float64)
     exact = (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
     return bool((abs(exact - HALF) <= abs(corners).max(0) * 2**-20).any())
+
 
 def _vote(x: np.ndarray, found: np.ndarray) -> bool:
     "Set what is foreground of x (h, w), enlarged, in `found` (H, W), all False; or answer False where PyTorch is needed."
     times = found.shape[0] // x.shape[0], found.shape[1] // x.shape[1]
     slack = np.abs(x).max() * np.float32(2**-20)
-    if not np.isfinite(slack): return False
+    if not np.isfinite(slack):
+        return False
     near = x > HALF - slack
     rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
-    if not len(rows): return True
-    (top, end), (left, right) = ((max(k[0] - 1, 0), min(k[-1] + 2, n)) for k, n in ((rows, x.shape[0]), (columns, x.shape[1])))
+    if not len(rows):
+        return True
+    (top, end), (left, right) = (
+        (max(k[0] - 1, 0), min(k[-1] + 2, n))
+        for k, n in ((rows, x.shape[0]), (columns, x.shape[1]))
+    )
     part = x[top:end, left:right]
-    large = cv2.resize(part, (part.shape[1] * times[1], part.shape[0] * times[0]), interpolation=cv2.INTER_LINEAR)
-    mask = found[top * times[0]:end * times[0], left * times[1]:right * times[1]]
+    large = cv2.resize(
+        part, (part.shape[1] * times[1], part.shape[0] * times[0]), interpolation=cv2.INTER_LINEAR
+    )
+    mask = found[top * times[0] : end * times[0], left * times[1] : right * times[1]]
     np.greater(large, HALF + slack, out=mask)
     maybe = large > HALF - slack
-    if np.count_nonzero(maybe) == np.count_nonzero(mask): return True
+    if np.count_nonzero(maybe) == np.count_nonzero(mask):
+        return True
     ys, xs = np.nonzero(maybe != mask)
     mask[ys, xs] = large[ys, xs] > HALF
     return not _near(part, ys, xs, times)
 
 # %% ../nbs/05i_members.ipynb #187f15aa
 def votes(
-    values: np.ndarray,    # (T, h, w) float32 logits or probabilities at any size
-    size: tuple[int, int], # (H, W) of the frames
-    kind: str = 'logit',
-) -> np.ndarray:           # (T, H, W) bool
+    values: np.ndarray,  # (T, h, w) float32 logits or probabilities at any size
+    size: tuple[int, int],  # (H, W) of the frames
+    kind: str = "logit",
+) -> np.ndarray:  # (T, H, W) bool
     "`predict.full_masks`, the same to the pixel, sooner."
     (h, w), (H, W) = values.shape[1:], size
-    if kind != 'logit' or H % h or H // h not in TIMES or W % w or W // w not in TIMES: return full_masks(values, size, kind)
+    if kind != "logit" or H % h or H // h not in TIMES or W % w or W // w not in TIMES:
+        return full_masks(values, size, kind)
     found = np.zeros((len(values), H, W), bool)
     for x, mask in zip(values, found):
-        if not _vote(x, mask): mask[:] = full_masks(x[None], size)[0]
+        if not _vote(x, mask):
+            mask[:] = full_masks(x[None], size)[0]
     return found
 
 # %% ../nbs/05i_members.ipynb #f6c67579
 class Masks:
     "Opinions out of a tree VIDEO/EXP/FRAME.png, in a folder or a zip."
-    def __init__(self, where: Path, note: Callable[[str, str], None]): self.results, self.note = open_results(where), note
-    def close(self): self.results.__exit__()
-    def has(self, video: str, expression: str) -> bool: return bool(self.results.names(f'{video}/{expression}'))
-    def scores(self, video: str, expression: str, frames) -> None: return None
 
-    def opinion(self, video: str, expression: str, frames: Sequence[str], mode: str, size) -> np.ndarray:
+    def __init__(self, where: Path, note: Callable[[str, str], None]):
+        self.results, self.note = open_results(where), note
+
+    def close(self):
+        self.results.__exit__()
+
+    def has(self, video: str, expression: str) -> bool:
+        return bool(self.results.names(f"{video}/{expression}"))
+
+    def scores(self, video: str, expression: str, frames) -> None:
+        return None
+
+    def opinion(
+        self, video: str, expression: str, frames: Sequence[str], mode: str, size
+    ) -> np.ndarray:
         "(T, H, W) bool or float32; `Problem` naming the file that is missing, broken or of another size."
         stack = None
         for t, name in enumerate(frames):
-            file = f'{video}/{expression}/{check_id(name, self.results.where)}.png'
+            file = f"{video}/{expression}/{check_id(name, self.results.where)}.png"
             mask, remark = self.results.mask(file, size)
-            if remark: self.note(remark, f'{remark} in {file}, taken as object where above zero')
-            if stack is None: size = mask.shape; stack = np.empty((len(frames), *size), bool if mode == 'vote' else np.float32)
+            if remark:
+                self.note(remark, f"{remark} in {file}, taken as object where above zero")
+            if stack is None:
+                size = mask.shape
+                stack = np.empty((len(frames), *size), bool if mode == "vote" else np.float32)
             stack[t] = mask
         return stack
 
 # %% ../nbs/05i_members.ipynb #3443adb3
 def _checked(path, found: int, frames: Sequence[str], size, own) -> None:
     "Raise where an opinion has another number of frames or another size than is asked for."
-    if found != len(frames): raise Problem(path, f'{found} frames', f'{len(frames)}, as the data set lists', 'predict this video again')
-    if size is not None and tuple(size) != tuple(own): raise Problem(path, '{}x{} pixels'.format(*own), '{}x{}, as the frames have'.format(*size), 'predict this member at the size of the frames')
+    if found != len(frames):
+        raise Problem(
+            path,
+            f"{found} frames",
+            f"{len(frames)}, as the data set lists",
+            "predict this video again",
+        )
+    if size is not None and tuple(size) != tuple(own):
+        raise Problem(
+            path,
+            "{}x{} pixels".format(*own),
+            "{}x{}, as the frames have".format(*size),
+            "predict this member at the size of the frames",
+        )
+
 
 class Candidates:
     "Opinions out of candidates/VIDEO/EXP.safetensors."
-    def __init__(self, folder: Path): self.folder = folder
-    def close(self): pass
-    def path(self, video: str, expression: str) -> Path: return self.folder/video/f'{expression}.safetensors'
-    def has(self, video: str, expression: str) -> bool: return self.path(video, expression).exists()
-    def listed(self) -> dict[str, list[str]]: return {v.name: sorted((p.stem for p in v.glob('*.safetensors')), key=natural_key) for v in sorted(self.folder.iterdir(), key=lambda p: natural_key(p.name)) if v.is_dir() and not v.name.startswith('.')}
 
-    def read(self, name: str, video: str, expression: str, frames: Sequence[str] | None) -> tuple[np.ndarray, dict]:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def close(self):
+        pass
+
+    def path(self, video: str, expression: str) -> Path:
+        return self.folder / video / f"{expression}.safetensors"
+
+    def has(self, video: str, expression: str) -> bool:
+        return self.path(video, expression).exists()
+
+    def listed(self) -> dict[str, list[str]]:
+        return {
+            v.name: sorted((p.stem for p in v.glob("*.safetensors")), key=natural_key)
+            for v in sorted(self.folder.iterdir(), key=lambda p: natural_key(p.name))
+            if v.is_dir() and not v.name.startswith(".")
+        }
+
+    def read(
+        self, name: str, video: str, expression: str, frames: Sequence[str] | None
+    ) -> tuple[np.ndarray, dict]:
         "One of its arrays for these frames, levels as they are, and what is known of it."
         arrays, about = load_candidates(path := self.path(video, expression), [name], levels=True)
-        names, values = about.get('frames'), arrays[name]
-        if frames is None or not names or about.get('positions') or list(frames) == names: return values, about
+        names, values = about.get("frames"), arrays[name]
+        if frames is None or not names or about.get("positions") or list(frames) == names:
+            return values, about
         at = {f: t for t, f in enumerate(names)}
-        if lost := [f for f in frames if f not in at]: raise Problem(path, f'no frame {lost[0]}', f'the {len(frames)} frames that the data set lists', 'predict this video again')
+        if lost := [f for f in frames if f not in at]:
+            raise Problem(
+                path,
+                f"no frame {lost[0]}",
+                f"the {len(frames)} frames that the data set lists",
+                "predict this video again",
+            )
         return values[[at[f] for f in frames]], about
 
-    def opinion(self, video: str, expression: str, frames: Sequence[str], mode: str, size) -> np.ndarray:
+    def opinion(
+        self, video: str, expression: str, frames: Sequence[str], mode: str, size
+    ) -> np.ndarray:
         "(T, H, W) bool or float32."
-        values, about = self.read('logits', video, expression, frames)
-        _checked(self.path(video, expression), len(values), frames, size, about['size'])
-        if values.dtype == np.uint8: return values >= 128 if mode == 'vote' else (values + np.float32(.5)) / np.float32(256)
-        if mode == 'vote': return votes(values, about['size'], about['kind'])
-        return probability(full_size(values, about['size'], about['kind']), about['kind'])
+        values, about = self.read("logits", video, expression, frames)
+        _checked(self.path(video, expression), len(values), frames, size, about["size"])
+        if values.dtype == np.uint8:
+            return values >= 128 if mode == "vote" else (values + np.float32(0.5)) / np.float32(256)
+        if mode == "vote":
+            return votes(values, about["size"], about["kind"])
+        return probability(full_size(values, about["size"], about["kind"]), about["kind"])
 
-    def scores(self, video: str, expression: str, frames: Sequence[str] | None) -> np.ndarray: return self.read('scores', video, expression, frames)[0]
+    def scores(self, video: str, expression: str, frames: Sequence[str] | None) -> np.ndarray:
+        return self.read("scores", video, expression, frames)[0]
 
 # %% ../nbs/05i_members.ipynb #0d21a496
 class Published:
     "Opinions out of one `.pth` of predictions, or of all shards in a folder."
+
     def __init__(self, where: Path, kind: str, note: Callable[[str, str], None]):
-        paths = sorted(where.glob('*.pth'), key=lambda p: natural_key(p.name)) if where.is_dir() else [where]
-        models = {re.sub(r'\d*$', '', p.stem) for p in paths}
-        if len(models) > 1: raise Problem(where, f'files of several models ({", ".join(sorted(models))})', 'shards NAME0.pth, NAME1.pth, … of one', 'name the file of one model')
+        paths = (
+            sorted(where.glob("*.pth"), key=lambda p: natural_key(p.name))
+            if where.is_dir()
+            else [where]
+        )
+        models = {re.sub(r"\d*$", "", p.stem) for p in paths}
+        if len(models) > 1:
+            raise Problem(
+                where,
+                f"files of several models ({', '.join(sorted(models))})",
+                "shards NAME0.pth, NAME1.pth, … of one",
+                "name the file of one model",
+            )
         self.where, self.files, self.owner = where, [Predictions(p) for p in paths], {}
         for f in self.files:
-            if twice := self.owner.keys() & f.entries.keys(): raise Problem(f.path, f'video {min(twice)}, which {self.owner[min(twice)].path.name} holds, too', 'every video in one file', 'remove one of them')
+            if twice := self.owner.keys() & f.entries.keys():
+                raise Problem(
+                    f.path,
+                    f"video {min(twice)}, which {self.owner[min(twice)].path.name} holds, too",
+                    "every video in one file",
+                    "remove one of them",
+                )
             self.owner |= dict.fromkeys(f.entries, f)
-        found = next((found_kind(f) for f in self.files if f.entries), kind or 'logit')
-        if kind == 'probability' != found: raise Problem(where, 'values outside of [0, 1]', 'probabilities, as told', 'tell the other kind, or none')
-        if not kind: note('kind', f"values taken for {'logits' if found == 'logit' else 'probabilities'}")
-        elif kind != found: note('kind', 'values all in [0, 1], taken for logits as told')
+        found = next((found_kind(f) for f in self.files if f.entries), kind or "logit")
+        if kind == "probability" != found:
+            raise Problem(
+                where,
+                "values outside of [0, 1]",
+                "probabilities, as told",
+                "tell the other kind, or none",
+            )
+        if not kind:
+            note("kind", f"values taken for {'logits' if found == 'logit' else 'probabilities'}")
+        elif kind != found:
+            note("kind", "values all in [0, 1], taken for logits as told")
         self.kind = kind or found
 
     def close(self):
-        for f in self.files: f.file.close()
-    def has(self, video: str, expression: str) -> bool: return video in self.owner and expression in self.owner[video].entries[video]
-    def listed(self) -> dict[str, list[str]]: return {v: list(f.entries[v]) for v, f in self.owner.items()}
-    def scores(self, video: str, expression: str, frames) -> np.ndarray | None: return self.owner[video].scores(video, expression)
+        for f in self.files:
+            f.file.close()
 
-    def opinion(self, video: str, expression: str, frames: Sequence[str], mode: str, size) -> np.ndarray:
+    def has(self, video: str, expression: str) -> bool:
+        return video in self.owner and expression in self.owner[video].entries[video]
+
+    def listed(self) -> dict[str, list[str]]:
+        return {v: list(f.entries[v]) for v, f in self.owner.items()}
+
+    def scores(self, video: str, expression: str, frames) -> np.ndarray | None:
+        return self.owner[video].scores(video, expression)
+
+    def opinion(
+        self, video: str, expression: str, frames: Sequence[str], mode: str, size
+    ) -> np.ndarray:
         "(T, H, W) bool or float32."
-        file = self.owner[video]; count, *own = file.place(video, expression).shape
-        _checked(f'{file.path}, {video}/{expression}', count, frames, size, own)
-        stack = np.empty((count, *own), bool if mode == 'vote' else np.float32)
-        for x, into in zip(file.frames(video, expression), stack): into[:] = (foreground if mode == 'vote' else probability)(x, self.kind)
+        file = self.owner[video]
+        count, *own = file.place(video, expression).shape
+        _checked(f"{file.path}, {video}/{expression}", count, frames, size, own)
+        stack = np.empty((count, *own), bool if mode == "vote" else np.float32)
+        for x, into in zip(file.frames(video, expression), stack):
+            into[:] = (foreground if mode == "vote" else probability)(x, self.kind)
         return stack
 
 # %% ../nbs/05i_members.ipynb #ba1fa467
 def member_name(where: Path) -> str:
     "What the member at a path is called."
-    return where.stem if where.is_file() else f'{where.parent.name}/{where.name}' if where.name.startswith('Annotations') else where.name
+    return (
+        where.stem
+        if where.is_file()
+        else f"{where.parent.name}/{where.name}"
+        if where.name.startswith("Annotations")
+        else where.name
+    )
+
 
 class Member:
     "One source of opinions. Safe to use from threads, usable in `with`, picklable by its path."
+
     def __init__(self, where: Path, kind: str, masks: bool, candidates: bool):
         self.where, self.name, self.notes = where, member_name(where), {}
         self.hard = Masks(where, self.note) if masks else None
-        self.soft = Candidates(where/'candidates') if candidates else None if masks else Published(where, kind, self.note)
-        about = read_json(where/'run.json') if (where/'run.json').is_file() else {}
-        self.positional = isinstance(about, dict) and about.get('stage') == 'convert' and not about['params']['data'] # masks are named by position
+        self.soft = (
+            Candidates(where / "candidates")
+            if candidates
+            else None
+            if masks
+            else Published(where, kind, self.note)
+        )
+        about = read_json(where / "run.json") if (where / "run.json").is_file() else {}
+        self.positional = (
+            isinstance(about, dict)
+            and about.get("stage") == "convert"
+            and not about["params"]["data"]
+        )  # masks are named by position
 
-    def __reduce__(self): return open_member, (self.where, getattr(self.soft, 'kind', ''))
-    def __enter__(self): return self
+    def __reduce__(self):
+        return open_member, (self.where, getattr(self.soft, "kind", ""))
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
         for source in (self.hard, self.soft):
-            if source: source.close()
+            if source:
+                source.close()
 
     def note(self, key: str, text: str):
         "Remember what was assumed, and log it the first time."
-        if key not in self.notes: self.notes[key] = text; logging.getLogger(__name__).warning('%s: %s', self.name, text)
+        if key not in self.notes:
+            self.notes[key] = text
+            logging.getLogger(__name__).warning("%s: %s", self.name, text)
 
     def source(self, video: str, expression: str, mode: str):
         "The one that answers; `Problem` where there is none."
-        soft_first = mode == 'mean' or self.positional
-        found = [s for s in ((self.soft, self.hard) if soft_first else (self.hard, self.soft)) if s and s.has(check_id(video, self.where), check_id(expression, self.where))]
-        if found: return found[0]
-        raise Problem(f'{self.where}, {video}/{expression}', 'nothing of this member', 'masks or candidates of every expression', 'run this member for the video again, or leave the member out')
+        soft_first = mode == "mean" or self.positional
+        found = [
+            s
+            for s in ((self.soft, self.hard) if soft_first else (self.hard, self.soft))
+            if s and s.has(check_id(video, self.where), check_id(expression, self.where))
+        ]
+        if found:
+            return found[0]
+        raise Problem(
+            f"{self.where}, {video}/{expression}",
+            "nothing of this member",
+            "masks or candidates of every expression",
+            "run this member for the video again, or leave the member out",
+        )
 
-    def opinion(self,
-        video: str, expression: str,
-        frames: Sequence[str],                # names without extension
-        mode: str = 'vote',                   # 'vote': bool; 'mean': float32 probabilities
+    def opinion(
+        self,
+        video: str,
+        expression: str,
+        frames: Sequence[str],  # names without extension
+        mode: str = "vote",  # 'vote': bool; 'mean': float32 probabilities
         size: tuple[int, int] | None = None,  # (H, W) that every mask must have
-    ) -> np.ndarray:                          # (T, H, W)
+    ) -> np.ndarray:  # (T, H, W)
         "What this member says of one expression; `Problem` naming the file where it is missing, broken or of another size."
-        if mode not in ('vote', 'mean'): raise Problem('mode', repr(mode), "'vote' or 'mean'", 'choose one of the two')
+        if mode not in ("vote", "mean"):
+            raise Problem("mode", repr(mode), "'vote' or 'mean'", "choose one of the two")
         return self.source(video, expression, mode).opinion(video, expression, frames, mode, size)
 
-    def scores(self, video: str, expression: str, frames: Sequence[str]) -> np.ndarray | None: # (T,) float32
+    def scores(
+        self, video: str, expression: str, frames: Sequence[str]
+    ) -> np.ndarray | None:  # (T,) float32
         "How sure it is of the object frame by frame (the published `class_info`); None where it keeps no scores."
-        found = self.source(video, expression, 'mean').scores(video, expression, frames)
-        if found is not None and len(found) != len(frames): raise Problem(f'{self.where}, {video}/{expression}', f'{len(found)} scores', f'{len(frames)}, one for each frame', 'predict this video again')
+        found = self.source(video, expression, "mean").scores(video, expression, frames)
+        if found is not None and len(found) != len(frames):
+            raise Problem(
+                f"{self.where}, {video}/{expression}",
+                f"{len(found)} scores",
+                f"{len(frames)}, one for each frame",
+                "predict this video again",
+            )
         return found
 
-    def key_frames(self) -> dict[str, dict[str, int]]: # {video: {expression: k}}
+    def key_frames(self) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
         "Its `key_frame.json`, else the frames of highest score, else nothing."
-        if (path := self.where/'key_frame.json').is_file(): return from_json(read_json(path), path)
-        if not self.soft: return {}
-        each = {v: {e: self.soft.scores(v, e, None) for e in es} for v, es in self.soft.listed().items()}
-        return {v: {e: key_frame(s) for e, s in es.items() if s is not None} for v, es in each.items()}
+        if (path := self.where / "key_frame.json").is_file():
+            return from_json(read_json(path), path)
+        if not self.soft:
+            return {}
+        each = {
+            v: {e: self.soft.scores(v, e, None) for e in es} for v, es in self.soft.listed().items()
+        }
+        return {
+            v: {e: key_frame(s) for e, s in es.items() if s is not None} for v, es in each.items()
+        }
 
 # %% ../nbs/05i_members.ipynb #3de7cadd
 def open_member(
-    where,           # a run (Annotations/ and/or candidates/), a tree of masks, a zip of either, a `.pth` of predictions, a folder of its shards
-    kind: str = '',  # of a `.pth`: 'logit' or 'probability'; '': by its values
+    where,  # a run (Annotations/ and/or candidates/), a tree of masks, a zip of either, a `.pth` of predictions, a folder of its shards
+    kind: str = "",  # of a `.pth`: 'logit' or 'probability'; '': by its values
 ) -> Member:
     "A member by its path. Raises `Problem` for anything else, and for a file that must not be read."
     where = resolve(where)
-    if kind not in ('', 'logit', 'probability'): raise Problem('kind', repr(kind), "'logit' or 'probability'", 'correct the kind')
-    if not where.exists(): raise Problem(where, 'no such file or folder', 'a run, a tree of masks, a zip of one, or a .pth of predictions', 'check the name of the member')
-    if where.is_file(): return Member(where, kind, masks=where.suffix not in ('.pth', '.pt'), candidates=False)
-    soft, hard = (where/'candidates').is_dir(), (where/'Annotations').is_dir()
-    if soft or hard: return Member(where, kind, hard, soft)
-    return Member(where, kind, masks=not any(where.glob('*.pth')), candidates=False)
+    if kind not in ("", "logit", "probability"):
+        raise Problem("kind", repr(kind), "'logit' or 'probability'", "correct the kind")
+    if not where.exists():
+        raise Problem(
+            where,
+            "no such file or folder",
+            "a run, a tree of masks, a zip of one, or a .pth of predictions",
+            "check the name of the member",
+        )
+    if where.is_file():
+        return Member(where, kind, masks=where.suffix not in (".pth", ".pt"), candidates=False)
+    soft, hard = (where / "candidates").is_dir(), (where / "Annotations").is_dir()
+    if soft or hard:
+        return Member(where, kind, hard, soft)
+    return Member(where, kind, masks=not any(where.glob("*.pth")), candidates=False)
 
 # %% ../nbs/05i_members.ipynb #311f0d78
 def levels(
-    values: np.ndarray, # any shape, float32 logits or probabilities
+    values: np.ndarray,  # any shape, float32 logits or probabilities
     kind: str,
-) -> np.ndarray:        # the same shape, uint8
+) -> np.ndarray:  # the same shape, uint8
     "Probabilities in 256 steps; 128 and more exactly where `foreground` holds."
-    return np.clip(np.ceil(probability(values, kind) * np.float32(256)) - 1, 0, 255).astype(np.uint8)
+    return np.clip(np.ceil(probability(values, kind) * np.float32(256)) - 1, 0, 255).astype(
+        np.uint8
+    )
+
 
 def _convert_video(unit: str, member: Member, out: Path, names: Mapping[str, Sequence[str]] | None):
     "Write candidates and masks of one video; the masks appear last."
     file, kind = member.soft.owner[unit], member.soft.kind
-    if names is not None and unit not in names: raise Problem(f'{file.path}, {unit}', 'a video that the data set does not have', 'videos of the data set', 'name another split, or convert without --data')
-    with whole_folder(out/'Annotations'/unit) as masks, whole_folder(out/'candidates'/unit) as soft:
+    if names is not None and unit not in names:
+        raise Problem(
+            f"{file.path}, {unit}",
+            "a video that the data set does not have",
+            "videos of the data set",
+            "name another split, or convert without --data",
+        )
+    with (
+        whole_folder(out / "Annotations" / unit) as masks,
+        whole_folder(out / "candidates" / unit) as soft,
+    ):
         for e in file.entries[unit]:
             count, h, w = file.place(unit, e).shape
-            frames = list(names[unit]) if names else [f'{t:05d}' for t in range(count)]
-            _checked(f'{file.path}, {unit}/{e}', count, frames, None, ())
+            frames = list(names[unit]) if names else [f"{t:05d}" for t in range(count)]
+            _checked(f"{file.path}, {unit}/{e}", count, frames, None, ())
             kept, scores = np.empty((count, h, w), np.uint8), file.scores(unit, e)
-            for x, into in zip(file.frames(unit, e), kept): into[:] = levels(x, kind)
-            (masks/e).mkdir(); write_tree(masks/e, frames, kept >= 128)
-            corners = np.array([mask_box(m >= 128) for m in kept]) + np.array([[0, 0, 1, 1]]) * (kept >= 128).any((1, 2))[:, None]
-            boxes = np.concatenate([corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1) / (2 * np.array([w, h, w, h]))
-            about = dict(kind='probability', size=[h, w], model=member.name, frames=frames) | ({} if names else {'positions': True})
-            save_candidates(soft/f'{e}.safetensors', kept, np.full(count, np.nan) if scores is None else scores, boxes, about)
+            for x, into in zip(file.frames(unit, e), kept):
+                into[:] = levels(x, kind)
+            (masks / e).mkdir()
+            write_tree(masks / e, frames, kept >= 128)
+            corners = (
+                np.array([mask_box(m >= 128) for m in kept])
+                + np.array([[0, 0, 1, 1]]) * (kept >= 128).any((1, 2))[:, None]
+            )
+            boxes = np.concatenate(
+                [corners[:, :2] + corners[:, 2:], 2 * (corners[:, 2:] - corners[:, :2])], 1
+            ) / (2 * np.array([w, h, w, h]))
+            about = {
+                "kind": "probability",
+                "size": [h, w],
+                "model": member.name,
+                "frames": frames,
+            } | ({} if names else {"positions": True})
+            save_candidates(
+                soft / f"{e}.safetensors",
+                kept,
+                np.full(count, np.nan) if scores is None else scores,
+                boxes,
+                about,
+            )
+
 
 def _converted(unit: str, member: Member, out: Path) -> bool:
     "Whether every expression of the video has all its masks."
     file = member.soft.owner[unit]
-    return all(len(list((out/'Annotations'/unit/e).glob('*.png'))) == file.place(unit, e).shape[0] for e in file.entries[unit])
+    return all(
+        len(list((out / "Annotations" / unit / e).glob("*.png"))) == file.place(unit, e).shape[0]
+        for e in file.entries[unit]
+    )
 
 # %% ../nbs/05i_members.ipynb #8a321365
 def convert_predictions(
-    file,               # a published `.pth` of predictions, or a folder of its shards
-    out_dir,            # a run: Annotations/, candidates/, key_frame.json, run.json
-    kind: str = '',     # 'logit' or 'probability'; '': by the values
-    data_dir='',        # a data set that knows the names of the frames; '': they are numbered
-    split: str = 'valid',
-    executor: str = 'local', # or 'processes:2'
+    file,  # a published `.pth` of predictions, or a folder of its shards
+    out_dir,  # a run: Annotations/, candidates/, key_frame.json, run.json
+    kind: str = "",  # 'logit' or 'probability'; '': by the values
+    data_dir="",  # a data set that knows the names of the frames; '': they are numbered
+    split: str = "valid",
+    executor: str = "local",  # or 'processes:2'
     force: bool = False,
 ) -> Report:
     "Turn a file of predictions into a run, one video at a time. `Problem` for a file that is none; what is wrong with one video fails that video."
     out = resolve(out_dir)
     with open_member(file, kind) as member:
-        if not isinstance(member.soft, Published): raise Problem(member.where, 'no .pth', 'a published file of predictions', 'runs, trees and zips need no conversion')
-        names = {v: x.frames for v, x in open_dataset(resolve(data_dir), split).videos.items()} if data_dir else None
-        params = dict(kind=member.soft.kind, data=os.path.relpath(resolve(data_dir), out.parent) if data_dir else '', split=split if data_dir else '')
-        report = run_stage('convert', out, params, sorted(member.soft.listed(), key=natural_key), partial(_convert_video, member=member, out=out, names=names),
-                           partial(_converted, member=member, out=out), executor=executor, force=force, inputs=made_from(out, member.where))
-        write_json(out/'key_frame.json', as_json({v: es for v, es in member.key_frames().items() if v not in report.failed}))
+        if not isinstance(member.soft, Published):
+            raise Problem(
+                member.where,
+                "no .pth",
+                "a published file of predictions",
+                "runs, trees and zips need no conversion",
+            )
+        names = (
+            {v: x.frames for v, x in open_dataset(resolve(data_dir), split).videos.items()}
+            if data_dir
+            else None
+        )
+        params = {
+            "kind": member.soft.kind,
+            "data": os.path.relpath(resolve(data_dir), out.parent) if data_dir else "",
+            "split": split if data_dir else "",
+        }
+        report = run_stage(
+            "convert",
+            out,
+            params,
+            sorted(member.soft.listed(), key=natural_key),
+            partial(_convert_video, member=member, out=out, names=names),
+            partial(_converted, member=member, out=out),
+            executor=executor,
+            force=force,
+            inputs=made_from(out, member.where),
+        )
+        write_json(
+            out / "key_frame.json",
+            as_json({v: es for v, es in member.key_frames().items() if v not in report.failed}),
+        )
     return report

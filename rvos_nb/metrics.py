@@ -8,7 +8,9 @@ __all__ = ['PRECISION_AT', 'AP_NAMES', 'jaccard', 'boundary', 'j_and_f', 'contou
            'label_scores', 'davis_mean', 'union_mask', 'sentence_scores']
 
 # %% ../nbs/07a_metrics.ipynb #81f2621f
-import io, math, warnings
+import io
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import NamedTuple
@@ -21,33 +23,40 @@ from .data.masks import run_pixels
 
 # %% ../nbs/07a_metrics.ipynb #b5bc5eba
 def _clips(
-    gt,        # (T, H, W) or (H, W) annotation, anything that is true where the object is
-    pred,      # the same shape, segmentation
-    void=None, # the same shape, True where nobody knows
+    gt,  # (T, H, W) or (H, W) annotation, anything that is true where the object is
+    pred,  # the same shape, segmentation
+    void=None,  # the same shape, True where nobody knows
 ) -> list[np.ndarray]:  # gt, pred (both without void pixels) as uint8 0/1 (T, H, W)
     "Masks as clips of bytes with void pixels set to background."
     masks = [np.asarray(m) for m in ((gt, pred) if void is None else (gt, pred, void))]
     shapes = [m.shape for m in masks]
     if len(set(shapes)) > 1 or len(shapes[0]) not in (2, 3):
-        raise Problem('masks', f'shapes {shapes}', 'one shape for all, (H, W) or (T, H, W)', 'resize the prediction to the size of the annotation')
+        raise Problem(
+            "masks",
+            f"shapes {shapes}",
+            "one shape for all, (H, W) or (T, H, W)",
+            "resize the prediction to the size of the annotation",
+        )
     masks = [np.ascontiguousarray(m if m.dtype == bool else m != 0) for m in masks]
-    if void is not None: masks = [m & ~masks[2] for m in masks[:2]]
+    if void is not None:
+        masks = [m & ~masks[2] for m in masks[:2]]
     return [m.view(np.uint8).reshape(-1, *m.shape[-2:]) for m in masks]
 
 # %% ../nbs/07a_metrics.ipynb #de5da61f
 def _frame_j(
-    a: np.ndarray, # (H, W) uint8 0/1 annotation
-    s: np.ndarray, # (H, W) uint8 0/1 segmentation
+    a: np.ndarray,  # (H, W) uint8 0/1 annotation
+    s: np.ndarray,  # (H, W) uint8 0/1 segmentation
 ) -> float:
     "Region similarity of one frame."
     area, differ = cv2.countNonZero(a) + cv2.countNonZero(s), int(cv2.norm(a, s, cv2.NORM_L1))
     return (area - differ) / (area + differ) if area else 1.0
 
+
 def jaccard(
-    gt,        # (T, H, W) or (H, W) annotation
-    pred,      # the same shape, segmentation
-    void=None, # the same shape, True where nobody knows
-) -> np.ndarray: # (T,) float64, or one float64 for one frame
+    gt,  # (T, H, W) or (H, W) annotation
+    pred,  # the same shape, segmentation
+    void=None,  # the same shape, True where nobody knows
+) -> np.ndarray:  # (T,) float64, or one float64 for one frame
     "Region similarity J of every frame (Perazzi et al. 2016, §4.1); `Problem` where shapes differ."
     j = np.array([_frame_j(x, y) for x, y in zip(*_clips(gt, pred, void))])
     return j if np.ndim(gt) == 3 else j[0]
@@ -55,30 +64,35 @@ def jaccard(
 # %% ../nbs/07a_metrics.ipynb #23dcd27a
 _SQUARE = np.ones((2, 2), np.uint8)
 
+
 def boundary(
-    mask: np.ndarray, # (H, W) uint8 0/1
-) -> np.ndarray:      # (H, W) uint8 0/1
+    mask: np.ndarray,  # (H, W) uint8 0/1
+) -> np.ndarray:  # (H, W) uint8 0/1
     "The boundary map of a mask: 1 where it differs from the pixel right of it, below it, or below right."
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, _SQUARE, anchor=(0, 0))
 
 # %% ../nbs/07a_metrics.ipynb #7c965615
 def _bits(
-    mask: np.ndarray, # (h, w) uint8 0/1
-    gap: int,         # zeros after each row
-) -> int:             # h * (w + gap) bits and what fills the last byte, the first pixel highest
+    mask: np.ndarray,  # (h, w) uint8 0/1
+    gap: int,  # zeros after each row
+) -> int:  # h * (w + gap) bits and what fills the last byte, the first pixel highest
     "A mask as one number."
-    return int.from_bytes(np.packbits(cv2.copyMakeBorder(mask, 0, 0, 0, gap, cv2.BORDER_CONSTANT, value=0)).tobytes(), 'big')
+    return int.from_bytes(
+        np.packbits(cv2.copyMakeBorder(mask, 0, 0, 0, gap, cv2.BORDER_CONSTANT, value=0)).tobytes(),
+        "big",
+    )
 
 # %% ../nbs/07a_metrics.ipynb #47ae6e12
 def _spread(
     bits: int,  # of `_bits`
-    width: int, # bits of a row, with its gap; the gap is at least as wide as r, or as a row is long
-    height: int, # rows
-    r: float,   # radius in pixels
-) -> int:       # of the same form; what lies in the gaps and beyond the first row means nothing
+    width: int,  # bits of a row, with its gap; the gap is at least as wide as r, or as a row is long
+    height: int,  # rows
+    r: float,  # radius in pixels
+) -> int:  # of the same form; what lies in the gaps and beyond the first row means nothing
     "All pixels within Euclidean distance r of one that is set."
     sideways = [bits]
-    for _ in range(min(int(r), width // 2)): sideways.append(sideways[-1] | sideways[-1] << 1 | sideways[-1] >> 1)
+    for _ in range(min(int(r), width // 2)):
+        sideways.append(sideways[-1] | sideways[-1] << 1 | sideways[-1] >> 1)
     found = sideways[-1]
     for dy in range(1, min(int(r), height - 1) + 1):
         row = sideways[min(math.isqrt(int(r * r - dy * dy)), len(sideways) - 1)]
@@ -87,23 +101,25 @@ def _spread(
 
 # %% ../nbs/07a_metrics.ipynb #624235ba
 def _cut(
-    a: np.ndarray, # (H, W) uint8 0/1
-    s: np.ndarray, # (H, W) uint8 0/1
+    a: np.ndarray,  # (H, W) uint8 0/1
+    s: np.ndarray,  # (H, W) uint8 0/1
 ) -> tuple[np.ndarray, np.ndarray]:
     "Views of both masks, cut to the box around them and one pixel more; that pixel holds the outline's upper and left sides."
     x, y, w, h = cv2.boundingRect(a | s)
     box = slice(max(y - 1, 0), y + h + 1), slice(max(x - 1, 0), x + w + 1)
     return a[box], s[box]
 
+
 def _frame_f(
-    a: np.ndarray, # (h, w) uint8 0/1 annotation, cut
-    s: np.ndarray, # (h, w) uint8 0/1 segmentation, cut
-    r: float,      # radius in pixels
+    a: np.ndarray,  # (h, w) uint8 0/1 annotation, cut
+    s: np.ndarray,  # (h, w) uint8 0/1 segmentation, cut
+    r: float,  # radius in pixels
 ) -> float:
     "Contour accuracy of one frame."
     a, s = boundary(a), boundary(s)
     na, ns = cv2.countNonZero(a), cv2.countNonZero(s)
-    if not na or not ns: return float(na == ns)
+    if not na or not ns:
+        return float(na == ns)
     h, w = a.shape
     gap = min(int(r), w)
     a, s = _bits(a, gap), _bits(s, gap)
@@ -112,14 +128,16 @@ def _frame_f(
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 # %% ../nbs/07a_metrics.ipynb #1b81757b
-def _radius(shape: tuple[int, int], bound_th: float) -> float: return bound_th if bound_th >= 1 else math.ceil(bound_th * math.hypot(*shape))
+def _radius(shape: tuple[int, int], bound_th: float) -> float:
+    return bound_th if bound_th >= 1 else math.ceil(bound_th * math.hypot(*shape))
+
 
 def j_and_f(
-    gt,                     # (T, H, W) or (H, W) annotation
-    pred,                   # the same shape, segmentation
-    void=None,              # the same shape, True where nobody knows; set to background before outlines are taken
-    bound_th: float = 0.008, # below 1: share of the diagonal; from 1 on: pixels
-) -> tuple[np.ndarray, np.ndarray]: # J and F, each as `jaccard` and `contour_f` give it
+    gt,  # (T, H, W) or (H, W) annotation
+    pred,  # the same shape, segmentation
+    void=None,  # the same shape, True where nobody knows; set to background before outlines are taken
+    bound_th: float = 0.008,  # below 1: share of the diagonal; from 1 on: pixels
+) -> tuple[np.ndarray, np.ndarray]:  # J and F, each as `jaccard` and `contour_f` give it
     "Both measures of every frame, in less time than one after the other."
     a, s = _clips(gt, pred, void)
     r = _radius(a.shape[1:], bound_th)
@@ -127,180 +145,328 @@ def j_and_f(
     j, f = np.array([(_frame_j(*c), _frame_f(*c, r)) for c in cuts]).reshape(-1, 2).T
     return (j, f) if np.ndim(gt) == 3 else (j[0], f[0])
 
+
 def contour_f(
-    gt,                     # (T, H, W) or (H, W) annotation
-    pred,                   # the same shape, segmentation
-    void=None,              # the same shape, True where nobody knows
-    bound_th: float = 0.008, # as in `j_and_f`
-) -> np.ndarray:            # (T,) float64, or one float64 for one frame
+    gt,  # (T, H, W) or (H, W) annotation
+    pred,  # the same shape, segmentation
+    void=None,  # the same shape, True where nobody knows
+    bound_th: float = 0.008,  # as in `j_and_f`
+) -> np.ndarray:  # (T,) float64, or one float64 for one frame
     "Contour accuracy F of every frame (Perazzi et al. 2016, §4.1); no outline in either is 1, in one of them 0."
     return j_and_f(gt, pred, void, bound_th)[1]
 
 # %% ../nbs/07a_metrics.ipynb #a42c8f15
 class Statistics(NamedTuple):
     "Mean, share above one half, and loss from the first to the last quarter of a sequence of values."
+
     mean: float
     recall: float
     decay: float
 
+
 def statistics(
-    values, # (n,) values of J or F, one a frame; NaN where a frame has none
+    values,  # (n,) values of J or F, one a frame; NaN where a frame has none
 ) -> Statistics:
     "The three numbers of DAVIS for one sequence; NaN counts as a miss in recall and is left out of the means."
     v = np.asarray(values, np.float64).ravel()
-    if not v.size: raise Problem('statistics', 'no value', 'one value for each frame', 'check that the video has frames')
+    if not v.size:
+        raise Problem(
+            "statistics", "no value", "one value for each frame", "check that the video has frames"
+        )
     marks = np.round(np.linspace(1, v.size, 5) + 1e-10).astype(int) - 1
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)  # the mean of nothing but NaN is NaN
-        first, last = (np.nanmean(v[a:b + 1]) for a, b in (marks[:2], marks[3:]))
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing but NaN is NaN
+        first, last = (np.nanmean(v[a : b + 1]) for a, b in (marks[:2], marks[3:]))
         return Statistics(float(np.nanmean(v)), float((v > 0.5).mean()), float(first - last))
 
 # %% ../nbs/07a_metrics.ipynb #ecbdbc10
 def chosen(
-    results: Iterable[dict], # image_id, score, and what was found
-) -> dict:                   # image_id -> the one result that counts
+    results: Iterable[dict],  # image_id, score, and what was found
+) -> dict:  # image_id -> the one result that counts
     "The result of every sample with the highest score, the last one of equals."
     best: dict = {}
     for r in results:
-        if r['image_id'] not in best or r['score'] >= best[r['image_id']]['score']: best[r['image_id']] = r
+        if r["image_id"] not in best or r["score"] >= best[r["image_id"]]["score"]:
+            best[r["image_id"]] = r
     return best
+
 
 def mask_overlap(truth: dict, pred: dict) -> tuple[float, float]:
     "Intersection and union, in pixels, of two run-length codes of one size; `Problem` for other sizes and broken codes."
     from pycocotools import mask as coco
-    if list(truth['size']) != list(pred['size']):
-        raise Problem('results', f"a mask of {list(pred['size'])}", f"{list(truth['size'])}, as the truth has", 'predict again on the original frames')
-    for who, code in (('the truth', truth), ('results', pred)):
-        if run_pixels(code['counts']) != math.prod(code['size']): raise Problem(who, 'run lengths that do not fill the mask', f"lengths that add up to {math.prod(code['size'])}", 'write the mask again')
+
+    if list(truth["size"]) != list(pred["size"]):
+        raise Problem(
+            "results",
+            f"a mask of {list(pred['size'])}",
+            f"{list(truth['size'])}, as the truth has",
+            "predict again on the original frames",
+        )
+    for who, code in (("the truth", truth), ("results", pred)):
+        if run_pixels(code["counts"]) != math.prod(code["size"]):
+            raise Problem(
+                who,
+                "run lengths that do not fill the mask",
+                f"lengths that add up to {math.prod(code['size'])}",
+                "write the mask again",
+            )
     common = float(coco.area(coco.merge([truth, pred], intersect=True)))
     return common, float(coco.area(truth)) + float(coco.area(pred)) - common
 
+
 def box_overlap(a, b) -> tuple[float, float]:
     "Intersection and union, in pixels, of two boxes x, y, width, height."
-    x1, y1, x2, y2 = max(a[0], b[0]), max(a[1], b[1]), min(a[0] + a[2], b[0] + b[2]), min(a[1] + a[3], b[1] + b[3])
+    x1, y1, x2, y2 = (
+        max(a[0], b[0]),
+        max(a[1], b[1]),
+        min(a[0] + a[2], b[0] + b[2]),
+        min(a[1] + a[3], b[1] + b[3]),
+    )
     common = max(x2 - x1, 0) * max(y2 - y1, 0)
     return common, a[2] * a[3] + b[2] * b[3] - common
 
 # %% ../nbs/07a_metrics.ipynb #655e04b2
-PRECISION_AT = (.5, .6, .7, .8, .9)
+PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
+
 
 def overlaps(
-    truth: Mapping,         # image_id -> run-length code, or box
+    truth: Mapping,  # image_id -> run-length code, or box
     results: Iterable[dict],
-    kind: str = 'mask',     # 'mask': `segmentation` is compared; 'box': `bbox`
-) -> np.ndarray:            # (N, 3) float64: IoU (computed in float32), intersection, union; in the order of `truth`
+    kind: str = "mask",  # 'mask': `segmentation` is compared; 'box': `bbox`
+) -> (
+    np.ndarray
+):  # (N, 3) float64: IoU (computed in float32), intersection, union; in the order of `truth`
     "How well the chosen result of each sample fits."
-    best, rows, measure, field = chosen(results), [], *((mask_overlap, 'segmentation') if kind == 'mask' else (box_overlap, 'bbox'))
+    best, rows, measure, field = (
+        chosen(results),
+        [],
+        *((mask_overlap, "segmentation") if kind == "mask" else (box_overlap, "bbox")),
+    )
     for key, true in truth.items():
-        if key in best: common, union = measure(true, best[key][field])
-        else: common, union = 0.0, measure(true, true)[1]
-        iou = (np.float32(common) + np.float32(1e-6)) / (np.float32(union) + np.float32(1e-6)) if key in best else 0
+        if key in best:
+            common, union = measure(true, best[key][field])
+        else:
+            common, union = 0.0, measure(true, true)[1]
+        iou = (
+            (np.float32(common) + np.float32(1e-6)) / (np.float32(union) + np.float32(1e-6))
+            if key in best
+            else 0
+        )
         rows.append((iou, common, union))
     return np.array(rows, np.float64).reshape(-1, 3)
 
+
 def frame_scores(
-    rows: np.ndarray,   # (N, 3) of `overlaps`
+    rows: np.ndarray,  # (N, 3) of `overlaps`
 ) -> dict[str, float]:  # 'P@0.5' … 'P@0.9', 'oIoU', 'mIoU'
     "Precision at five thresholds (strictly above), overall and mean IoU."
-    if not len(rows): raise Problem('samples', 'none', 'at least one sample with truth', 'check the split')
+    if not len(rows):
+        raise Problem("samples", "none", "at least one sample with truth", "check the split")
     iou, common, union = rows.T
-    return {f'P@{k}': float((iou.astype(np.float32) > np.float32(k)).mean()) for k in PRECISION_AT} | {
-        'oIoU': float(common.sum() / union.sum()) if union.sum() else 1.0, 'mIoU': float(iou.mean())}
+    return {
+        f"P@{k}": float((iou.astype(np.float32) > np.float32(k)).mean()) for k in PRECISION_AT
+    } | {
+        "oIoU": float(common.sum() / union.sum()) if union.sum() else 1.0,
+        "mIoU": float(iou.mean()),
+    }
 
 # %% ../nbs/07a_metrics.ipynb #c027a626
-AP_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
 
 def average_precision(
-    truth: Mapping,          # image_id -> run-length code
-    results: Iterable[dict], # image_id, score, segmentation
-) -> dict[str, float]:       # COCO's twelve numbers, -1 where there is no object of that size
+    truth: Mapping,  # image_id -> run-length code
+    results: Iterable[dict],  # image_id, score, segmentation
+) -> dict[str, float]:  # COCO's twelve numbers, -1 where there is no object of that size
     "COCO's evaluation of masks over one category; sizes are those of the masks."
     from pycocotools import mask as coco
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    def entry(n, key, code, **more): return dict(id=n, image_id=key, category_id=1, segmentation=code, area=float(coco.area(code)), bbox=coco.toBbox(code).tolist(), iscrowd=0, **more)
+
+    def entry(n, key, code, **more):
+        return dict(
+            id=n,
+            image_id=key,
+            category_id=1,
+            segmentation=code,
+            area=float(coco.area(code)),
+            bbox=coco.toBbox(code).tolist(),
+            iscrowd=0,
+            **more,
+        )
+
     def index(annotations):
-        api = COCO(); api.dataset = dict(images=[dict(id=k, height=c['size'][0], width=c['size'][1]) for k, c in truth.items()], categories=[dict(id=1)], annotations=annotations); api.createIndex(); return api
+        api = COCO()
+        api.dataset = {
+            "images": [
+                {"id": k, "height": c["size"][0], "width": c["size"][1]} for k, c in truth.items()
+            ],
+            "categories": [{"id": 1}],
+            "annotations": annotations,
+        }
+        api.createIndex()
+        return api
+
     with redirect_stdout(io.StringIO()):
-        e = COCOeval(index([entry(n, k, c) for n, (k, c) in enumerate(truth.items(), 1)]),
-                     index([entry(n, r['image_id'], r['segmentation'], score=r['score']) for n, r in enumerate(results, 1)]), 'segm')
+        e = COCOeval(
+            index([entry(n, k, c) for n, (k, c) in enumerate(truth.items(), 1)]),
+            index(
+                [
+                    entry(n, r["image_id"], r["segmentation"], score=r["score"])
+                    for n, r in enumerate(results, 1)
+                ]
+            ),
+            "segm",
+        )
         e.params.useCats = 0
-        e.evaluate(); e.accumulate(); e.summarize()
+        e.evaluate()
+        e.accumulate()
+        e.summarize()
     return dict(zip(AP_NAMES, map(float, e.stats)))
 
 # %% ../nbs/07a_metrics.ipynb #6911470a
 def precision_of_first(
-    truth: Mapping,          # image_id -> box x, y, width, height; one without area is left out
-    results: Iterable[dict], # image_id, score, bbox x, y, width, height
+    truth: Mapping,  # image_id -> box x, y, width, height; one without area is left out
+    results: Iterable[dict],  # image_id, score, bbox x, y, width, height
     ks=(1, 5, 10),
-) -> list[float]:            # one share for each k
+) -> list[float]:  # one share for each k
     "Share of samples of which one of the k surest boxes has a generalised IoU of at least .5."
     by_sample: dict = {}
-    for r in results: by_sample.setdefault(r['image_id'], []).append(r)
+    for r in results:
+        by_sample.setdefault(r["image_id"], []).append(r)
+
     def fits(a, b):
         common, union = box_overlap(a, b)
-        hull = (max(a[0] + a[2], b[0] + b[2]) - min(a[0], b[0])) * (max(a[1] + a[3], b[1] + b[3]) - min(a[1], b[1]))
-        return union > 0 and common / union - (hull - union) / hull >= .5
+        hull = (max(a[0] + a[2], b[0] + b[2]) - min(a[0], b[0])) * (
+            max(a[1] + a[3], b[1] + b[3]) - min(a[1], b[1])
+        )
+        return union > 0 and common / union - (hull - union) / hull >= 0.5
+
     hits = []
     for key, box in truth.items():
-        if not box[2] * box[3] > 0: continue
-        first = next((i for i, r in enumerate(sorted(by_sample.get(key, []), key=lambda r: -r['score'])) if fits(box, r['bbox'])), math.inf)
+        if not box[2] * box[3] > 0:
+            continue
+        first = next(
+            (
+                i
+                for i, r in enumerate(sorted(by_sample.get(key, []), key=lambda r: -r["score"]))
+                if fits(box, r["bbox"])
+            ),
+            math.inf,
+        )
         hits.append([first < k for k in ks])
-    if not hits: raise Problem('samples', 'none with a true box', 'at least one', 'check the split')
+    if not hits:
+        raise Problem("samples", "none with a true box", "at least one", "check the split")
     return np.mean(hits, 0).tolist()
 
 # %% ../nbs/07a_metrics.ipynb #ed7b489b
 def label_scores(
-    gt: np.ndarray,      # (T, H, W) uint8 object ids, 255 unknown
+    gt: np.ndarray,  # (T, H, W) uint8 object ids, 255 unknown
     result: np.ndarray,  # (T, H, W) uint8 object ids
-    task: str = 'unsupervised', # or 'semi-supervised'
-) -> list[tuple[np.ndarray, np.ndarray]]: # J and F of every frame, for each object
+    task: str = "unsupervised",  # or 'semi-supervised'
+) -> list[tuple[np.ndarray, np.ndarray]]:  # J and F of every frame, for each object
     "Score label maps as DAVIS-2017 does (Pont-Tuset et al. 2017; Caelles et al. 2019). Raises `Problem` for other shapes and for ids too many."
-    if gt.shape != result.shape: raise Problem('label maps', f'{result.shape}', f'{gt.shape}, as the annotation', 'write one map of the frame size for each frame')
-    free, first = task == 'unsupervised', gt[0]
+    if gt.shape != result.shape:
+        raise Problem(
+            "label maps",
+            f"{result.shape}",
+            f"{gt.shape}, as the annotation",
+            "write one map of the frame size for each frame",
+        )
+    free, first = task == "unsupervised", gt[0]
     n, limit = int(first[first < 255].max(initial=0)), 20
-    if not free: gt, result, limit = gt[1:-1], result[1:-1], n
+    if not free:
+        gt, result, limit = gt[1:-1], result[1:-1], n
     found = int(result.max(initial=0))
-    if found > limit: raise Problem('label maps', f'object {found}', f'ids up to {limit}', 'write the ids of the first annotation, and 0 for background')
-    if not n or not len(gt): raise Problem('label maps', f'{n} objects in {len(gt)} frames', 'an annotated first frame and frames to score', 'check the annotations')
+    if found > limit:
+        raise Problem(
+            "label maps",
+            f"object {found}",
+            f"ids up to {limit}",
+            "write the ids of the first annotation, and 0 for background",
+        )
+    if not n or not len(gt):
+        raise Problem(
+            "label maps",
+            f"{n} objects in {len(gt)} frames",
+            "an annotated first frame and frames to score",
+            "check the annotations",
+        )
     void = gt == 255 if free else None
-    def pair(r, g): return j_and_f(gt == g, result == r, void)
-    if not free: return [pair(g, g) for g in range(1, n + 1)]
+
+    def pair(r, g):
+        return j_and_f(gt == g, result == r, void)
+
+    if not free:
+        return [pair(g, g) for g in range(1, n + 1)]
     from scipy.optimize import linear_sum_assignment
+
     pairs = [[pair(r, g) for g in range(1, n + 1)] for r in range(1, max(found, n) + 1)]
     worth = [[j.mean() + f.mean() for j, f in row] for row in pairs]
     return [pairs[r][g] for r, g in zip(*linear_sum_assignment(worth, maximize=True))]
 
+
 def davis_mean(
-    objects: Iterable[tuple[np.ndarray, np.ndarray]], # J and F of every frame, for each object of all videos
+    objects: Iterable[
+        tuple[np.ndarray, np.ndarray]
+    ],  # J and F of every frame, for each object of all videos
 ) -> dict[str, float]:  # J&F, and mean, recall and decay of J and F
     "The seven numbers of a DAVIS table: means over objects, not over videos."
     pairs = [(*statistics(j), *statistics(f)) for j, f in objects]
-    if not pairs: raise Problem('label maps', 'no object', 'at least one', 'check the split')
+    if not pairs:
+        raise Problem("label maps", "no object", "at least one", "check the split")
     v = np.mean(pairs, 0).tolist()
-    return {'J&F': (v[0] + v[3]) / 2, 'J': v[0], 'J_recall': v[1], 'J_decay': v[2], 'F': v[3], 'F_recall': v[4], 'F_decay': v[5]}
+    return {
+        "J&F": (v[0] + v[3]) / 2,
+        "J": v[0],
+        "J_recall": v[1],
+        "J_decay": v[2],
+        "F": v[3],
+        "F_recall": v[4],
+        "F_decay": v[5],
+    }
 
 # %% ../nbs/07a_metrics.ipynb #c992e038
 def union_mask(
-    codes: Iterable[dict | None], # run-length codes of the objects in one frame, None where one is absent
-    size: tuple[int, int],        # (H, W) of the frame
-) -> np.ndarray:                  # (H, W) bool
+    codes: Iterable[
+        dict | None
+    ],  # run-length codes of the objects in one frame, None where one is absent
+    size: tuple[int, int],  # (H, W) of the frame
+) -> np.ndarray:  # (H, W) bool
     "Everything that one of the objects covers; `Problem` where a code is of another size."
     from pycocotools import mask as coco
+
     there = [c for c in codes if c is not None]
-    if not there: return np.zeros(size, bool)
-    if other := next((c['size'] for c in there if tuple(c['size']) != tuple(size)), None):
-        raise Problem('masks', f'{list(size)}', f'{list(other)}, as the annotation', 'write the prediction at the size of the frames')
+    if not there:
+        return np.zeros(size, bool)
+    if other := next((c["size"] for c in there if tuple(c["size"]) != tuple(size)), None):
+        raise Problem(
+            "masks",
+            f"{list(size)}",
+            f"{list(other)}, as the annotation",
+            "write the prediction at the size of the frames",
+        )
     return coco.decode(coco.merge(there)).astype(bool)
 
+
 def sentence_scores(
-    objects: Sequence[Sequence[dict | None]], # for each object, its T codes; no object where nothing is meant
-    result: np.ndarray | None,                # (T, H, W), true where predicted; None where there is no answer
-) -> tuple[float, float]:                     # mean J and mean F over all frames
+    objects: Sequence[
+        Sequence[dict | None]
+    ],  # for each object, its T codes; no object where nothing is meant
+    result: np.ndarray | None,  # (T, H, W), true where predicted; None where there is no answer
+) -> tuple[float, float]:  # mean J and mean F over all frames
     "One sentence as MeViS scores it (Ding et al. 2023); `Problem` for another size or number of frames."
-    if result is None: return 0.0, 0.0
+    if result is None:
+        return 0.0, 0.0
     if bad := [len(o) for o in objects if len(o) != len(result)]:
-        raise Problem('masks', f'{len(result)} frames', f'{bad[0]}, as the annotation', 'predict every frame of the video')
-    pairs = ((union_mask((o[t] for o in objects), pred.shape), pred) for t, pred in enumerate(result))
+        raise Problem(
+            "masks",
+            f"{len(result)} frames",
+            f"{bad[0]}, as the annotation",
+            "predict every frame of the video",
+        )
+    pairs = (
+        (union_mask((o[t] for o in objects), pred.shape), pred) for t, pred in enumerate(result)
+    )
     j, f = zip(*(j_and_f(*pair) for pair in pairs))
     return float(np.mean(j)), float(np.mean(f))

@@ -9,230 +9,474 @@ __all__ = ['CONDITIONS', 'Stage', 'Recipe', 'load_recipe', 'recipes', 'fill', 'f
            'run', 'summary']
 
 # %% ../nbs/09_pipeline.ipynb #d6ed4928
-import ast, contextlib, difflib, hashlib, importlib, inspect, json, os, re, signal, subprocess, sys, tempfile, time
+import ast
+import contextlib
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+
 import yaml
-from .core import Problem, Report, StageFailed, check_id, clear, contents, fingerprint, fingerprints, locked, read_json, resolve, shipped, whole, write_json
+
+from rvos_nb.core import (
+    Problem,
+    Report,
+    StageFailed,
+    check_id,
+    clear,
+    contents,
+    fingerprint,
+    fingerprints,
+    locked,
+    read_json,
+    resolve,
+    shipped,
+    whole,
+    write_json,
+)
 
 # %% ../nbs/09_pipeline.ipynb #52ccef86
 @dataclass(frozen=True)
 class Stage:
     "One step of a recipe: a notebook or a function, and its parameters."
-    name: str                                       # unique in the recipe; one path component
-    notebook: str = ''                              # '06_fuse', or a path ending in .ipynb
-    function: str = ''                              # or 'MODULE:NAME', called with the parameters
+
+    name: str  # unique in the recipe; one path component
+    notebook: str = ""  # '06_fuse', or a path ending in .ipynb
+    function: str = ""  # or 'MODULE:NAME', called with the parameters
     parameters: dict = field(default_factory=dict)
-    when: dict = field(default_factory=dict)        # condition -> path; run only where it holds
-    unless: dict = field(default_factory=dict)      # condition -> path; skip where it holds
-    writes: tuple[str, ...] = ()                    # paths that it makes beside its out_dir or zip_path
-    link: str = ''                                  # another path for out_dir/Annotations
+    when: dict = field(default_factory=dict)  # condition -> path; run only where it holds
+    unless: dict = field(default_factory=dict)  # condition -> path; skip where it holds
+    writes: tuple[str, ...] = ()  # paths that it makes beside its out_dir or zip_path
+    link: str = ""  # another path for out_dir/Annotations
 
     def makes(self) -> list[str]:
         "Absolute paths of its results."
-        return [str(resolve(p)) for p in (*(self.parameters.get(k) for k in ('out_dir', 'zip_path')), *self.writes) if p]
+        return [
+            str(resolve(p))
+            for p in (*(self.parameters.get(k) for k in ("out_dir", "zip_path")), *self.writes)
+            if p
+        ]
 
     def reads(self) -> list[str]:
         "Absolute paths of what it works on: parameters whose name ends in _dir, _dirs or _path, and `runs`, `model` and `source` where they are absolute."
+
         def paths(name, v):
-            if isinstance(v, (dict, list, tuple)): return [p for x in (v.values() if isinstance(v, dict) else v) for p in paths(name, x)]
-            asked = re.search('_(dirs?|path)$', name) or name in ('runs', 'model', 'source') and os.path.isabs(str(v))
+            if isinstance(v, (dict, list, tuple)):
+                return [
+                    p for x in (v.values() if isinstance(v, dict) else v) for p in paths(name, x)
+                ]
+            asked = re.search("_(dirs?|path)$", name) or (
+                name in ("runs", "model", "source") and os.path.isabs(str(v))
+            )
             return [str(resolve(v))] if isinstance(v, str) and v and asked else []
-        return list(dict.fromkeys(p for k, v in self.parameters.items() if k not in ('out_dir', 'zip_path') for p in paths(k, v)))
+
+        return list(
+            dict.fromkeys(
+                p
+                for k, v in self.parameters.items()
+                if k not in ("out_dir", "zip_path")
+                for p in paths(k, v)
+            )
+        )
+
 
 @dataclass(frozen=True)
 class Recipe:
     "A list of stages and the parameters they share."
+
     name: str
     stages: tuple[Stage, ...]
     parameters: dict = field(default_factory=dict)
-    paths: tuple[str, ...] = ()                     # parameters that are paths
-    about: str = ''
-    threads: int = 0                                # CPU threads of a stage; 0: PyTorch's choice
+    paths: tuple[str, ...] = ()  # parameters that are paths
+    about: str = ""
+    threads: int = 0  # CPU threads of a stage; 0: PyTorch's choice
 
 # %% ../nbs/09_pipeline.ipynb #f865aa90
 def _keys(found, allowed: set, needed: set, where: str) -> dict:
     "`found` itself where it is a mapping with the right keys."
-    if not isinstance(found, dict): raise Problem(where, f"{type(found).__name__}", "a mapping of " + ', '.join(sorted(allowed)), "indent the lines below it")
+    if not isinstance(found, dict):
+        raise Problem(
+            where,
+            f"{type(found).__name__}",
+            "a mapping of " + ", ".join(sorted(allowed)),
+            "indent the lines below it",
+        )
     wrong, missing = sorted(map(str, set(found) - allowed)), sorted(needed - set(found))
-    if wrong: raise Problem(where, f"key {wrong[0]!r}", "one of " + ', '.join(sorted(allowed)), "correct or remove it")
-    if missing: raise Problem(where, f"no key {missing[0]!r}", "all of " + ', '.join(sorted(needed)), "add it")
+    if wrong:
+        raise Problem(
+            where,
+            f"key {wrong[0]!r}",
+            "one of " + ", ".join(sorted(allowed)),
+            "correct or remove it",
+        )
+    if missing:
+        raise Problem(
+            where, f"no key {missing[0]!r}", "all of " + ", ".join(sorted(needed)), "add it"
+        )
     return found
 
 # %% ../nbs/09_pipeline.ipynb #058ceeb1
-def _mapping(recipe, above: tuple = ()) -> tuple[dict, str]: # with what it extends put in; where it stands, for messages
+def _mapping(
+    recipe, above: tuple = ()
+) -> tuple[dict, str]:  # with what it extends put in; where it stands, for messages
     "Read a recipe's mapping; raise `Problem` where it is missing, is not YAML, or extends itself."
-    where = 'recipe'
+    where = "recipe"
     if not isinstance(recipe, dict):
-        path = shipped('recipes', f'{recipe}.yaml') if re.fullmatch(r'[\w-]+', str(recipe)) else resolve(recipe)
+        path = (
+            shipped("recipes", f"{recipe}.yaml")
+            if re.fullmatch(r"[\w-]+", str(recipe))
+            else resolve(recipe)
+        )
         where = str(path)
-        if where in above: raise Problem(where, "a recipe that extends itself", "another one", "correct 'extends'")
-        if not path.is_file(): raise Problem(where, "no such file", "a recipe", f"name a YAML file or one of: {', '.join(recipes())}")
-        try: recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise Problem(where, ' '.join(str(e).split()), "YAML", "correct the line") from None
-    extends = isinstance(recipe, dict) and 'extends' in recipe
-    top = _keys(recipe, {'name', 'about', 'paths', 'threads', 'parameters', 'stages', 'extends'}, {'name'} if extends else {'name', 'stages'}, where)
-    if not extends: return top, where
-    base, known = _mapping(top['extends'], (*above, where))[0], lambda x: {s.get('name'): s for s in x.get('stages') or () if isinstance(s, dict)}
+        if where in above:
+            raise Problem(where, "a recipe that extends itself", "another one", "correct 'extends'")
+        if not path.is_file():
+            raise Problem(
+                where,
+                "no such file",
+                "a recipe",
+                f"name a YAML file or one of: {', '.join(recipes())}",
+            )
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise Problem(where, " ".join(str(e).split()), "YAML", "correct the line") from None
+    extends = isinstance(recipe, dict) and "extends" in recipe
+    top = _keys(
+        recipe,
+        {"name", "about", "paths", "threads", "parameters", "stages", "extends"},
+        {"name"} if extends else {"name", "stages"},
+        where,
+    )
+    if not extends:
+        return top, where
+    base, known = (
+        _mapping(top["extends"], (*above, where))[0],
+        lambda x: {s.get("name"): s for s in x.get("stages") or () if isinstance(s, dict)},
+    )
     old, new = known(base), known(top)
-    changed = [{**s, **new.get(name, {}), 'parameters': {**(s.get('parameters') or {}), **(new.get(name, {}).get('parameters') or {})}} for name, s in old.items()]
+    changed = [
+        {
+            **s,
+            **new.get(name, {}),
+            "parameters": {
+                **(s.get("parameters") or {}),
+                **(new.get(name, {}).get("parameters") or {}),
+            },
+        }
+        for name, s in old.items()
+    ]
     before, added = {}, []
-    for s in top.get('stages') or ():
-        if isinstance(s, dict) and s.get('name') in old: before[s['name']], added = added, []
-        else: added.append(s)
-    stages = [x for s in changed for x in (*before.get(s['name'], ()), s)] + added
-    return {**base, **{k: v for k, v in top.items() if k != 'extends'}, 'stages': stages, 'paths': [*(base.get('paths') or ()), *(top.get('paths') or ())],
-            'parameters': {**(base.get('parameters') or {}), **(top.get('parameters') or {})}}, where
+    for s in top.get("stages") or ():
+        if isinstance(s, dict) and s.get("name") in old:
+            before[s["name"]], added = added, []
+        else:
+            added.append(s)
+    stages = [x for s in changed for x in (*before.get(s["name"], ()), s)] + added
+    return {
+        **base,
+        **{k: v for k, v in top.items() if k != "extends"},
+        "stages": stages,
+        "paths": [*(base.get("paths") or ()), *(top.get("paths") or ())],
+        "parameters": {**(base.get("parameters") or {}), **(top.get("parameters") or {})},
+    }, where
 
 # %% ../nbs/09_pipeline.ipynb #7b1f9a60
 def load_recipe(
-    recipe, # a name that ships ('demo'), the path of a YAML file, or the mapping itself
+    recipe,  # a name that ships ('demo'), the path of a YAML file, or the mapping itself
 ) -> Recipe:
     "Read a recipe; raise `Problem` where it is missing, is not YAML, or has wrong keys."
     top, where = _mapping(recipe)
     stages, seen = [], set()
-    for i, s in enumerate(top['stages'] or ()):
-        s = _keys(s, {'name', 'notebook', 'function', 'parameters', 'when', 'unless', 'writes', 'link'}, {'name'}, f"{where}, stage {i + 1}")
-        if ('notebook' in s) == ('function' in s): raise Problem(f"{where}, stage {i + 1}", f"keys {', '.join(s)}", "either 'notebook' or 'function'", "name what the stage runs")
-        name = check_id(str(s['name']), f"{where}, stage {i + 1}")
-        if name in seen: raise Problem(where, f"two stages named {name!r}", "each name once", "rename one of them")
-        seen.add(name); stages.append(Stage(**{**s, 'name': name}))
-    if not stages: raise Problem(where, "no stages", "at least one", "add a stage")
-    return Recipe(str(top['name']), tuple(stages), top.get('parameters') or {}, tuple(top.get('paths') or ()), top.get('about', ''), int(top.get('threads') or 0))
+    for i, s in enumerate(top["stages"] or ()):
+        s = _keys(
+            s,
+            {"name", "notebook", "function", "parameters", "when", "unless", "writes", "link"},
+            {"name"},
+            f"{where}, stage {i + 1}",
+        )
+        if ("notebook" in s) == ("function" in s):
+            raise Problem(
+                f"{where}, stage {i + 1}",
+                f"keys {', '.join(s)}",
+                "either 'notebook' or 'function'",
+                "name what the stage runs",
+            )
+        name = check_id(str(s["name"]), f"{where}, stage {i + 1}")
+        if name in seen:
+            raise Problem(
+                where, f"two stages named {name!r}", "each name once", "rename one of them"
+            )
+        seen.add(name)
+        stages.append(Stage(**{**s, "name": name}))
+    if not stages:
+        raise Problem(where, "no stages", "at least one", "add a stage")
+    return Recipe(
+        str(top["name"]),
+        tuple(stages),
+        top.get("parameters") or {},
+        tuple(top.get("paths") or ()),
+        top.get("about", ""),
+        int(top.get("threads") or 0),
+    )
 
 # %% ../nbs/09_pipeline.ipynb #b5a84c2d
 def recipes() -> list[str]:
     "Names of the pipelines that ship."
-    return sorted(p.stem for p in shipped('recipes').glob('*.yaml') if not p.stem.startswith('train-'))
+    return sorted(
+        p.stem for p in shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
+    )
 
 # %% ../nbs/09_pipeline.ipynb #8a23fedf
 def fill(
-    value,                  # string, list, mapping or anything else of a recipe
-    known: dict,            # parameter -> value; values may mention other parameters
-    where: str = 'recipe',
+    value,  # string, list, mapping or anything else of a recipe
+    known: dict,  # parameter -> value; values may mention other parameters
+    where: str = "recipe",
     _open: tuple = (),
 ):
     "`value` with every `{name}` and `{name.name}` replaced; raises `Problem` for an unknown name or a circle."
-    if isinstance(value, dict): return {k: fill(v, known, where, _open) for k, v in value.items()}
-    if isinstance(value, list): return [fill(v, known, where, _open) for v in value]
-    if not isinstance(value, str): return value
+    if isinstance(value, dict):
+        return {k: fill(v, known, where, _open) for k, v in value.items()}
+    if isinstance(value, list):
+        return [fill(v, known, where, _open) for v in value]
+    if not isinstance(value, str):
+        return value
+
     def one(name):
-        if name not in known: raise Problem(where, f"'{{{name}}}'", "one of the parameters " + ', '.join(known), "correct the name or declare it")
-        if name in _open: raise Problem(where, f"parameter {name!r} that mentions itself", "no circles", "give one of them a value")
+        if name not in known:
+            raise Problem(
+                where,
+                f"'{{{name}}}'",
+                "one of the parameters " + ", ".join(known),
+                "correct the name or declare it",
+            )
+        if name in _open:
+            raise Problem(
+                where,
+                f"parameter {name!r} that mentions itself",
+                "no circles",
+                "give one of them a value",
+            )
         return fill(known[name], known, where, (*_open, name))
-    alone = re.fullmatch(r'\{(\w+)\}', value)
-    if alone: return one(alone[1])
-    return re.sub(r'\{(\w+)(\.name)?\}', lambda m: Path(one(m[1])).name if m[2] else str(one(m[1])), value)
+
+    alone = re.fullmatch(r"\{(\w+)\}", value)
+    if alone:
+        return one(alone[1])
+    return re.sub(
+        r"\{(\w+)(\.name)?\}", lambda m: Path(one(m[1])).name if m[2] else str(one(m[1])), value
+    )
 
 # %% ../nbs/09_pipeline.ipynb #7e7960e6
 def find_notebook(
-    name: str, # '06_fuse', or a path ending in .ipynb
+    name: str,  # '06_fuse', or a path ending in .ipynb
 ) -> Path:
     "The stage notebook; raises `Problem` where there is none."
-    path = resolve(name) if str(name).endswith('.ipynb') else shipped('notebooks', f'{name}.ipynb')
-    if path.is_file(): return path
-    known = sorted(p.stem for p in shipped('notebooks').glob('[0-9]*.ipynb'))
-    raise Problem(str(path), "no such notebook", "the name of a chapter or the path of an .ipynb", "one of " + ', '.join(known))
+    path = resolve(name) if str(name).endswith(".ipynb") else shipped("notebooks", f"{name}.ipynb")
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in shipped("notebooks").glob("[0-9]*.ipynb"))
+    raise Problem(
+        str(path),
+        "no such notebook",
+        "the name of a chapter or the path of an .ipynb",
+        "one of " + ", ".join(known),
+    )
 
 # %% ../nbs/09_pipeline.ipynb #888b575d
 def _tagged(nb: dict) -> int:
     "Index of the cell tagged `parameters`, -1 without one."
-    return next((i for i, c in enumerate(nb['cells']) if 'parameters' in c['metadata'].get('tags', ())), -1)
+    return next(
+        (i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", ())), -1
+    )
+
 
 def notebook_parameters(
-    path, # a notebook
-) -> dict:# name -> default
+    path,  # a notebook
+) -> dict:  # name -> default
     "What the notebook's `parameters` cell declares; raises `Problem` for a notebook without one."
-    try: nb = json.loads(Path(path).read_text(encoding='utf-8')); at = _tagged(nb)
-    except (ValueError, KeyError, TypeError) as e: raise Problem(str(path), f"{type(e).__name__} on reading", "a notebook", "restore the file") from None
-    if at < 0: raise Problem(str(path), "no cell tagged 'parameters'", "a stage notebook", "tag the cell that holds its parameters")
-    tree = ast.parse(''.join(nb['cells'][at]['source']))
-    targets = [(s.target if isinstance(s, ast.AnnAssign) else s.targets[0], s.value) for s in tree.body if isinstance(s, (ast.AnnAssign, ast.Assign))]
+    try:
+        nb = json.loads(Path(path).read_text(encoding="utf-8"))
+        at = _tagged(nb)
+    except (ValueError, KeyError, TypeError) as e:
+        raise Problem(
+            str(path), f"{type(e).__name__} on reading", "a notebook", "restore the file"
+        ) from None
+    if at < 0:
+        raise Problem(
+            str(path),
+            "no cell tagged 'parameters'",
+            "a stage notebook",
+            "tag the cell that holds its parameters",
+        )
+    tree = ast.parse("".join(nb["cells"][at]["source"]))
+    targets = [
+        (s.target if isinstance(s, ast.AnnAssign) else s.targets[0], s.value)
+        for s in tree.body
+        if isinstance(s, (ast.AnnAssign, ast.Assign))
+    ]
     return {t.id: ast.literal_eval(v) for t, v in targets}
 
 # %% ../nbs/09_pipeline.ipynb #715b5aba
 def find_function(
-    name: str, # 'MODULE:NAME'
+    name: str,  # 'MODULE:NAME'
 ):
     "The function; raises `Problem` where there is none."
-    module, _, attribute = name.partition(':')
-    try: return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError): raise Problem(f'function {name}', "nothing of that name", "MODULE:NAME", "correct it in the recipe") from None
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        raise Problem(
+            f"function {name}", "nothing of that name", "MODULE:NAME", "correct it in the recipe"
+        ) from None
+
 
 def _check_parameters(stage: Stage):
     "Raise `Problem` where what `stage` runs would not understand its parameters."
     where = f"stage {stage.name} ({stage.notebook or stage.function})"
     if stage.function:
-        try: inspect.signature(find_function(stage.function)).bind(**stage.parameters)
-        except TypeError as e: raise Problem(where, str(e), f"the parameters of {stage.function}", "correct the recipe") from None
+        try:
+            inspect.signature(find_function(stage.function)).bind(**stage.parameters)
+        except TypeError as e:
+            raise Problem(
+                where, str(e), f"the parameters of {stage.function}", "correct the recipe"
+            ) from None
         return
     takes = notebook_parameters(find_notebook(stage.notebook))
     for k, v in stage.parameters.items():
-        if k not in takes: raise Problem(where, f"parameter {k!r}", "one of " + ', '.join(takes), "correct the name in the recipe")
+        if k not in takes:
+            raise Problem(
+                where,
+                f"parameter {k!r}",
+                "one of " + ", ".join(takes),
+                "correct the name in the recipe",
+            )
         want, got = type(takes[k]), type(v)
         if want is not type(None) and got is not want and not (want is float and got is int):
-            raise Problem(where, f"{k} = {v!r} ({got.__name__})", want.__name__, f"its default is {takes[k]!r}")
-    if stage.notebook == '06_fuse': _check_fusion(where, stage.parameters)
+            raise Problem(
+                where,
+                f"{k} = {v!r} ({got.__name__})",
+                want.__name__,
+                f"its default is {takes[k]!r}",
+            )
+    if stage.notebook == "06_fuse":
+        _check_fusion(where, stage.parameters)
+
 
 def _check_fusion(where: str, given: dict):
     "Raise `Problem` where a fusion has a rule that there is not, or one that does not fit its members."
     from rvos_nb.fuse import RULES, check_fit
-    name = given.get('rule') or 'round2'
-    if name not in RULES: raise Problem(where, f"rule {name!r}", ' or '.join(map(repr, RULES)), "choose one of them")
-    try: check_fit(replace(RULES[name], **{k: v for k, v in given.items() if v and k in vars(RULES[name])}), [resolve(m) for m in given.get('member_dirs') or ['']])
-    except Problem as e: raise Problem(f"{where}, {e.where}", e.found, e.expected, e.remedy) from None
+
+    name = given.get("rule") or "round2"
+    if name not in RULES:
+        raise Problem(where, f"rule {name!r}", " or ".join(map(repr, RULES)), "choose one of them")
+    try:
+        check_fit(
+            replace(
+                RULES[name], **{k: v for k, v in given.items() if v and k in vars(RULES[name])}
+            ),
+            [resolve(m) for m in given.get("member_dirs") or [""]],
+        )
+    except Problem as e:
+        raise Problem(f"{where}, {e.where}", e.found, e.expected, e.remedy) from None
 
 # %% ../nbs/09_pipeline.ipynb #e41ff22f
 def has_masks(
-    data,                  # a data set
-    split: str = 'valid',
+    data,  # a data set
+    split: str = "valid",
 ) -> bool:
     "Whether any expression comes with masks for every frame, so that it can be scored."
     from rvos_nb.data.datasets import open_dataset
+
     d = open_dataset(data, split)
     for e in (e for es in d.expressions.values() for e in es):
-        with contextlib.suppress(Problem): # a broken mask is for the evaluation to report
-            if d.masks(e) is not None: return True
+        with contextlib.suppress(Problem):  # a broken mask is for the evaluation to report
+            if d.masks(e) is not None:
+                return True
     return False
 
-CONDITIONS = dict(exists=(lambda p: Path(p).exists(), "{} is there already", "there is no {}"),
-                  masks=(has_masks, "{} has masks for every frame", "{} has no masks for every frame, so there is nothing to score against"))
+
+CONDITIONS = {
+    "exists": (lambda p: Path(p).exists(), "{} is there already", "there is no {}"),
+    "masks": (
+        has_masks,
+        "{} has masks for every frame",
+        "{} has no masks for every frame, so there is nothing to score against",
+    ),
+}
+
 
 def why_skipped(
     stage: Stage,  # with its parameters filled in
-) -> str | None:   # a reason, or None where the stage is to run
+) -> str | None:  # a reason, or None where the stage is to run
     "Ask the conditions of `stage`."
     for wanted, asked in ((True, stage.when), (False, stage.unless)):
         for name, path in asked.items():
             (test, yes, no), path = CONDITIONS[name], path if isinstance(path, list) else [path]
-            if (holds := test(*path)) is not wanted: return (yes if holds else no).format(path[0])
+            if (holds := test(*path)) is not wanted:
+                return (yes if holds else no).format(path[0])
 
 # %% ../nbs/09_pipeline.ipynb #0839c01a
-def related(stage: Stage, stages: Sequence[Stage]) -> dict[str, str]: # name of a stage -> the path that `stage` reads of it
+def related(
+    stage: Stage, stages: Sequence[Stage]
+) -> dict[str, str]:  # name of a stage -> the path that `stage` reads of it
     "The stages that make what `stage` reads, itself included where it reads what it makes."
     made, found = {m for s in stages for m in s.makes()}, {}
-    def inside(p, folder): return p == folder or p.startswith(folder.rstrip(os.sep) + os.sep)
+
+    def inside(p, folder):
+        return p == folder or p.startswith(folder.rstrip(os.sep) + os.sep)
+
     for p in stage.reads():
         for s in stages:
-            if any(inside(p, m) or (p in made and inside(m, p) and s is not stage) for m in s.makes()): found.setdefault(s.name, p)
+            if any(
+                inside(p, m) or (p in made and inside(m, p) and s is not stage) for m in s.makes()
+            ):
+                found.setdefault(s.name, p)
     return found
+
 
 def _order_faults(stages: Sequence[Stage]) -> list[str]:
     "What is wrong with the order of the stages: circles, a stage before one that it reads, two that make the same."
-    needs, at = {s.name: related(s, stages) for s in stages}, {s.name: i for i, s in enumerate(stages)}
+    needs, at = (
+        {s.name: related(s, stages) for s in stages},
+        {s.name: i for i, s in enumerate(stages)},
+    )
     free = set()
-    while more := {n for n in needs if n not in free and needs[n].keys() <= free}: free |= more
+    while more := {n for n in needs if n not in free and needs[n].keys() <= free}:
+        free |= more
     faults, makers = [], {}
     if left := [n for n in needs if n not in free]:
         way = [left[0]]
-        while way[-1] not in way[:-1]: way.append(next(n for n in needs[way[-1]] if n not in free))
-        faults.append(f"a circle: {' reads '.join(way[way.index(way[-1]):])}; take one of these inputs away")
-    faults += [f"stage {n} reads {p}, which stage {m} makes after it; put {m} before {n}" for n, of in needs.items() for m, p in of.items() if at[m] > at[n] and n in free]
+        while way[-1] not in way[:-1]:
+            way.append(next(n for n in needs[way[-1]] if n not in free))
+        faults.append(
+            f"a circle: {' reads '.join(way[way.index(way[-1]) :])}; take one of these inputs away"
+        )
+    faults += [
+        f"stage {n} reads {p}, which stage {m} makes after it; put {m} before {n}"
+        for n, of in needs.items()
+        for m, p in of.items()
+        if at[m] > at[n] and n in free
+    ]
     for s in stages:
-        for m in s.makes(): makers.setdefault(m, []).append(s.name)
-    return faults + [f"stages {' and '.join(names)} both make {m}; give each a folder of its own" for m, names in makers.items() if len(names) > 1]
+        for m in s.makes():
+            makers.setdefault(m, []).append(s.name)
+    return faults + [
+        f"stages {' and '.join(names)} both make {m}; give each a folder of its own"
+        for m, names in makers.items()
+        if len(names) > 1
+    ]
 
 # %% ../nbs/09_pipeline.ipynb #40fd8535
 def _missing(stages: Sequence[Stage]) -> list[str]:
@@ -240,339 +484,655 @@ def _missing(stages: Sequence[Stage]) -> list[str]:
     made, faults = [m for s in stages for m in s.makes()], {}
     for s in stages:
         for p in s.reads():
-            if any(p == m or p.startswith(m + os.sep) for m in made) or Path(p).exists() or '<' in p: continue
-            near = difflib.get_close_matches(p, made, 1, .8)
-            faults.setdefault(f"{p} is not there, and no stage makes it" + (f" (is {near[0]} meant?)" if near else ''), []).append(s.name)
-        for name in (v for k in ('model', 'source') if isinstance(v := s.parameters.get(k), str) and v and '<' not in v):
-            if os.path.isabs(name) or resolve(name).exists() or shipped('checkpoints', name).is_dir(): continue
+            if (
+                any(p == m or p.startswith(m + os.sep) for m in made)
+                or Path(p).exists()
+                or "<" in p
+            ):
+                continue
+            near = difflib.get_close_matches(p, made, 1, 0.8)
+            faults.setdefault(
+                f"{p} is not there, and no stage makes it"
+                + (f" (is {near[0]} meant?)" if near else ""),
+                [],
+            ).append(s.name)
+        for name in (
+            v
+            for k in ("model", "source")
+            if isinstance(v := s.parameters.get(k), str) and v and "<" not in v
+        ):
+            if (
+                os.path.isabs(name)
+                or resolve(name).exists()
+                or shipped("checkpoints", name).is_dir()
+            ):
+                continue
             from rvos_nb.models.zoo import find
             from rvos_nb.vos.sam2 import is_sam
-            try: is_sam(name) or find(name)
-            except Problem as e: faults.setdefault(f"{e}", []).append(s.name)
-    return [f"stage{'s' * (len(names) > 1)} {', '.join(names)}: {fault}" for fault, names in faults.items()]
+
+            try:
+                is_sam(name) or find(name)
+            except Problem as e:
+                faults.setdefault(f"{e}", []).append(s.name)
+    return [
+        f"stage{'s' * (len(names) > 1)} {', '.join(names)}: {fault}"
+        for fault, names in faults.items()
+    ]
 
 # %% ../nbs/09_pipeline.ipynb #73539517
 class Faults(Problem):
     "Several faults of a recipe; `each` holds a line for every one."
+
     def __init__(self, where: str, each: Sequence[str]):
-        super().__init__(where, f"{len(each)} fault{'s' * (len(each) > 1)}", "a recipe that can run", "mend them and start again; nothing was run")
+        super().__init__(
+            where,
+            f"{len(each)} fault{'s' * (len(each) > 1)}",
+            "a recipe that can run",
+            "mend them and start again; nothing was run",
+        )
         self.each = list(each)
-    def __str__(self): return '\n  '.join([super().__str__(), *self.each])
+
+    def __str__(self):
+        return "\n  ".join([super().__str__(), *self.each])
+
 
 def plan(
-    recipe,                          # name, path, mapping or `Recipe`
+    recipe,  # name, path, mapping or `Recipe`
     parameters: dict | None = None,  # replace the recipe's
-    only=None,                       # names of stages; None: all
-) -> tuple[dict, list[Stage]]:       # the parameters, and the stages with everything filled in
+    only=None,  # names of stages; None: all
+) -> tuple[dict, list[Stage]]:  # the parameters, and the stages with everything filled in
     "What `run` would do; raises `Problem`, or `Faults` where there are several, for anything that cannot work."
     r = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     given, where, faults = {**r.parameters, **(parameters or {})}, f"recipe {r.name}", []
+
     def check(ok, found, expected, remedy):
-        if not ok: faults.append(Problem(where, found, expected, remedy))
+        if not ok:
+            faults.append(Problem(where, found, expected, remedy))
+
     def run(f, *args):
-        try: return f(*args)
-        except Problem as e: faults.append(e)
-    for k in given.keys() - r.parameters.keys(): check(False, f"parameter {k!r}", "one of " + ', '.join(r.parameters), "correct the name")
-    for s in only or (): check(s in [x.name for x in r.stages], f"stage {s!r}", "one of " + ', '.join(x.name for x in r.stages), "correct the name")
+        try:
+            return f(*args)
+        except Problem as e:
+            faults.append(e)
+
+    for k in given.keys() - r.parameters.keys():
+        check(False, f"parameter {k!r}", "one of " + ", ".join(r.parameters), "correct the name")
+    for s in only or ():
+        check(
+            s in [x.name for x in r.stages],
+            f"stage {s!r}",
+            "one of " + ", ".join(x.name for x in r.stages),
+            "correct the name",
+        )
     empty = [k for k, v in given.items() if v is None]
-    check(not empty, f"no value for {', '.join(empty)}", "a value for each", f"add -p {empty[0]} VALUE, and so on" if empty else '')
-    given |= {k: f'<{k}>' for k in empty}
+    check(
+        not empty,
+        f"no value for {', '.join(empty)}",
+        "a value for each",
+        f"add -p {empty[0]} VALUE, and so on" if empty else "",
+    )
+    given |= {k: f"<{k}>" for k in empty}
     values = fill(given, given, where)
-    values = {k: str(resolve(v)) if k in r.paths and k not in empty else v for k, v in values.items()}
-    stages = [replace(s, **{k: fill(getattr(s, k) or type(getattr(s, k))(), values, f"{where}, stage {s.name}") for k in ('parameters', 'when', 'unless', 'writes', 'link')})
-              for s in r.stages if not only or s.name in only]
+    values = {
+        k: str(resolve(v)) if k in r.paths and k not in empty else v for k, v in values.items()
+    }
+    stages = [
+        replace(
+            s,
+            **{
+                k: fill(getattr(s, k) or type(getattr(s, k))(), values, f"{where}, stage {s.name}")
+                for k in ("parameters", "when", "unless", "writes", "link")
+            },
+        )
+        for s in r.stages
+        if not only or s.name in only
+    ]
     for s in stages:
         run(_check_parameters, s)
-        for c in (*s.when, *s.unless): check(c in CONDITIONS, f"stage {s.name}, condition {c!r}", "one of " + ', '.join(CONDITIONS), "correct the name")
+        for c in (*s.when, *s.unless):
+            check(
+                c in CONDITIONS,
+                f"stage {s.name}, condition {c!r}",
+                "one of " + ", ".join(CONDITIONS),
+                "correct the name",
+            )
     faults += _order_faults(stages) + _missing(stages)
-    if len(faults) == 1 and isinstance(faults[0], Problem): raise faults[0]
-    if faults: raise Faults(where, [str(f) for f in faults])
+    if len(faults) == 1 and isinstance(faults[0], Problem):
+        raise faults[0]
+    if faults:
+        raise Faults(where, [str(f) for f in faults])
     return values, stages
 
 # %% ../nbs/09_pipeline.ipynb #7e3ef2d2
 def run_part(
-    notebook: str,           # '06_fuse', or a path ending in .ipynb
-    output,                  # where the executed notebook goes
-    parameters: dict,        # values of its `parameters` cell
+    notebook: str,  # '06_fuse', or a path ending in .ipynb
+    output,  # where the executed notebook goes
+    parameters: dict,  # values of its `parameters` cell
 ):
     "Execute the run part of a stage notebook in a fresh kernel of this Python; what it prints goes to stdout."
-    import nbformat, papermill
+    import nbformat
+    import papermill
     from traitlets.config import Config
-    path = find_notebook(notebook); notebook_parameters(path)
+
+    path = find_notebook(notebook)
+    notebook_parameters(path)
     nb = nbformat.read(path, 4)
-    nb.cells = nb.cells[:1]*(nb.cells[0].cell_type == 'markdown') + nb.cells[_tagged(nb):]
-    with tempfile.TemporaryDirectory(prefix='rvos-') as runtime: # a short path: the names of sockets are limited
-        os.environ.update(JUPYTER_RUNTIME_DIR=runtime, JUPYTER_PREFER_ENV_PATH='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
-        papermill.execute_notebook(nb, str(output), parameters, kernel_name='python3', progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                   config=Config(KernelManager=dict(transport='tcp' if sys.platform == 'win32' else 'ipc')))
+    nb.cells = nb.cells[:1] * (nb.cells[0].cell_type == "markdown") + nb.cells[_tagged(nb) :]
+    with tempfile.TemporaryDirectory(
+        prefix="rvos-"
+    ) as runtime:  # a short path: the names of sockets are limited
+        os.environ.update(
+            JUPYTER_RUNTIME_DIR=runtime,
+            JUPYTER_PREFER_ENV_PATH="1",
+            PYDEVD_DISABLE_FILE_VALIDATION="1",
+        )
+        papermill.execute_notebook(
+            nb,
+            str(output),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            config=Config(KernelManager={"transport": "tcp" if sys.platform == "win32" else "ipc"}),
+        )
 
 # %% ../nbs/09_pipeline.ipynb #da114f97
 def _child():
     "Body of a stage's process: read the job from stdin and do it."
     job = json.load(sys.stdin)
-    if sys.platform == 'linux':
+    if sys.platform == "linux":
         import ctypes
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM) # 1 = PR_SET_PDEATHSIG
-        if os.getppid() != job['parent']: sys.exit(1)
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        if os.getppid() != job["parent"]:
+            sys.exit(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if not job['function']: return run_part(job['notebook'], job['output'], job['parameters'])
+    if not job["function"]:
+        return run_part(job["notebook"], job["output"], job["parameters"])
     try:
-        made = find_function(job['function'])(**job['parameters'])
+        made = find_function(job["function"])(**job["parameters"])
         print(made.table() if isinstance(made, Report) else made)
-        if isinstance(made, Report): made.check()
-    except (Problem, StageFailed) as e: # left where a notebook would leave it
-        write_json(job['output'], {'cells': [{'outputs': [{'output_type': 'error', 'ename': type(e).__name__, 'evalue': str(e)}]}]})
-        sys.exit(f'{type(e).__name__}: {e}')
+        if isinstance(made, Report):
+            made.check()
+    except (Problem, StageFailed) as e:  # left where a notebook would leave it
+        write_json(
+            job["output"],
+            {
+                "cells": [
+                    {
+                        "outputs": [
+                            {"output_type": "error", "ename": type(e).__name__, "evalue": str(e)}
+                        ]
+                    }
+                ]
+            },
+        )
+        sys.exit(f"{type(e).__name__}: {e}")
+
 
 def _end(process: subprocess.Popen):
     "End a stage's process group: kindly first."
     for s, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, s)
-        for _ in range(patience*10):
-            if process.poll() is not None: return
-            time.sleep(.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, s)
+        for _ in range(patience * 10):
+            if process.poll() is not None:
+                return
+            time.sleep(0.1)
 
 # %% ../nbs/09_pipeline.ipynb #52f4a58b
 @dataclass
 class Outcome:
     "How a stage ended."
+
     name: str
-    state: str          # 'done', 'failed' (some units), 'stopped' (all of it) or 'skipped'
-    note: str = ''      # the reason
-    seconds: float = 0.
-    memory: int = 0     # bytes: the peak of the largest process
-    notebook: str = ''
+    state: str  # 'done', 'failed' (some units), 'stopped' (all of it) or 'skipped'
+    note: str = ""  # the reason
+    seconds: float = 0.0
+    memory: int = 0  # bytes: the peak of the largest process
+    notebook: str = ""
+
 
 def _reason(executed: Path, log: Path) -> tuple[str, str]:
     "State and reason of a stage that ended non-zero: from the error its notebook keeps, or the end of its log."
-    try: cells = json.loads(executed.read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError): cells = []
-    for o in (o for c in cells for o in c.get('outputs', ()) if o['output_type'] == 'error'):
-        if o['ename'] == 'StageFailed': return 'failed', o['evalue']
-        if o['ename'] == 'Problem': return 'stopped', o['evalue']
-    lines = [l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
-    return 'stopped', '\n'.join(['the last lines of its log:', *('  ' + l for l in lines[-12:])])
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        cells = []
+    for o in (o for c in cells for o in c.get("outputs", ()) if o["output_type"] == "error"):
+        if o["ename"] == "StageFailed":
+            return "failed", o["evalue"]
+        if o["ename"] == "Problem":
+            return "stopped", o["evalue"]
+    lines = [l for l in log.read_text(encoding="utf-8", errors="replace").splitlines() if l.strip()]
+    return "stopped", "\n".join(["the last lines of its log:", *("  " + l for l in lines[-12:])])
 
 # %% ../nbs/09_pipeline.ipynb #c4082bee
 def run_stage_process(
-    stage: Stage, # filled in
-    folder: Path, # where STAGE.ipynb and STAGE.log go
-    threads: int = 0, # CPU threads; 0: PyTorch's choice
+    stage: Stage,  # filled in
+    folder: Path,  # where STAGE.ipynb and STAGE.log go
+    threads: int = 0,  # CPU threads; 0: PyTorch's choice
 ) -> Outcome:
     "Run one stage in its own process group and wait for it."
     folder.mkdir(parents=True, exist_ok=True)
-    executed, log, t = folder/f'{stage.name}.ipynb', folder/f'{stage.name}.log', time.monotonic()
-    job = dict(notebook=stage.notebook, function=stage.function, output=str(executed), parameters=stage.parameters, parent=os.getpid())
+    executed, log, t = (
+        folder / f"{stage.name}.ipynb",
+        folder / f"{stage.name}.log",
+        time.monotonic(),
+    )
+    job = {
+        "notebook": stage.notebook,
+        "function": stage.function,
+        "output": str(executed),
+        "parameters": stage.parameters,
+        "parent": os.getpid(),
+    }
     executed.unlink(missing_ok=True)
-    with open(log, 'w') as to:
-        p = subprocess.Popen([sys.executable, '-c', 'from rvos_nb.pipeline import _child; _child()'], stdin=subprocess.PIPE, stdout=to,
-                             stderr=subprocess.STDOUT, start_new_session=True,
-                             env={'OMP_WAIT_POLICY': 'PASSIVE', **({'OMP_NUM_THREADS': str(threads)} if threads else {}), **os.environ, 'PYTHONUNBUFFERED': '1'})
+    with open(log, "w") as to:
+        p = subprocess.Popen(
+            [sys.executable, "-c", "from rvos_nb.pipeline import _child; _child()"],
+            stdin=subprocess.PIPE,
+            stdout=to,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
         try:
-            p.stdin.write(json.dumps(job).encode()); p.stdin.close()
+            p.stdin.write(json.dumps(job).encode())
+            p.stdin.close()
             _, status, usage = os.wait4(p.pid, 0)
             p.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException: _end(p); raise
-    took = dict(seconds=time.monotonic() - t, memory=usage.ru_maxrss*(1024 if sys.platform == 'linux' else 1), notebook=str(executed))
-    if p.returncode == 0: return Outcome(stage.name, 'done', **took)
+        except BaseException:
+            _end(p)
+            raise
+    took = {
+        "seconds": time.monotonic() - t,
+        "memory": usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+        "notebook": str(executed),
+    }
+    if p.returncode == 0:
+        return Outcome(stage.name, "done", **took)
     return Outcome(stage.name, *_reason(executed, log), **took)
 
 # %% ../nbs/09_pipeline.ipynb #f889c1b7
 def member(
     data_dir,
-    source: str,             # a model's name or checkpoint folder; or results: a run, a tree, a zip, a .pth of predictions
+    source: str,  # a model's name or checkpoint folder; or results: a run, a tree, a zip, a .pth of predictions
     out_dir,
-    split: str = 'valid',
-    short_side: int = 0,     # of a model, as are the following: see `predict.predict`
+    split: str = "valid",
+    short_side: int = 0,  # of a model, as are the following: see `predict.predict`
     clip_length: int = 0,
-    memory: str = '',
-    device: str = '',
+    memory: str = "",
+    device: str = "",
 ) -> Report:
     "A run of one member of a recipe: predicted, or taken over. `Problem` for a source that is neither."
-    if resolve(source).exists() and not (resolve(source)/'config.json').is_file():
+    if resolve(source).exists() and not (resolve(source) / "config.json").is_file():
         from rvos_nb.fuse import fuse
-        return fuse(data_dir, [resolve(source)], out_dir, split, groups='none')
+
+        return fuse(data_dir, [resolve(source)], out_dir, split, groups="none")
     from rvos_nb.predict import predict
+
     return predict(data_dir, out_dir, source, split, short_side, clip_length, device, memory=memory)
+
 
 def score(
     data_dir,
-    runs: dict,              # name -> run
-    out_dir,                 # NAME/scores.json and tables
-    split: str = 'valid',
+    runs: dict,  # name -> run
+    out_dir,  # NAME/scores.json and tables
+    split: str = "valid",
 ) -> str:
     "J&F of several runs."
     from rvos_nb.evaluate import evaluate
-    return '\n'.join(f"{name}: {evaluate(data_dir, run, Path(out_dir, name), split)['J&F']:.1f}" for name, run in runs.items())
+
+    return "\n".join(
+        f"{name}: {evaluate(data_dir, run, Path(out_dir, name), split)['J&F']:.1f}"
+        for name, run in runs.items()
+    )
 
 # %% ../nbs/09_pipeline.ipynb #b02fe40b
 def _asked(stage: Stage, root: Path) -> dict:
     "What decides a stage's results, as far as a recipe can tell."
+
     def seen(v):
-        if isinstance(v, dict): return {k: seen(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)): return [seen(x) for x in v]
-        if not isinstance(v, str) or not os.path.isabs(v): return v
+        if isinstance(v, dict):
+            return {k: seen(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [seen(x) for x in v]
+        if not isinstance(v, str) or not os.path.isabs(v):
+            return v
         return os.path.relpath(v, root) if Path(v).is_relative_to(root) else Path(v).name
-    return dict(does=seen(stage.notebook or stage.function), makes=seen(stage.makes()),
-                parameters=seen({k: v for k, v in stage.parameters.items() if k not in ('device', 'executor', 'force')}))
+
+    return {
+        "does": seen(stage.notebook or stage.function),
+        "makes": seen(stage.makes()),
+        "parameters": seen(
+            {k: v for k, v in stage.parameters.items() if k not in ("device", "executor", "force")}
+        ),
+    }
+
 
 @cache
 def extent(
-    path: str, # a run, a folder or a file
-) -> tuple[int, str]: # 0 where nothing is there
+    path: str,  # a run, a folder or a file
+) -> tuple[int, str]:  # 0 where nothing is there
     "How many files results have, and a digest of their names and sizes: of a run its masks."
     p = Path(path)
-    if not p.is_dir(): return (1, contents(p)) if p.exists() else (0, '')
-    tree = p/'Annotations' if (p/'Annotations').is_dir() else p
-    files = sorted((os.path.relpath(e.path, tree), e.stat().st_size) for folder, names, _ in os.walk(tree) if not names.sort() for e in os.scandir(folder) if e.is_file() and not e.name.startswith('.'))
+    if not p.is_dir():
+        return (1, contents(p)) if p.exists() else (0, "")
+    tree = p / "Annotations" if (p / "Annotations").is_dir() else p
+    files = sorted(
+        (os.path.relpath(e.path, tree), e.stat().st_size)
+        for folder, names, _ in os.walk(tree)
+        if not names.sort()
+        for e in os.scandir(folder)
+        if e.is_file() and not e.name.startswith(".")
+    )
     return len(files), hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 # %% ../nbs/09_pipeline.ipynb #5ffab82a
-def inputs_now(stage: Stage) -> dict[str, tuple[str, tuple[int, str]]]: # run -> (fingerprint, extent)
+def inputs_now(
+    stage: Stage,
+) -> dict[str, tuple[str, tuple[int, str]]]:  # run -> (fingerprint, extent)
     "The runs that a stage reads, as they are now."
-    homes = [next((h for h in (Path(p), *Path(p).parents) if (h/'run.json').is_file()), None) for p in stage.reads()]
+    homes = [
+        next((h for h in (Path(p), *Path(p).parents) if (h / "run.json").is_file()), None)
+        for p in stage.reads()
+    ]
     return {str(h): (fingerprint(h), extent(str(h))) for h in homes if h}
+
 
 def changed_inputs(out: Path) -> Iterator[str]:
     "The inputs that `out/run.json` names and that are not what they were."
-    made = read_json(out/'run.json') if (out/'run.json').is_file() else {}
-    for name in made.get('inputs', {}):
-        path = next((p for p in (Path(os.path.normpath(out.parent/name)), resolve(name), shipped('checkpoints', name)) if p.exists()), None)
-        if path and fingerprints({name: path}, made)[0][name] != made['inputs'][name]: yield str(path)
+    made = read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    for name in made.get("inputs", {}):
+        path = next(
+            (
+                p
+                for p in (
+                    Path(os.path.normpath(out.parent / name)),
+                    resolve(name),
+                    shipped("checkpoints", name),
+                )
+                if p.exists()
+            ),
+            None,
+        )
+        if path and fingerprints({name: path}, made)[0][name] != made["inputs"][name]:
+            yield str(path)
 
 # %% ../nbs/09_pipeline.ipynb #7163b514
 @dataclass
 class View:
     "A stage before it runs."
+
     stage: Stage
-    state: str                                    # 'done', 'to do', 'stale' or 'skipped'
-    why: str = ''
-    units: dict = field(default_factory=dict)     # unit -> 'done', 'failed' or 'to do'
+    state: str  # 'done', 'to do', 'stale' or 'skipped'
+    why: str = ""
+    units: dict = field(default_factory=dict)  # unit -> 'done', 'failed' or 'to do'
+
 
 def _why_stale(stage: Stage, record: dict, root: Path, before: Sequence[View]) -> str:
     "Why what lies there is not what is asked for; '' where it is."
-    then, now = record['asked'], _asked(stage, root)
-    if then['does'] != now['does']: return f"was made by {then['does']}"
-    other = [f"{k} {then['parameters'].get(k)!r} → {now['parameters'].get(k)!r}" for k in sorted(then['parameters'].keys() | now['parameters'].keys()) if then['parameters'].get(k) != now['parameters'].get(k)]
-    if other: return ', '.join(other)
-    read = {os.path.normpath(root/k): v for k, v in record.get('inputs', {}).items()}
-    named = {os.path.normpath(out.parent/k) for out in map(Path, stage.makes()) if (out/'run.json').is_file() for k in read_json(out/'run.json').get('inputs', {})}
+    then, now = record["asked"], _asked(stage, root)
+    if then["does"] != now["does"]:
+        return f"was made by {then['does']}"
+    other = [
+        f"{k} {then['parameters'].get(k)!r} → {now['parameters'].get(k)!r}"
+        for k in sorted(then["parameters"].keys() | now["parameters"].keys())
+        if then["parameters"].get(k) != now["parameters"].get(k)
+    ]
+    if other:
+        return ", ".join(other)
+    read = {os.path.normpath(root / k): v for k, v in record.get("inputs", {}).items()}
+    named = {
+        os.path.normpath(out.parent / k)
+        for out in map(Path, stage.makes())
+        if (out / "run.json").is_file()
+        for k in read_json(out / "run.json").get("inputs", {})
+    }
     moved = [p for out in stage.makes() for p in changed_inputs(Path(out))]
     for p, (print_, (count, digest)) in inputs_now(stage).items():
-        if p in read and (read[p][0] != print_ or (read[p][1][0] == count and read[p][1][1] != digest)): moved.append(p)
-    moved += [p for v in before if v.state == 'stale' for p in v.stage.makes() if p in named or p in read]
+        if p in read and (
+            read[p][0] != print_ or (read[p][1][0] == count and read[p][1][1] != digest)
+        ):
+            moved.append(p)
+    moved += [
+        p for v in before if v.state == "stale" for p in v.stage.makes() if p in named or p in read
+    ]
     names = list(dict.fromkeys(os.path.relpath(p, root) for p in moved))
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''} changed" if names else ''
+    return (
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''} changed"
+        if names
+        else ""
+    )
 
 # %% ../nbs/09_pipeline.ipynb #eefea490
 def look(
-    stage: Stage,           # filled in
-    root: Path,             # the recipe's results; records lie in root/_run
-    before: Sequence[View] = (), # in a plan: the stages before it
+    stage: Stage,  # filled in
+    root: Path,  # the recipe's results; records lie in root/_run
+    before: Sequence[View] = (),  # in a plan: the stages before it
 ) -> View:
     "What a stage has to do. Writes nothing."
-    out, path, made = Path(stage.parameters.get('out_dir') or os.devnull), root/'_run'/f'{stage.name}.json', stage.makes()
-    units = read_json(out/'run.json').get('units', {}) if (out/'run.json').is_file() else {}
-    units = {u: 'done' if state == 'to do' and (out/'Annotations'/u).is_dir() else state for u, state in units.items()}
-    waits = [v.stage.name for v in before if v.state in ('to do', 'stale') and v.stage.name in related(stage, [v.stage, stage])]
-    asked = [str(p[0] if isinstance(p, list) else p) for p in (*stage.when.values(), *stage.unless.values())]
-    opened = [v.stage.name for v in before if v.state in ('to do', 'stale') and any(p == m or p.startswith(m + os.sep) for p in asked for m in v.stage.makes())]
-    if opened: return View(stage, 'to do', f"if a condition holds after {opened[-1]}", units)
-    if why := why_skipped(stage): return View(stage, 'skipped', why)
+    out, path, made = (
+        Path(stage.parameters.get("out_dir") or os.devnull),
+        root / "_run" / f"{stage.name}.json",
+        stage.makes(),
+    )
+    units = read_json(out / "run.json").get("units", {}) if (out / "run.json").is_file() else {}
+    units = {
+        u: "done" if state == "to do" and (out / "Annotations" / u).is_dir() else state
+        for u, state in units.items()
+    }
+    waits = [
+        v.stage.name
+        for v in before
+        if v.state in ("to do", "stale") and v.stage.name in related(stage, [v.stage, stage])
+    ]
+    asked = [
+        str(p[0] if isinstance(p, list) else p)
+        for p in (*stage.when.values(), *stage.unless.values())
+    ]
+    opened = [
+        v.stage.name
+        for v in before
+        if v.state in ("to do", "stale")
+        and any(p == m or p.startswith(m + os.sep) for p in asked for m in v.stage.makes())
+    ]
+    if opened:
+        return View(stage, "to do", f"if a condition holds after {opened[-1]}", units)
+    if why := why_skipped(stage):
+        return View(stage, "skipped", why)
     record = read_json(path) if path.is_file() else {}
-    if not made: return View(stage, 'to do', 'leaves no results')
-    if record.get('asked', {}).get('makes') != _asked(stage, root)['makes']: return View(stage, 'to do', 'there, but not made by this recipe' if any(extent(m)[0] for m in made) else '', units)
-    if why := _why_stale(stage, record, root, before): return View(stage, 'stale', why, units)
-    failed = sum(x == 'failed' for x in units.values())
-    if record['state'] != 'done': return View(stage, 'to do', f'{failed} failed' if failed else 'was interrupted', units)
-    looks = {os.path.normpath(root/k): tuple(v) for k, v in record['looks'].items()}
-    if any(looks[m][0] != extent(m)[0] for m in made): return View(stage, 'to do', 'some results are gone', units)
-    read = {os.path.normpath(root/k): v[1][0] for k, v in record['inputs'].items()}
-    if grown := [p for p, (_, (count, _)) in inputs_now(stage).items() if read.get(p) != count]: return View(stage, 'to do', f"{os.path.relpath(grown[0], root)} has grown", units)
-    if waits: return View(stage, 'to do', f"what {waits[0]} adds", units)
-    return View(stage, 'done', 'changed by hand since' if any(looks[m] != extent(m) for m in made) else '', units)
+    if not made:
+        return View(stage, "to do", "leaves no results")
+    if record.get("asked", {}).get("makes") != _asked(stage, root)["makes"]:
+        return View(
+            stage,
+            "to do",
+            "there, but not made by this recipe" if any(extent(m)[0] for m in made) else "",
+            units,
+        )
+    if why := _why_stale(stage, record, root, before):
+        return View(stage, "stale", why, units)
+    failed = sum(x == "failed" for x in units.values())
+    if record["state"] != "done":
+        return View(stage, "to do", f"{failed} failed" if failed else "was interrupted", units)
+    looks = {os.path.normpath(root / k): tuple(v) for k, v in record["looks"].items()}
+    if any(looks[m][0] != extent(m)[0] for m in made):
+        return View(stage, "to do", "some results are gone", units)
+    read = {os.path.normpath(root / k): v[1][0] for k, v in record["inputs"].items()}
+    if grown := [p for p, (_, (count, _)) in inputs_now(stage).items() if read.get(p) != count]:
+        return View(stage, "to do", f"{os.path.relpath(grown[0], root)} has grown", units)
+    if waits:
+        return View(stage, "to do", f"what {waits[0]} adds", units)
+    return View(
+        stage,
+        "done",
+        "changed by hand since" if any(looks[m] != extent(m) for m in made) else "",
+        units,
+    )
 
 # %% ../nbs/09_pipeline.ipynb #44e619cf
 def table(views: Sequence[View]) -> str:
     "A plan: for every stage its state, its units that stand, that are to be done and that are to be made again, and why."
-    rows = [('stage', 'state', 'done', 'to do', 'stale', 'why')]
+    rows = [("stage", "state", "done", "to do", "stale", "why")]
     for v in views:
-        stand = sum(x == 'done' for x in v.units.values()); rest = len(v.units) - stand
-        counts = ('', 'all', '') if v.state == 'to do' and not v.units else ('', '', '') if not v.units or v.state == 'skipped' else ('0', str(rest), str(stand)) if v.state == 'stale' else (str(stand), str(rest), '0')
+        stand = sum(x == "done" for x in v.units.values())
+        rest = len(v.units) - stand
+        counts = (
+            ("", "all", "")
+            if v.state == "to do" and not v.units
+            else ("", "", "")
+            if not v.units or v.state == "skipped"
+            else ("0", str(rest), str(stand))
+            if v.state == "stale"
+            else (str(stand), str(rest), "0")
+        )
         rows.append((v.stage.name, v.state, *counts, v.why))
     wide = [max(len(r[i]) for r in rows) for i in range(5)]
-    return '\n'.join('  '.join([*(f'{x:{w}}' if i < 2 else f'{x:>{w}}' for i, (x, w) in enumerate(zip(r, wide))), r[5]]).rstrip() for r in rows)
+    return "\n".join(
+        "  ".join(
+            [*(f"{x:{w}}" if i < 2 else f"{x:>{w}}" for i, (x, w) in enumerate(zip(r, wide))), r[5]]
+        ).rstrip()
+        for r in rows
+    )
 
 # %% ../nbs/09_pipeline.ipynb #82d44fde
 def _remove(stage: Stage):
     "Remove the results of a stage that keeps account of them; anything else will be written over."
     for m in map(Path, stage.makes()):
-        if (m/'run.json').is_file():
-            with locked(m): clear(m)
+        if (m / "run.json").is_file():
+            with locked(m):
+                clear(m)
+
 
 def _do(stage: Stage, root: Path, view: View, threads: int) -> Outcome:
     "Run one stage that has something to do, and keep the record."
-    path, near = root/'_run'/f'{stage.name}.json', lambda d: {os.path.relpath(k, root): v for k, v in d.items()}
-    if view.state == 'stale': _remove(stage)
-    record = dict(asked=_asked(stage, root), state='started', inputs=near(inputs_now(stage)))
+    path, near = (
+        root / "_run" / f"{stage.name}.json",
+        lambda d: {os.path.relpath(k, root): v for k, v in d.items()},
+    )
+    if view.state == "stale":
+        _remove(stage)
+    record = {"asked": _asked(stage, root), "state": "started", "inputs": near(inputs_now(stage))}
     write_json(path, record)
-    ended = run_stage_process(stage, root/'_run', threads)
+    ended = run_stage_process(stage, root / "_run", threads)
     extent.cache_clear()
-    write_json(path, record | dict(state=ended.state, looks=near({m: extent(m) for m in stage.makes()})))
+    write_json(
+        path, record | {"state": ended.state, "looks": near({m: extent(m) for m in stage.makes()})}
+    )
     return ended
+
 
 def _link(stage: Stage):
     "Give the masks of a stage their second name."
-    if not stage.link or not Path(stage.parameters['out_dir'], 'Annotations').is_dir(): return
-    with whole(resolve(stage.link)) as tmp: tmp.symlink_to(os.path.relpath(Path(stage.parameters['out_dir'], 'Annotations'), resolve(stage.link).parent), target_is_directory=True)
+    if not stage.link or not Path(stage.parameters["out_dir"], "Annotations").is_dir():
+        return
+    with whole(resolve(stage.link)) as tmp:
+        tmp.symlink_to(
+            os.path.relpath(
+                Path(stage.parameters["out_dir"], "Annotations"), resolve(stage.link).parent
+            ),
+            target_is_directory=True,
+        )
 
 # %% ../nbs/09_pipeline.ipynb #2986b569
 def run(
-    recipe,                         # name, path, mapping or `Recipe`
-    parameters: dict | None = None, # replace the recipe's
-    only=None,                      # names of the stages to run; None: all
-    dry: bool = False,              # only check, and print the plan
+    recipe,  # name, path, mapping or `Recipe`
+    parameters: dict | None = None,  # replace the recipe's
+    only=None,  # names of the stages to run; None: all
+    dry: bool = False,  # only check, and print the plan
 ) -> list[Outcome]:
     """Run what a recipe's stages have to do, one after another. Executed notebooks, logs and records go to `OUT/_run`, OUT
     being the recipe's parameter `out`. Raises `Problem` before anything runs where the recipe is wrong, `StageFailed` at the
     end where units failed, or at once where a stage broke."""
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     values, stages = plan(recipe, parameters, only)
-    root, ends, views = Path(values.get('out') or resolve('runs')), [], []
+    root, ends, views = Path(values.get("out") or resolve("runs")), [], []
     extent.cache_clear()
     if dry:
-        for s in stages: views.append(look(s, root, views))
-        print(f"{recipe.name} in {root}:\n{table(views)}"); return ends
-    with locked(root/'_run'):
+        for s in stages:
+            views.append(look(s, root, views))
+        print(f"{recipe.name} in {root}:\n{table(views)}")
+        return ends
+    with locked(root / "_run"):
         for i, s in enumerate(stages):
             view = look(s, root)
-            print(f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})", end=' ', flush=True)
-            if view.state in ('done', 'skipped'): o = Outcome(s.name, view.state, view.why or 'nothing to do'); print(f"{view.state}: {o.note}", flush=True)
+            print(
+                f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})",
+                end=" ",
+                flush=True,
+            )
+            if view.state in ("done", "skipped"):
+                o = Outcome(s.name, view.state, view.why or "nothing to do")
+                print(f"{view.state}: {o.note}", flush=True)
             else:
-                if view.state == 'stale': print(f"again ({view.why})", end=' ', flush=True)
-                o = _do(s, root, view, recipe.threads); print(f"{o.state} in {o.seconds:.0f} s", flush=True)
-            ends.append(o); _link(s)
-            if o.state == 'stopped': break
-    bad = [f"stage {o.name} {o.state}: {o.note}\n  its log: {root/'_run'/o.name}.log" for o in ends if o.state in ('failed', 'stopped')]
-    if bad: raise StageFailed('\n'.join([*bad, "Mend this and run the same command again: what is done is not done again."]))
+                if view.state == "stale":
+                    print(f"again ({view.why})", end=" ", flush=True)
+                o = _do(s, root, view, recipe.threads)
+                print(f"{o.state} in {o.seconds:.0f} s", flush=True)
+            ends.append(o)
+            _link(s)
+            if o.state == "stopped":
+                break
+    bad = [
+        f"stage {o.name} {o.state}: {o.note}\n  its log: {root / '_run' / o.name}.log"
+        for o in ends
+        if o.state in ("failed", "stopped")
+    ]
+    if bad:
+        raise StageFailed(
+            "\n".join(
+                [*bad, "Mend this and run the same command again: what is done is not done again."]
+            )
+        )
     return ends
 
 # %% ../nbs/09_pipeline.ipynb #eb936204
 def summary(
-    recipe,                         # name, path, mapping or `Recipe`
-    parameters: dict | None = None, # replace the recipe's
-) -> str:                           # '' for a recipe without evaluation
+    recipe,  # name, path, mapping or `Recipe`
+    parameters: dict | None = None,  # replace the recipe's
+) -> str:  # '' for a recipe without evaluation
     "J, F and J&F of every evaluated result of a recipe, then the files it made."
     scores, files, first, unscored = {}, [], {}, {}
     for s in plan(recipe, parameters)[1]:
-        tables = {Path(s.parameters.get('pred_dir', '')).name: ''} if s.notebook == '07b_evaluate' else s.parameters['runs'] if s.function == 'rvos_nb.pipeline:score' else {}
+        tables = (
+            {Path(s.parameters.get("pred_dir", "")).name: ""}
+            if s.notebook == "07b_evaluate"
+            else s.parameters["runs"]
+            if s.function == "rvos_nb.pipeline:score"
+            else {}
+        )
         for name in tables:
-            path = Path(s.parameters['out_dir'], *([name] if s.function else []), 'scores.json')
-            if path.is_file(): scores[name] = read_json(path); first.setdefault(name.split('-')[0], scores[name]['J&F'])
-            else: unscored.setdefault(why_skipped(s) or 'the stage has not run', []).append(name)
-        if s.notebook == '08_explore': files += sorted(p for p in Path(s.parameters['out_dir']).glob('*') if p.suffix in ('.mp4', '.html'))
-        elif s.function.endswith(':submission'): files += [p for p in [Path(s.parameters['zip_path'])] if p.is_file()]
+            path = Path(s.parameters["out_dir"], *([name] if s.function else []), "scores.json")
+            if path.is_file():
+                scores[name] = read_json(path)
+                first.setdefault(name.split("-")[0], scores[name]["J&F"])
+            else:
+                unscored.setdefault(why_skipped(s) or "the stage has not run", []).append(name)
+        if s.notebook == "08_explore":
+            files += sorted(
+                p for p in Path(s.parameters["out_dir"]).glob("*") if p.suffix in (".mp4", ".html")
+            )
+        elif s.function.endswith(":submission"):
+            files += [p for p in [Path(s.parameters["zip_path"])] if p.is_file()]
     wide = max([12, *map(len, scores)]) + 2
-    lines = [f"{'result':{wide}}{'J':>8}{'F':>8}{'J&F':>8}"]*bool(scores) + [f"{n:{wide}}" + ''.join(f"{r[k]:8.1f}" for k in ('J', 'F', 'J&F')) for n, r in scores.items()]
-    kinds = {'.mp4': 'overlay', '.html': 'report', '.zip': 'submission'}
-    return '\n'.join([*lines, *(f"not scored: {', '.join(names)} ({why})" for why, names in unscored.items()), *(f"{kinds[p.suffix]}: {p}" for p in files), *(['J&F ' + ' '.join(f'{k}={v:.1f}' for k, v in first.items())] if first else [])])
+    lines = [f"{'result':{wide}}{'J':>8}{'F':>8}{'J&F':>8}"] * bool(scores) + [
+        f"{n:{wide}}" + "".join(f"{r[k]:8.1f}" for k in ("J", "F", "J&F"))
+        for n, r in scores.items()
+    ]
+    kinds = {".mp4": "overlay", ".html": "report", ".zip": "submission"}
+    return "\n".join(
+        [
+            *lines,
+            *(f"not scored: {', '.join(names)} ({why})" for why, names in unscored.items()),
+            *(f"{kinds[p.suffix]}: {p}" for p in files),
+            *(["J&F " + " ".join(f"{k}={v:.1f}" for k, v in first.items())] if first else []),
+        ]
+    )

@@ -8,7 +8,8 @@ __all__ = ['PLAIN', 'bytes_of', 'check_numbers', 'clips', 'ahead', 'opened', 'an
            'predict_clip', 'unknown_words']
 
 # %% ../nbs/05a_predict.ipynb #34455b51
-import json, re
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,48 +19,72 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, device_name, locked, made_from, run_stage, whole, whole_folder
+from rvos_nb.core import (
+    Problem,
+    Report,
+    check_id,
+    device_name,
+    locked,
+    made_from,
+    run_stage,
+    whole,
+    whole_folder,
+)
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_mask, overlay
 from .data.video import Video, frame_rate, read_video, write_video
 
 # %% ../nbs/05a_predict.ipynb #199c910e
 def bytes_of(
-    memory, # 4_000_000_000, '4GB', '800 MB'; 0 or '': no limit
+    memory,  # 4_000_000_000, '4GB', '800 MB'; 0 or '': no limit
 ) -> int:
     "A size of memory in bytes, in steps of 1000. Raises `Problem` for another text."
-    found = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([kMGT]?)B?', str(memory or 0).strip(), re.IGNORECASE)
-    if not found: raise Problem('memory', repr(memory), "a size such as '4GB' or '800MB'", 'correct the size')
-    return int(float(found[1]) * 1000 ** ' kMGT'.lower().index(found[2].lower() or ' '))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", str(memory or 0).strip(), re.IGNORECASE)
+    if not found:
+        raise Problem("memory", repr(memory), "a size such as '4GB' or '800MB'", "correct the size")
+    return int(float(found[1]) * 1000 ** " kMGT".lower().index(found[2].lower() or " "))
+
 
 def check_numbers(
     threshold: float,  # of masks
-    **counts: float,   # frames, pixels, frames a second
+    **counts: float,  # frames, pixels, frames a second
 ):
     "Raises `Problem` for a threshold outside of [0, 1] and for a negative count."
-    if not 0 <= threshold <= 1: raise Problem('threshold', str(threshold), 'a probability, 0 to 1', 'correct it')
+    if not 0 <= threshold <= 1:
+        raise Problem("threshold", str(threshold), "a probability, 0 to 1", "correct it")
     for name, n in counts.items():
-        if n < 0: raise Problem(name.replace('_', ' '), str(n), 'a positive number, or 0 for the usual', 'correct it')
+        if n < 0:
+            raise Problem(
+                name.replace("_", " "),
+                str(n),
+                "a positive number, or 0 for the usual",
+                "correct it",
+            )
+
 
 def clips(
     video: Video,
-    longest: Callable[[tuple[int, int]], int], # (H, W) of the frames -> most frames of a clip
-) -> Iterator[np.ndarray]:                     # (t, H, W, 3) uint8
+    longest: Callable[[tuple[int, int]], int],  # (H, W) of the frames -> most frames of a clip
+) -> Iterator[np.ndarray]:  # (t, H, W, 3) uint8
     "The frames of a video in consecutive clips, decoded once, ahead, in threads. Raises `Problem` for unreadable frames."
     n = len(video.frames)
     for i, frame in enumerate(read_video(video)):
-        if i == 0: step = max(1, min(longest(frame.shape[:2]), n))
-        if i % step == 0: clip = np.empty((min(step, n - i), *frame.shape), np.uint8)
+        if i == 0:
+            step = max(1, min(longest(frame.shape[:2]), n))
+        if i % step == 0:
+            clip = np.empty((min(step, n - i), *frame.shape), np.uint8)
         clip[i % step] = frame
-        if i % step == len(clip) - 1: yield clip
+        if i % step == len(clip) - 1:
+            yield clip
 
 # %% ../nbs/05a_predict.ipynb #394e5fb0
 def ahead(
-    items: Iterable, # what takes time to make
-) -> Iterator:       # the same items
+    items: Iterable,  # what takes time to make
+) -> Iterator:  # the same items
     "The first item is made now, each other one in a thread while the one before is used. Errors come when their item is asked for."
     it, end = iter(items), object()
     first = next(it, end)
+
     def walk():
         item = first
         with ThreadPoolExecutor(1) as pool:
@@ -67,220 +92,421 @@ def ahead(
                 job = pool.submit(next, it, end)
                 yield item
                 item = job.result()
+
     return walk()
 
 # %% ../nbs/05a_predict.ipynb #eabf9a65
 def opened(
-    model,                 # anything with `see` and `refer`
+    model,  # anything with `see` and `refer`
     video: Video,
-    sentences: int,        # asked of each clip
-    short_side: int = 0,   # pixels of the shorter side for the model; 0: the model's own
+    sentences: int,  # asked of each clip
+    short_side: int = 0,  # pixels of the shorter side for the model; 0: the model's own
     clip_length: int = 0,  # frames seen at once; 0: the whole video
-    memory: int = 0,       # bytes that the model may use beside its weights, cutting clips shorter still; 0: no limit
-) -> Iterator[np.ndarray]: # (t, H, W, 3) uint8
+    memory: int = 0,  # bytes that the model may use beside its weights, cutting clips shorter still; 0: no limit
+) -> Iterator[np.ndarray]:  # (t, H, W, 3) uint8
     "The clips of a video, as long as they may be, decoded ahead. Raises `Problem` for unreadable frames."
-    if memory and not hasattr(model, 'frames_within'): raise Problem('memory', f'a limit for {type(model).__name__}, which does not tell what it needs', 'no limit', 'choose a clip length instead')
+    if memory and not hasattr(model, "frames_within"):
+        raise Problem(
+            "memory",
+            f"a limit for {type(model).__name__}, which does not tell what it needs",
+            "no limit",
+            "choose a clip length instead",
+        )
+
     def longest(size):
-        fit = model.frames_within(memory, size, sentences, short_side or None) if memory else len(video.frames)
+        fit = (
+            model.frames_within(memory, size, sentences, short_side or None)
+            if memory
+            else len(video.frames)
+        )
         return min(fit, clip_length or fit)
+
     return ahead(clips(video, longest))
 
+
 def answers(
-    model, clips: Iterable[np.ndarray], texts: list[str], short_side: int = 0,
-) -> Iterator[tuple[np.ndarray, dict]]: # frames (t,H,W,3) uint8; logits (E,t,h,w), scores (E,t), boxes (E,t,4) cxcywh in [0,1], kind, size (H,W)
+    model,
+    clips: Iterable[np.ndarray],
+    texts: list[str],
+    short_side: int = 0,
+) -> Iterator[
+    tuple[np.ndarray, dict]
+]:  # frames (t,H,W,3) uint8; logits (E,t,h,w), scores (E,t), boxes (E,t,4) cxcywh in [0,1], kind, size (H,W)
     "Ask `model` about one clip after the other, each seen once for all E sentences."
     for frames in clips:
         c = model.refer(model.see(frames, short_side=short_side or None), texts)
-        yield frames, {k: getattr(c, k).float().cpu().numpy() for k in ('logits', 'scores', 'boxes')} | dict(kind=c.kind, size=tuple(c.size))
+        yield (
+            frames,
+            {k: getattr(c, k).float().cpu().numpy() for k in ("logits", "scores", "boxes")}
+            | {"kind": c.kind, "size": tuple(c.size)},
+        )
 
-def joined(parts: Iterable[tuple[np.ndarray, dict]]) -> dict: # as a part, over all T frames
+
+def joined(parts: Iterable[tuple[np.ndarray, dict]]) -> dict:  # as a part, over all T frames
     "The answers of all clips put together, without the frames."
     found = [part for _, part in parts]
-    return found[0] | {k: np.concatenate([p[k] for p in found], 1) for k in ('logits', 'scores', 'boxes')}
+    return found[0] | {
+        k: np.concatenate([p[k] for p in found], 1) for k in ("logits", "scores", "boxes")
+    }
 
-def segment(model, video: Video, texts: list[str], short_side: int = 0, clip_length: int = 0, memory: int = 0) -> dict:
+
+def segment(
+    model,
+    video: Video,
+    texts: list[str],
+    short_side: int = 0,
+    clip_length: int = 0,
+    memory: int = 0,
+) -> dict:
     "Open, answer and join: one video for all sentences. Options as for `opened`."
-    return joined(answers(model, opened(model, video, len(texts), short_side, clip_length, memory), texts, short_side))
+    return joined(
+        answers(
+            model,
+            opened(model, video, len(texts), short_side, clip_length, memory),
+            texts,
+            short_side,
+        )
+    )
 
 # %% ../nbs/05a_predict.ipynb #cb5e3ab7
-PLAIN = dict(precision='float32', compile=False, channels_last=False) # how a model computes where nothing else is asked
+PLAIN = {
+    "precision": "float32",
+    "compile": False,
+    "channels_last": False,
+}  # how a model computes where nothing else is asked
+
 
 def referring(
-    model,                         # a name of the zoo, a checkpoint folder, or a model
-    device: str = 'cpu',
-    online: bool = False,          # a name may be looked up on the Hugging Face Hub
-    precision: str = 'float32',    # or 'bfloat16', 'float16'
-    compile: bool = False,         # compiled by `torch.compile`
-    channels_last: bool = False,   # convolution weights with their channels last
+    model,  # a name of the zoo, a checkpoint folder, or a model
+    device: str = "cpu",
+    online: bool = False,  # a name may be looked up on the Hugging Face Hub
+    precision: str = "float32",  # or 'bfloat16', 'float16'
+    compile: bool = False,  # compiled by `torch.compile`
+    channels_last: bool = False,  # convolution weights with their channels last
 ):
     "The model, loaded where it is a name; `Problem` for one that takes no sentence or cannot compute so."
     name = model if isinstance(model, (str, Path)) else type(model).__name__
     if isinstance(model, (str, Path)):
         from rvos_nb.models import zoo
-        model = zoo.load(model, device=device, **({'online': True} if online else {}))
-    if not hasattr(model, 'refer'): raise Problem('model', f'{name}, which takes no sentence', 'a referring model', 'choose one of the referring models that `rvos models` lists')
-    if (speed := dict(precision=precision, compile=compile, channels_last=channels_last)) == PLAIN: return model
-    if not hasattr(model, 'optimise'): raise Problem('model', f'{name}, which computes in one way only', 'float32, not compiled', 'leave out the options of precision and speed')
+
+        model = zoo.load(model, device=device, **({"online": True} if online else {}))
+    if not hasattr(model, "refer"):
+        raise Problem(
+            "model",
+            f"{name}, which takes no sentence",
+            "a referring model",
+            "choose one of the referring models that `rvos models` lists",
+        )
+    if (
+        speed := {"precision": precision, "compile": compile, "channels_last": channels_last}
+    ) == PLAIN:
+        return model
+    if not hasattr(model, "optimise"):
+        raise Problem(
+            "model",
+            f"{name}, which computes in one way only",
+            "float32, not compiled",
+            "leave out the options of precision and speed",
+        )
     return model.optimise(**speed)
 
 # %% ../nbs/05a_predict.ipynb #79bbd03c
 def full_size(
-    values: np.ndarray,    # (T, h, w) float32
-    size: tuple[int, int], # (H, W) of the frames
-    kind: str = 'logit',   # enlarged bilinearly; or 'probability': by the nearest pixel
-) -> np.ndarray:           # (T, H, W) float32
+    values: np.ndarray,  # (T, h, w) float32
+    size: tuple[int, int],  # (H, W) of the frames
+    kind: str = "logit",  # enlarged bilinearly; or 'probability': by the nearest pixel
+) -> np.ndarray:  # (T, H, W) float32
     "Logits or probabilities at the frames' own size, as the published models enlarge them."
     import torch
-    how = dict(mode='bilinear', align_corners=False) if kind == 'logit' else dict(mode='nearest')
-    return torch.nn.functional.interpolate(torch.as_tensor(values, dtype=torch.float32)[None], size=tuple(size), **how)[0].numpy()
+
+    how = {"mode": "bilinear", "align_corners": False} if kind == "logit" else {"mode": "nearest"}
+    return torch.nn.functional.interpolate(
+        torch.as_tensor(values, dtype=torch.float32)[None], size=tuple(size), **how
+    )[0].numpy()
+
 
 def full_masks(
-    logits: np.ndarray,    # (T, h, w) float32
-    size: tuple[int, int], # (H, W) of the frames
-    kind: str = 'logit',   # or 'probability'
-    threshold: float = .5,
-) -> np.ndarray:           # (T, H, W) bool
+    logits: np.ndarray,  # (T, h, w) float32
+    size: tuple[int, int],  # (H, W) of the frames
+    kind: str = "logit",  # or 'probability'
+    threshold: float = 0.5,
+) -> np.ndarray:  # (T, H, W) bool
     "Masks at the frames' own size."
     import torch
+
     x = torch.from_numpy(full_size(logits, size, kind))
-    return ((x.sigmoid() if kind == 'logit' else x) > threshold).numpy()
+    return ((x.sigmoid() if kind == "logit" else x) > threshold).numpy()
 
 # %% ../nbs/05a_predict.ipynb #ef077974
 def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndarray, info: dict):
     "Write logits (T,h,w) float32, or uint8 levels of probability, scores (T,), boxes (T,4) and `info` (kind, size, model, frames); whole or not at all."
     from safetensors.numpy import save
-    f = lambda a: np.ascontiguousarray(a, dtype=np.uint8 if getattr(a, 'dtype', None) == np.uint8 else np.float32)
-    with whole(path) as tmp: tmp.write_bytes(save(dict(logits=f(logits), scores=f(scores), boxes=f(boxes)), metadata={'rvos': json.dumps(info)}))
 
-def load_candidates(path, names=('logits', 'scores', 'boxes'), levels: bool = False) -> tuple[dict, dict]:
+    def f(a):
+        return np.ascontiguousarray(
+            a, dtype=np.uint8 if getattr(a, "dtype", None) == np.uint8 else np.float32
+        )
+
+    with whole(path) as tmp:
+        tmp.write_bytes(
+            save(
+                {"logits": f(logits), "scores": f(scores), "boxes": f(boxes)},
+                metadata={"rvos": json.dumps(info)},
+            )
+        )
+
+
+def load_candidates(
+    path, names=("logits", "scores", "boxes"), levels: bool = False
+) -> tuple[dict, dict]:
     "Read the arrays called `names`, and info; levels as probabilities unless asked for. Raises `Problem` where the file is missing or not a candidate file."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(str(path), 'numpy') as f: arrays, info = {k: f.get_tensor(k) for k in names}, json.loads(f.metadata()['rvos'])
-        return {k: (a + np.float32(.5)) / np.float32(256) if a.dtype == np.uint8 and not levels else a for k, a in arrays.items()}, info
-    except FileNotFoundError: raise Problem(path, 'no such file', 'the candidates of an expression', 'run the predict stage for it') from None
+        with safe_open(str(path), "numpy") as f:
+            arrays, info = {k: f.get_tensor(k) for k in names}, json.loads(f.metadata()["rvos"])
+        return {
+            k: (a + np.float32(0.5)) / np.float32(256) if a.dtype == np.uint8 and not levels else a
+            for k, a in arrays.items()
+        }, info
+    except FileNotFoundError:
+        raise Problem(
+            path, "no such file", "the candidates of an expression", "run the predict stage for it"
+        ) from None
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise Problem(path, f'a file that cannot be read ({e})', 'candidates written by the predict stage', 'remove it and run the predict stage again') from None
+        raise Problem(
+            path,
+            f"a file that cannot be read ({e})",
+            "candidates written by the predict stage",
+            "remove it and run the predict stage again",
+        ) from None
 
 # %% ../nbs/05a_predict.ipynb #e5f49995
 def write_masks(
-    folder: Path,          # an existing, still temporary folder
-    names,                 # T frame names without extension
-    logits: np.ndarray,    # (T, h, w) float32
-    size: tuple[int, int], # (H, W) of the frames
-    kind: str = 'logit',
-    threshold: float = .5,
+    folder: Path,  # an existing, still temporary folder
+    names,  # T frame names without extension
+    logits: np.ndarray,  # (T, h, w) float32
+    size: tuple[int, int],  # (H, W) of the frames
+    kind: str = "logit",
+    threshold: float = 0.5,
     pool: ThreadPoolExecutor | None = None,
 ):
     "Write FRAME.png for every name; a full-size mask lives no longer than its thread works on it."
-    def one(name, x): (folder/f'{check_id(name, folder)}.png').write_bytes(encode_mask(full_masks(x[None], size, kind, threshold)[0]))
+
+    def one(name, x):
+        (folder / f"{check_id(name, folder)}.png").write_bytes(
+            encode_mask(full_masks(x[None], size, kind, threshold)[0])
+        )
+
     list((pool.map if pool else map)(one, names, logits))
+
 
 def _write_video(unit: str, data: Dataset, out: Path, found: dict, name: str, threshold: float):
     "Write candidates and masks of one video."
     video, expressions = data.videos[unit], data.expressions[unit]
-    info = dict(kind=found['kind'], size=list(found['size']), model=name, frames=list(video.frames))
-    with whole_folder(out/'candidates'/unit) as folder:
+    info = {
+        "kind": found["kind"],
+        "size": list(found["size"]),
+        "model": name,
+        "frames": list(video.frames),
+    }
+    with whole_folder(out / "candidates" / unit) as folder:
         for i, e in enumerate(expressions):
-            save_candidates(folder/f'{check_id(e.id, data.root)}.safetensors', found['logits'][i], found['scores'][i], found['boxes'][i], info)
-    with ThreadPoolExecutor(4) as pool, whole_folder(out/'Annotations'/unit) as folder:
+            save_candidates(
+                folder / f"{check_id(e.id, data.root)}.safetensors",
+                found["logits"][i],
+                found["scores"][i],
+                found["boxes"][i],
+                info,
+            )
+    with ThreadPoolExecutor(4) as pool, whole_folder(out / "Annotations" / unit) as folder:
         for i, e in enumerate(expressions):
-            (folder/e.id).mkdir()
-            write_masks(folder/e.id, video.frames, found['logits'][i], found['size'], found['kind'], threshold, pool)
+            (folder / e.id).mkdir()
+            write_masks(
+                folder / e.id,
+                video.frames,
+                found["logits"][i],
+                found["size"],
+                found["kind"],
+                threshold,
+                pool,
+            )
 
-def _open_video(unit: str, model, data: Dataset, **how) -> Iterator[np.ndarray]: return opened(model, data.videos[check_id(unit, data.root)], len(data.expressions[unit]), **how)
 
-def _predict_video(unit: str, clips, model, data: Dataset, out: Path, name: str, threshold: float, short_side: int) -> Callable:
+def _open_video(unit: str, model, data: Dataset, **how) -> Iterator[np.ndarray]:
+    return opened(model, data.videos[check_id(unit, data.root)], len(data.expressions[unit]), **how)
+
+
+def _predict_video(
+    unit: str, clips, model, data: Dataset, out: Path, name: str, threshold: float, short_side: int
+) -> Callable:
     "Ask the model about one opened video; returns the function that writes what it said."
     found = joined(answers(model, clips, [e.text for e in data.expressions[unit]], short_side))
     return partial(_write_video, unit, data, out, found, name, threshold)
 
+
 def _stands(unit: str, data: Dataset, out: Path) -> bool:
     "Whether every expression of the video has all its masks."
-    folder = out/'Annotations'/unit
-    return all((folder/e.id).is_dir() and len(list((folder/e.id).iterdir())) == len(data.videos[unit].frames) for e in data.expressions[unit]) and folder.is_dir()
+    folder = out / "Annotations" / unit
+    return (
+        all(
+            (folder / e.id).is_dir()
+            and len(list((folder / e.id).iterdir())) == len(data.videos[unit].frames)
+            for e in data.expressions[unit]
+        )
+        and folder.is_dir()
+    )
 
 # %% ../nbs/05a_predict.ipynb #51263abd
 def readable(
     data: Dataset,
-    model,         # its `text_encoder`, where it has one, says what it can read
-) -> Dataset:      # the rest become faults, VIDEO/EXP -> reason; a video without any sentence left is left out
+    model,  # its `text_encoder`, where it has one, says what it can read
+) -> (
+    Dataset
+):  # the rest become faults, VIDEO/EXP -> reason; a video without any sentence left is left out
     "The data set with the sentences that the model can read."
-    if not hasattr(model, 'text_encoder'): return data
+    if not hasattr(model, "text_encoder"):
+        return data
     kept, faults = {}, dict(data.faults)
     for e in data:
-        try: model.text_encoder.pieces([e.text]); kept.setdefault(e.video, []).append(e)
-        except Problem as p: faults[f'{e.video}/{e.id}'] = str(p)
+        try:
+            model.text_encoder.pieces([e.text])
+            kept.setdefault(e.video, []).append(e)
+        except Problem as p:
+            faults[f"{e.video}/{e.id}"] = str(p)
     return replace(data, videos={v: data.videos[v] for v in kept}, expressions=kept, faults=faults)
 
 # %% ../nbs/05a_predict.ipynb #12e34c92
 def predict(
-    data_dir,                  # a data set of whole videos: Ref-YouTube-VOS or Ref-DAVIS17
-    out_dir,                   # results: Annotations/, candidates/, run.json
-    model='referformer-tiny',  # a name of the zoo, a checkpoint folder, or a model
-    split: str = 'valid',
-    short_side: int = 0,       # 0: the model's own
-    clip_length: int = 0,      # frames seen at once; 0: whole videos
-    device: str = '',          # '' picks CUDA where it is there
-    executor: str = 'local',   # or 'ray'
-    force: bool = False,       # replace results of other parameters
-    threshold: float = .5,     # masks are what is more probable than this
-    memory='',                 # such as '4GB': clips are cut so that the model stays within; '': no limit
-    layout: str = '',          # '': told by the tree
-    online: bool = False,      # the model's name may be looked up on the Hub
-    **speed,                   # other than `PLAIN`, see `referring`
+    data_dir,  # a data set of whole videos: Ref-YouTube-VOS or Ref-DAVIS17
+    out_dir,  # results: Annotations/, candidates/, run.json
+    model="referformer-tiny",  # a name of the zoo, a checkpoint folder, or a model
+    split: str = "valid",
+    short_side: int = 0,  # 0: the model's own
+    clip_length: int = 0,  # frames seen at once; 0: whole videos
+    device: str = "",  # '' picks CUDA where it is there
+    executor: str = "local",  # or 'ray'
+    force: bool = False,  # replace results of other parameters
+    threshold: float = 0.5,  # masks are what is more probable than this
+    memory="",  # such as '4GB': clips are cut so that the model stays within; '': no limit
+    layout: str = "",  # '': told by the tree
+    online: bool = False,  # the model's name may be looked up on the Hub
+    **speed,  # other than `PLAIN`, see `referring`
 ) -> Report:
     "Masks for every expression of a split; a video that fails, or a sentence that cannot be read, is recorded and the others finish."
-    data, device, memory = open_dataset(data_dir, split, layout), device_name(device), bytes_of(memory)
-    if data.truth is not None: raise Problem(data_dir, f'the layout {data.layout}, which asks about single frames', 'a data set of whole videos', 'use `rvos predict --data`, or `protocols.run`')
+    data, device, memory = (
+        open_dataset(data_dir, split, layout),
+        device_name(device),
+        bytes_of(memory),
+    )
+    if data.truth is not None:
+        raise Problem(
+            data_dir,
+            f"the layout {data.layout}, which asks about single frames",
+            "a data set of whole videos",
+            "use `rvos predict --data`, or `protocols.run`",
+        )
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     check_numbers(threshold, short_side=short_side, clip_length=clip_length)
     model = referring(model, device, online, **speed)
     data = readable(data, model)
-    out, clip = Path(out_dir), dict(short_side=short_side, clip_length=clip_length, memory=memory)
-    return run_stage('predict', out, dict(split=data.split, model=name, threshold=threshold) | clip | PLAIN | speed, list(data.videos),
-                     partial(_predict_video, model=model, data=data, out=out, name=name, threshold=threshold, short_side=short_side), partial(_stands, data=data, out=out),
-                     prepare=partial(_open_video, model=model, data=data, **clip), faults=data.faults, executor=executor, force=force, device=device, inputs=made_from(out, model=name))
+    out, clip = (
+        Path(out_dir),
+        {"short_side": short_side, "clip_length": clip_length, "memory": memory},
+    )
+    return run_stage(
+        "predict",
+        out,
+        {"split": data.split, "model": name, "threshold": threshold} | clip | PLAIN | speed,
+        list(data.videos),
+        partial(
+            _predict_video,
+            model=model,
+            data=data,
+            out=out,
+            name=name,
+            threshold=threshold,
+            short_side=short_side,
+        ),
+        partial(_stands, data=data, out=out),
+        prepare=partial(_open_video, model=model, data=data, **clip),
+        faults=data.faults,
+        executor=executor,
+        force=force,
+        device=device,
+        inputs=made_from(out, model=name),
+    )
 
 # %% ../nbs/05a_predict.ipynb #3421dea5
 def predict_clip(
-    clip,                     # a `Video` (see `open_clip`)
-    texts: list[str],         # sentences
-    out_dir,                  # overlay.mp4, Annotations/CLIP/0…/FRAME.png
-    model,                    # a name of the zoo, a checkpoint folder, or a model
+    clip,  # a `Video` (see `open_clip`)
+    texts: list[str],  # sentences
+    out_dir,  # overlay.mp4, Annotations/CLIP/0…/FRAME.png
+    model,  # a name of the zoo, a checkpoint folder, or a model
     short_side: int = 0,
-    clip_length: int = 36,    # frames seen at once
-    fps: float = 0,           # of the overlay; 0: the clip's own
-    threshold: float = .5,
-    memory='',                # such as '4GB'
-) -> Path:                    # the overlay
+    clip_length: int = 36,  # frames seen at once
+    fps: float = 0,  # of the overlay; 0: the clip's own
+    threshold: float = 0.5,
+    memory="",  # such as '4GB'
+) -> Path:  # the overlay
     "Segment one clip for each sentence; returns the path of the video with the masks painted in. Raises `Problem` for an empty sentence or a wrong number."
-    out, texts, clip_length, memory = Path(out_dir), list(texts), min(clip_length or 36, len(clip.frames)), bytes_of(memory)
-    if not texts or not all(t.strip() for t in texts): raise Problem('sentence', 'an empty sentence', 'words such as "the dog"', 'write what to look for')
+    out, texts, clip_length, memory = (
+        Path(out_dir),
+        list(texts),
+        min(clip_length or 36, len(clip.frames)),
+        bytes_of(memory),
+    )
+    if not texts or not all(t.strip() for t in texts):
+        raise Problem(
+            "sentence", "an empty sentence", 'words such as "the dog"', "write what to look for"
+        )
     check_numbers(threshold, short_side=short_side, clip_length=clip_length, fps=fps)
     model = referring(model)
-    parts, names = answers(model, opened(model, clip, len(texts), short_side, clip_length, memory), texts, short_side), iter(clip.frames)
-    with ThreadPoolExecutor(4) as pool, locked(out), whole_folder(out/'Annotations'/clip.id) as folder:
-        for e in range(len(texts)): (folder/str(e)).mkdir()
+    parts, names = (
+        answers(
+            model,
+            opened(model, clip, len(texts), short_side, clip_length, memory),
+            texts,
+            short_side,
+        ),
+        iter(clip.frames),
+    )
+    with (
+        ThreadPoolExecutor(4) as pool,
+        locked(out),
+        whole_folder(out / "Annotations" / clip.id) as folder,
+    ):
+        for e in range(len(texts)):
+            (folder / str(e)).mkdir()
+
         def paint(frame, name, logits, found):
-            masks = full_masks(logits, found['size'], found['kind'], threshold)
-            for e, m in enumerate(masks): (folder/str(e)/f'{check_id(name, clip.id)}.png').write_bytes(encode_mask(m))
+            masks = full_masks(logits, found["size"], found["kind"], threshold)
+            for e, m in enumerate(masks):
+                (folder / str(e) / f"{check_id(name, clip.id)}.png").write_bytes(encode_mask(m))
             return overlay(frame, masks)
+
         def painted():
             for frames, found in ahead(parts):
                 jobs = deque()
-                for frame, logits in zip(frames, found['logits'].swapaxes(0, 1)):
+                for frame, logits in zip(frames, found["logits"].swapaxes(0, 1)):
                     jobs.append(pool.submit(paint, frame, next(names), logits, found))
-                    if len(jobs) > 4: yield jobs.popleft().result()
-                while jobs: yield jobs.popleft().result()
-        write_video(out/'overlay.mp4', painted(), fps or frame_rate(clip))
-    return out/'overlay.mp4'
+                    if len(jobs) > 4:
+                        yield jobs.popleft().result()
+                while jobs:
+                    yield jobs.popleft().result()
+
+        write_video(out / "overlay.mp4", painted(), fps or frame_rate(clip))
+    return out / "overlay.mp4"
 
 # %% ../nbs/05a_predict.ipynb #d3f052bb
 def unknown_words(
-    model,             # its `tokenizer`, where it has one, knows words or does not
+    model,  # its `tokenizer`, where it has one, knows words or does not
     texts: list[str],
-) -> list[str]:        # none for RoBERTa, which spells what it does not know
+) -> list[str]:  # none for RoBERTa, which spells what it does not know
     "The words of the sentences that the model has never met."
-    words = getattr(model, 'tokenizer', None)
-    return [w for w in dict.fromkeys(' '.join(texts).split()) if words and words.unk_token_id in words(w)['input_ids']]
+    words = getattr(model, "tokenizer", None)
+    return [
+        w
+        for w in dict.fromkeys(" ".join(texts).split())
+        if words and words.unk_token_id in words(w)["input_ids"]
+    ]

@@ -8,7 +8,8 @@ __all__ = ['VERSIONS', 'DIRECTIONS', 'EMPTY', 'walk', 'How', 'make_propagator', 
            'propagate_clip', 'propagate_vos']
 
 # %% ../nbs/05g_propagate.ipynb #59de0a8c
-import os, shutil
+import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import Problem, Report, SomeFailed, check_id, device_name, locked, made_from, read_json, run_stage, whole_folder
+from rvos_nb.core import (
+    Problem,
+    Report,
+    SomeFailed,
+    check_id,
+    device_name,
+    locked,
+    made_from,
+    read_json,
+    run_stage,
+    whole_folder,
+)
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
@@ -34,109 +46,179 @@ from .vos.propagator import AOTPropagator, Augmented, Ids, Propagator, Track, sw
 def walk(
     propagator: Propagator,
     ahead: Iterable[np.ndarray],  # frames k, k+1, … N-1, each (H, W, 3) uint8 RGB
-    back: Iterable[np.ndarray],   # frames k, k-1, … 0
-    k: int,                       # the key frame
-    labels: np.ndarray,           # (H, W) uint8, of the key frame
-    restart: bool = True,         # forget between the directions
-) -> Iterator[tuple[int, np.ndarray]]: # (frame, (H, W) uint8 labels), for every frame but k that is reached
+    back: Iterable[np.ndarray],  # frames k, k-1, … 0
+    k: int,  # the key frame
+    labels: np.ndarray,  # (H, W) uint8, of the key frame
+    restart: bool = True,  # forget between the directions
+) -> Iterator[
+    tuple[int, np.ndarray]
+]:  # (frame, (H, W) uint8 labels), for every frame but k that is reached
     "Propagate from the key frame forward, then backward. A stream that ends with the key frame costs nothing."
     track = Track(propagator, {k: labels}, restart)
     for frames, way in ((ahead, 1), (back, -1)):
         for _, t, found in sweep([track], ((k + way * i, frame) for i, frame in enumerate(frames))):
-            if t != k: yield t, found
+            if t != k:
+                yield t, found
 
 # %% ../nbs/05g_propagate.ipynb #e36d13dd
-VERSIONS = ('clean', 'challenge')
-DIRECTIONS = ('both', 'forward', 'backward')
+VERSIONS = ("clean", "challenge")
+DIRECTIONS = ("both", "forward", "backward")
+
 
 @dataclass(frozen=True)
 class How:
     "How to propagate, beside the model. Raises `Problem` for a choice that there is not."
-    version: str = 'clean'
-    direction: str = 'both'
-    restart: bool = True            # forget between the directions; the challenge's version never does
-    scales: tuple[float, ...] = (1.,)
-    flip: bool = False              # every scale mirrored, too
-    feedback: str = ''              # of views: 'own', 'merged'; '': as the version has it
-    soft: bool = False              # remember probabilities instead of labels
-    gap: int | None = None          # memorise every gap-th frame
-    short_term_skip: int | None = None # the short-term memory lies this many frames back
-    max_memory_frames: int | None = None # of the long-term memory
+
+    version: str = "clean"
+    direction: str = "both"
+    restart: bool = True  # forget between the directions; the challenge's version never does
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False  # every scale mirrored, too
+    feedback: str = ""  # of views: 'own', 'merged'; '': as the version has it
+    soft: bool = False  # remember probabilities instead of labels
+    gap: int | None = None  # memorise every gap-th frame
+    short_term_skip: int | None = None  # the short-term memory lies this many frames back
+    max_memory_frames: int | None = None  # of the long-term memory
 
     def __post_init__(self):
-        for name, choice in (('version', VERSIONS), ('direction', DIRECTIONS), ('feedback', ('own', 'merged', ''))):
-            if getattr(self, name) not in choice: raise Problem(name, repr(getattr(self, name)), ' or '.join(map(repr, choice)), 'choose one of them')
-        for name in ('gap', 'short_term_skip', 'max_memory_frames'):
-            if (v := getattr(self, name)) is not None and v < 1: raise Problem(name, str(v), 'at least 1', 'leave it out for the published value')
-        if not self.scales or min(self.scales) <= 0: raise Problem('scales', str(self.scales), 'numbers above 0', 'for instance 0.8 1.0 1.2')
-        object.__setattr__(self, 'scales', tuple(map(float, self.scales)))
-        if self.version == 'challenge': object.__setattr__(self, 'restart', False)
-        object.__setattr__(self, 'feedback', self.feedback or ('merged' if self.version == 'challenge' else 'own'))
+        for name, choice in (
+            ("version", VERSIONS),
+            ("direction", DIRECTIONS),
+            ("feedback", ("own", "merged", "")),
+        ):
+            if getattr(self, name) not in choice:
+                raise Problem(
+                    name,
+                    repr(getattr(self, name)),
+                    " or ".join(map(repr, choice)),
+                    "choose one of them",
+                )
+        for name in ("gap", "short_term_skip", "max_memory_frames"):
+            if (v := getattr(self, name)) is not None and v < 1:
+                raise Problem(name, str(v), "at least 1", "leave it out for the published value")
+        if not self.scales or min(self.scales) <= 0:
+            raise Problem("scales", str(self.scales), "numbers above 0", "for instance 0.8 1.0 1.2")
+        object.__setattr__(self, "scales", tuple(map(float, self.scales)))
+        if self.version == "challenge":
+            object.__setattr__(self, "restart", False)
+        object.__setattr__(
+            self, "feedback", self.feedback or ("merged" if self.version == "challenge" else "own")
+        )
 
-    def policy(self) -> dict: # of what an AOT remembers
-        return dict(gap=self.gap, short_skip=self.short_term_skip, max_memory_frames=self.max_memory_frames, soft=self.soft)
+    def policy(self) -> dict:  # of what an AOT remembers
+        return {
+            "gap": self.gap,
+            "short_skip": self.short_term_skip,
+            "max_memory_frames": self.max_memory_frames,
+            "soft": self.soft,
+        }
 
 # %% ../nbs/05g_propagate.ipynb #10d8ea7b
 def make_propagator(
-    model,           # a name of the zoo or of a published SAM 2, a folder of either, an AOT, or a `Propagator`
+    model,  # a name of the zoo or of a published SAM 2, a folder of either, an AOT, or a `Propagator`
     how: How = How(),
-    device: str = 'cpu',
-    online: bool = False, # allow a look at the Hub, for published SAM 2 models
+    device: str = "cpu",
+    online: bool = False,  # allow a look at the Hub, for published SAM 2 models
 ) -> Propagator:
     "A propagator for the stage. Raises `Problem` for a model that does not propagate, and for a policy that it cannot follow."
     if isinstance(model, (str, Path)):
         from rvos_nb.models import zoo
         from rvos_nb.vos.sam2 import is_sam, load_sam
+
         model = load_sam(model, device, online) if is_sam(model) else zoo.load(model, device=device)
-    if isinstance(model, AOT): model = AOTPropagator(model.to(device), challenge=how.version == 'challenge', **how.policy())
-    elif not isinstance(model, Propagator): raise Problem('model', type(model).__name__, 'a model that propagates masks', "use 'aot-tiny', or see `rvos models`")
-    elif asked := [k for k, v in how.policy().items() if v]: raise Problem(', '.join(asked), f'asked of {type(model).__name__}', 'a model of the AOT family', 'leave it out')
-    return model if how.scales == (1.,) and not how.flip else Augmented(model, how.scales, how.flip, how.feedback)
+    if isinstance(model, AOT):
+        model = AOTPropagator(
+            model.to(device), challenge=how.version == "challenge", **how.policy()
+        )
+    elif not isinstance(model, Propagator):
+        raise Problem(
+            "model",
+            type(model).__name__,
+            "a model that propagates masks",
+            "use 'aot-tiny', or see `rvos models`",
+        )
+    elif asked := [k for k, v in how.policy().items() if v]:
+        raise Problem(
+            ", ".join(asked),
+            f"asked of {type(model).__name__}",
+            "a model of the AOT family",
+            "leave it out",
+        )
+    return (
+        model
+        if how.scales == (1.0,) and not how.flip
+        else Augmented(model, how.scales, how.flip, how.feedback)
+    )
 
 # %% ../nbs/05g_propagate.ipynb #5dc9791a
 def key_index(
-    keys: dict,      # {video: {expression: k}}, of `keyframe.from_json`
+    keys: dict,  # {video: {expression: k}}, of `keyframe.from_json`
     video: Video,
     expression: str,
-    where,           # path of key_frame.json, for messages
+    where,  # path of key_frame.json, for messages
 ) -> int:
     "The key frame of one expression. Raises `Problem` where there is none, or none of this video."
-    try: k = keys[video.id][expression]
-    except KeyError: raise Problem(where, f'no entry for {video.id}/{expression}', 'a key frame for every expression', 'choose the key frames again') from None
+    try:
+        k = keys[video.id][expression]
+    except KeyError:
+        raise Problem(
+            where,
+            f"no entry for {video.id}/{expression}",
+            "a key frame for every expression",
+            "choose the key frames again",
+        ) from None
     if not 0 <= k < len(video.frames):
-        raise Problem(where, f'key frame {k} for {video.id}/{expression}', f'0 to {len(video.frames) - 1}', 'choose the key frames again')
+        raise Problem(
+            where,
+            f"key frame {k} for {video.id}/{expression}",
+            f"0 to {len(video.frames) - 1}",
+            "choose the key frames again",
+        )
     return k
 
+
 def input_mask(
-    folder: Path,           # pred_dir/Annotations/VIDEO/EXP
-    name: str,              # a frame's name
+    folder: Path,  # pred_dir/Annotations/VIDEO/EXP
+    name: str,  # a frame's name
     size: tuple[int, int],  # (H, W) of the frames
-) -> np.ndarray:            # (H, W) bool
+) -> np.ndarray:  # (H, W) bool
     "A mask of the input tree. Raises `Problem` where the tree, the file or its size is wrong."
-    if not folder.is_dir(): raise Problem(folder, 'no such folder', 'the masks of this expression', 'run the predict stage for this video first')
-    return read_mask(folder/f'{check_id(name, folder)}.png', size)
+    if not folder.is_dir():
+        raise Problem(
+            folder,
+            "no such folder",
+            "the masks of this expression",
+            "run the predict stage for this video first",
+        )
+    return read_mask(folder / f"{check_id(name, folder)}.png", size)
 
 # %% ../nbs/05g_propagate.ipynb #9d080086
 @dataclass
 class Sentence:
     "One expression: where it starts, and where its masks come from and go."
-    k: int         # key frame
-    source: Path   # pred_dir/Annotations/VIDEO/EXP
-    folder: Path   # where FRAME.png go: an existing, still temporary folder
-    done: set[int] = field(default_factory=set) # frames that were propagated
 
-def _sweeps(video: Video, keys: Sequence[int], direction: str) -> Iterator[tuple[list[int], list[int]]]:
+    k: int  # key frame
+    source: Path  # pred_dir/Annotations/VIDEO/EXP
+    folder: Path  # where FRAME.png go: an existing, still temporary folder
+    done: set[int] = field(default_factory=set)  # frames that were propagated
+
+
+def _sweeps(
+    video: Video, keys: Sequence[int], direction: str
+) -> Iterator[tuple[list[int], list[int]]]:
     "Forward and backward: which of the tracks take part, and the frames in order."
     end = len(video.frames) - 1
-    if direction != 'backward' and (going := [i for i, k in enumerate(keys) if k < end]): yield going, list(range(min(keys[i] for i in going), end + 1))
-    if direction != 'forward' and (going := [i for i, k in enumerate(keys) if k > 0]): yield going, list(range(max(keys[i] for i in going), -1, -1))
+    if direction != "backward" and (going := [i for i, k in enumerate(keys) if k < end]):
+        yield going, list(range(min(keys[i] for i in going), end + 1))
+    if direction != "forward" and (going := [i for i, k in enumerate(keys) if k > 0]):
+        yield going, list(range(max(keys[i] for i in going), -1, -1))
 
 # %% ../nbs/05g_propagate.ipynb #cebe5ab8
 def propagate_sentences(
     propagator: Propagator,
     video: Video,
     sentences: Sequence[Sentence],
-    direction: str = 'both',
+    direction: str = "both",
     restart: bool = True,
 ):
     "Masks of all sentences, in two sweeps over the video. Raises `Problem` for a frame or mask that is missing or of another size."
@@ -149,201 +231,370 @@ def propagate_sentences(
     with ThreadPoolExecutor(1) as pool:
         jobs = []
         for going, times in _sweeps(video, [s.k for s, _ in moving], direction):
-            for i, t, labels in sweep([tracks[i] for i in going], zip(times, read_video(video, names=[names[t] for t in times]))):
+            for i, t, labels in sweep(
+                [tracks[i] for i in going],
+                zip(times, read_video(video, names=[names[t] for t in times])),
+            ):
                 s = moving[going[i]][0]
-                if t == s.k: continue
-                jobs.append(pool.submit((s.folder/f'{names[t]}.png').write_bytes, encode_mask(labels > 0))); s.done.add(t)
-                if len(jobs) > 16: jobs.pop(0).result()
-        for job in jobs: job.result()
+                if t == s.k:
+                    continue
+                jobs.append(
+                    pool.submit((s.folder / f"{names[t]}.png").write_bytes, encode_mask(labels > 0))
+                )
+                s.done.add(t)
+                if len(jobs) > 16:
+                    jobs.pop(0).result()
+        for job in jobs:
+            job.result()
     for s in sentences:
         for t in sorted({*range(len(names))} - s.done):
             input_mask(s.source, names[t], size)
-            shutil.copyfile(s.source/f'{names[t]}.png', s.folder/f'{names[t]}.png')
+            shutil.copyfile(s.source / f"{names[t]}.png", s.folder / f"{names[t]}.png")
 
 # %% ../nbs/05g_propagate.ipynb #cee16c22
-EMPTY = ('copy', 'next_best')
+EMPTY = ("copy", "next_best")
 
-def companies(units: list[str], most: int) -> list[list[str]]: # at most `most` units of one video each
+
+def companies(
+    units: list[str], most: int
+) -> list[list[str]]:  # at most `most` units of one video each
     "Which units are done together."
-    videos = [list(us) for _, us in groupby(units, lambda u: u.split('/')[0])]
-    return [us[i:i + most] for us in videos for i in range(0, len(us), most)]
+    videos = [list(us) for _, us in groupby(units, lambda u: u.split("/")[0])]
+    return [us[i : i + most] for us in videos for i in range(0, len(us), most)]
+
 
 def start_frame(unit: str, data: Dataset, keys: dict, pred: Path, empty: str) -> int:
     "Where the propagation of a unit starts. Raises `Problem` for a wrong key frame or an unusable key mask."
-    v, e = (check_id(part, data.root) for part in unit.split('/', 1))
-    video, source = data.videos[v], pred/'Annotations'/v/e
-    k = key_index(keys, video, e, pred/'key_frame.json')
-    drawn = input_mask(source, video.frames[k], next(read_video(video, names=[video.frames[k]])).shape[:2]).any()
-    return k if drawn or empty == 'copy' else choose_one(pred, v, e, 'best_nonempty')
+    v, e = (check_id(part, data.root) for part in unit.split("/", 1))
+    video, source = data.videos[v], pred / "Annotations" / v / e
+    k = key_index(keys, video, e, pred / "key_frame.json")
+    drawn = input_mask(
+        source, video.frames[k], next(read_video(video, names=[video.frames[k]])).shape[:2]
+    ).any()
+    return k if drawn or empty == "copy" else choose_one(pred, v, e, "best_nonempty")
 
 # %% ../nbs/05g_propagate.ipynb #75ace13e
-def _do(starts: dict[str, int], propagator: Propagator, data: Dataset, pred: Path, out: Path, how: How):
+def _do(
+    starts: dict[str, int], propagator: Propagator, data: Dataset, pred: Path, out: Path, how: How
+):
     "Units of one video, all or none."
     with ExitStack() as stack:
-        sentences = [Sentence(k, pred/'Annotations'/u, stack.enter_context(whole_folder(out/'Annotations'/u))) for u, k in starts.items()]
-        propagate_sentences(propagator, data.videos[next(iter(starts)).split('/')[0]], sentences, how.direction, how.restart)
+        sentences = [
+            Sentence(
+                k,
+                pred / "Annotations" / u,
+                stack.enter_context(whole_folder(out / "Annotations" / u)),
+            )
+            for u, k in starts.items()
+        ]
+        propagate_sentences(
+            propagator,
+            data.videos[next(iter(starts)).split("/")[0]],
+            sentences,
+            how.direction,
+            how.restart,
+        )
+
 
 def _propagate_units(units: list[str], keys: dict, empty: str, data: Dataset, pred: Path, **shared):
     "Units of one video together and, where that fails, one by one. Raises `SomeFailed`."
     starts, failed, shared = {}, {}, dict(shared, data=data, pred=pred)
     for u in units:
-        try: starts[u] = start_frame(u, data, keys, pred, empty)
-        except Exception as e: failed[u] = e
+        try:
+            starts[u] = start_frame(u, data, keys, pred, empty)
+        except Exception as e:
+            failed[u] = e
     try:
-        if len(starts) > 1: _do(starts, **shared); starts = {}
-    except Exception: pass
+        if len(starts) > 1:
+            _do(starts, **shared)
+            starts = {}
+    except Exception:
+        pass
     for u, k in starts.items():
-        try: _do({u: k}, **shared)
-        except Exception as e: failed[u] = e
-    if failed: raise SomeFailed(failed)
+        try:
+            _do({u: k}, **shared)
+        except Exception as e:
+            failed[u] = e
+    if failed:
+        raise SomeFailed(failed)
+
 
 def _stands(unit: str, data: Dataset, out: Path) -> bool:
     "Whether a unit has a mask of every frame."
-    folder, frames = out/'Annotations'/unit, data.videos[unit.split('/')[0]].frames
-    return folder.is_dir() and all((folder/f'{f}.png').is_file() for f in frames)
+    folder, frames = out / "Annotations" / unit, data.videos[unit.split("/")[0]].frames
+    return folder.is_dir() and all((folder / f"{f}.png").is_file() for f in frames)
 
 # %% ../nbs/05g_propagate.ipynb #c4aa374a
 def propagate(
-    data_dir,                # a data set in the Ref-YouTube-VOS layout
-    pred_dir,                # a run: Annotations/VIDEO/EXP/FRAME.png and key_frame.json
-    out_dir,                 # results: Annotations/, run.json
-    model='aot-tiny',        # a name of the zoo, a checkpoint folder, an AOT, or a `Propagator`
-    split: str = 'valid',
-    direction: str = 'both', # or 'forward', 'backward': the other side keeps the input's masks
-    restart: bool = True,    # forget between the directions; the challenge's version never does
-    version: str = 'clean',  # or 'challenge'
-    device: str = '',        # '' picks CUDA where it is there
-    executor: str = 'local', # or 'ray'
-    force: bool = False,     # replace results of other parameters
-    empty: str = 'copy',     # an empty key mask: 'copy' all masks, or start from the 'next_best' frame
-    together: int = 8,       # sentences of one video that walk together, which bounds memory
-    online: bool = False,    # allow a look at the Hub, for published SAM 2 models
-    **options,               # scales, flip, feedback, soft, gap, short_term_skip, max_memory_frames: see `How`
+    data_dir,  # a data set in the Ref-YouTube-VOS layout
+    pred_dir,  # a run: Annotations/VIDEO/EXP/FRAME.png and key_frame.json
+    out_dir,  # results: Annotations/, run.json
+    model="aot-tiny",  # a name of the zoo, a checkpoint folder, an AOT, or a `Propagator`
+    split: str = "valid",
+    direction: str = "both",  # or 'forward', 'backward': the other side keeps the input's masks
+    restart: bool = True,  # forget between the directions; the challenge's version never does
+    version: str = "clean",  # or 'challenge'
+    device: str = "",  # '' picks CUDA where it is there
+    executor: str = "local",  # or 'ray'
+    force: bool = False,  # replace results of other parameters
+    empty: str = "copy",  # an empty key mask: 'copy' all masks, or start from the 'next_best' frame
+    together: int = 8,  # sentences of one video that walk together, which bounds memory
+    online: bool = False,  # allow a look at the Hub, for published SAM 2 models
+    **options,  # scales, flip, feedback, soft, gap, short_term_skip, max_memory_frames: see `How`
 ) -> Report:
     "Propagate every expression's key mask; an expression that fails is recorded and the others finish. Raises `Problem` for unusable inputs."
     how = How(version, direction, restart, **options)
-    if empty not in EMPTY: raise Problem('empty', repr(empty), ' or '.join(map(repr, EMPTY)), 'choose one of them')
-    if together < 1: raise Problem('together', str(together), 'at least 1', 'leave it out')
+    if empty not in EMPTY:
+        raise Problem("empty", repr(empty), " or ".join(map(repr, EMPTY)), "choose one of them")
+    if together < 1:
+        raise Problem("together", str(together), "at least 1", "leave it out")
     data, pred, device = open_dataset(data_dir, split), Path(pred_dir), device_name(device)
-    if not (pred/'key_frame.json').exists(): raise Problem(pred/'key_frame.json', 'no such file', 'the key frames of that run', 'choose them first (rvos keyframe), or check the path')
-    keys = from_json(read_json(pred/'key_frame.json'), pred/'key_frame.json')
-    if not (pred/'Annotations').is_dir(): raise Problem(pred/'Annotations', 'no such folder', 'masks to start from', 'name the folder of a predict run')
-    title, propagator = str(model) if isinstance(model, (str, Path)) else type(model).__name__, make_propagator(model, how, device, online)
-    special = {k: v for k, v in asdict(how).items() if v != getattr(How(version), k)} | ({'empty': empty} if empty != 'copy' else {})
-    params = dict(split=split, masks=os.path.relpath(pred, Path(out_dir).parent), model=title, direction=direction, restart=how.restart, version=version) | special
-    shared = dict(data=data, out=Path(out_dir))
-    units = [f'{v}/{e.id}' for v in data.videos for e in data.expressions[v]]
-    return run_stage('propagate', out_dir, params, units, partial(_propagate_units, propagator=propagator, keys=keys, pred=pred, how=how, empty=empty, **shared),
-        partial(_stands, **shared), faults=data.faults, executor=executor, force=force, device=device,
-        groups=partial(companies, most=together if propagator.fork() is not None else 1), inputs=made_from(out_dir, pred, pred/'key_frame.json', model=title))
+    if not (pred / "key_frame.json").exists():
+        raise Problem(
+            pred / "key_frame.json",
+            "no such file",
+            "the key frames of that run",
+            "choose them first (rvos keyframe), or check the path",
+        )
+    keys = from_json(read_json(pred / "key_frame.json"), pred / "key_frame.json")
+    if not (pred / "Annotations").is_dir():
+        raise Problem(
+            pred / "Annotations",
+            "no such folder",
+            "masks to start from",
+            "name the folder of a predict run",
+        )
+    title, propagator = (
+        str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        make_propagator(model, how, device, online),
+    )
+    special = {k: v for k, v in asdict(how).items() if v != getattr(How(version), k)} | (
+        {"empty": empty} if empty != "copy" else {}
+    )
+    params = {
+        "split": split,
+        "masks": os.path.relpath(pred, Path(out_dir).parent),
+        "model": title,
+        "direction": direction,
+        "restart": how.restart,
+        "version": version,
+    } | special
+    shared = {"data": data, "out": Path(out_dir)}
+    units = [f"{v}/{e.id}" for v in data.videos for e in data.expressions[v]]
+    return run_stage(
+        "propagate",
+        out_dir,
+        params,
+        units,
+        partial(
+            _propagate_units,
+            propagator=propagator,
+            keys=keys,
+            pred=pred,
+            how=how,
+            empty=empty,
+            **shared,
+        ),
+        partial(_stands, **shared),
+        faults=data.faults,
+        executor=executor,
+        force=force,
+        device=device,
+        groups=partial(companies, most=together if propagator.fork() is not None else 1),
+        inputs=made_from(out_dir, pred, pred / "key_frame.json", model=title),
+    )
 
 # %% ../nbs/05g_propagate.ipynb #2b5b8e68
 def read_given(
-    path,                   # a mask in any of these forms
+    path,  # a mask in any of these forms
     size: tuple[int, int],  # (H, W) of the frames
-) -> np.ndarray:            # (H, W) uint8 ids, 0 the background, 255 unknown (in palettes only)
+) -> np.ndarray:  # (H, W) uint8 ids, 0 the background, 255 unknown (in palettes only)
     "Ids of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another size or empty, or shows objects as colours."
     mask = read_mask(path, size)
-    with Image.open(path) as im: mode, rgb = im.mode, np.asarray(im.convert('RGB')) if im.mode not in ('P', 'L', '1') else None
+    with Image.open(path) as im:
+        mode, rgb = (
+            im.mode,
+            np.asarray(im.convert("RGB")) if im.mode not in ("P", "L", "1") else None,
+        )
     if rgb is not None and len(colours := np.unique(rgb[np.ptp(rgb, -1) > 16], axis=0)) > 1:
-        raise Problem(path, f'a picture of {len(colours)} colours', 'a palette or grey PNG whose values are object ids, or white on black', 'save it as a palette PNG')
-    labels = read_labels(path) if mode in ('P', 'L', '1') else mask.astype(np.uint8)
-    if mode == 'L' and labels.max() == 255: labels = mask.astype(np.uint8)
-    if not np.isin(labels, (0, 255), invert=True).any(): raise Problem(path, 'no object', 'a mask with at least one pixel of an object', 'draw one, or name another frame')
+        raise Problem(
+            path,
+            f"a picture of {len(colours)} colours",
+            "a palette or grey PNG whose values are object ids, or white on black",
+            "save it as a palette PNG",
+        )
+    labels = read_labels(path) if mode in ("P", "L", "1") else mask.astype(np.uint8)
+    if mode == "L" and labels.max() == 255:
+        labels = mask.astype(np.uint8)
+    if not np.isin(labels, (0, 255), invert=True).any():
+        raise Problem(
+            path,
+            "no object",
+            "a mask with at least one pixel of an object",
+            "draw one, or name another frame",
+        )
     return labels
 
 # %% ../nbs/05g_propagate.ipynb #529d5c75
-def _found(clip: Video, track: Track, ids: Ids, direction: str, read: Callable) -> Iterator[tuple[int, np.ndarray]]:
+def _found(
+    clip: Video, track: Track, ids: Ids, direction: str, read: Callable
+) -> Iterator[tuple[int, np.ndarray]]:
     "(t, (H, W) uint8 ids of the file) in the order of the walk; `read` gives what was yielded for a frame before."
     first, last, end = min(track.given), max(track.given), len(clip.frames) - 1
-    entry = {i: min(t for t, m in track.given.items() if (m == i).any()) for m in track.given.values() for i in np.unique(m[m > 0])}
-    def frames(order): return zip(order, read_video(clip, names=[clip.frames[t] for t in order]))
-    if direction != 'backward':
-        for _, t, labels in sweep([track], frames(range(first, end + 1))): yield t, ids.widen(labels)
-    if direction != 'forward':
+    entry = {
+        i: min(t for t, m in track.given.items() if (m == i).any())
+        for m in track.given.values()
+        for i in np.unique(m[m > 0])
+    }
+
+    def frames(order):
+        return zip(order, read_video(clip, names=[clip.frames[t] for t in order]))
+
+    if direction != "backward":
+        for _, t, labels in sweep([track], frames(range(first, end + 1))):
+            yield t, ids.widen(labels)
+    if direction != "forward":
         for _, t, labels in sweep([track], frames(range(last, -1, -1))):
-            if t >= first and direction == 'both':
+            if t >= first and direction == "both":
                 late = np.isin(labels, [i for i, start in entry.items() if start > t])
-                if late.any() and (late := late & ((before := read(t)) == 0)).any(): yield t, np.where(late, ids.widen(labels), before)
-            else: yield t, ids.widen(labels)
+                if late.any() and (late := late & ((before := read(t)) == 0)).any():
+                    yield t, np.where(late, ids.widen(labels), before)
+            else:
+                yield t, ids.widen(labels)
 
 # %% ../nbs/05g_propagate.ipynb #02e7805a
 def propagate_labels(
     propagator: Propagator,
     clip: Video,
-    given: Mapping[int, np.ndarray], # position -> (H, W) uint8 ids; 255 is unknown
-    folder: Path,                    # where FRAME.png (palette) go: an existing, still temporary folder
+    given: Mapping[int, np.ndarray],  # position -> (H, W) uint8 ids; 255 is unknown
+    folder: Path,  # where FRAME.png (palette) go: an existing, still temporary folder
     how: How = How(),
-) -> list[int]:                      # the ids
+) -> list[int]:  # the ids
     "Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or of another size."
-    ids, where, jobs, reached = Ids(), [folder/f'{check_id(n, clip.folder)}.png' for n in clip.frames], deque(), set()
+    ids, where, jobs, reached = (
+        Ids(),
+        [folder / f"{check_id(n, clip.folder)}.png" for n in clip.frames],
+        deque(),
+        set(),
+    )
     track = Track(propagator, {t: ids.narrow(m) for t, m in sorted(given.items())}, how.restart)
     size = next(read_video(clip, names=[clip.frames[min(given)]])).shape[:2]
     for t, m in given.items():
-        if m.shape != size: raise Problem(f'{clip.id}, mask of frame {t}', f'{m.shape[0]}x{m.shape[1]} pixels', f'{size[0]}x{size[1]}, as the frames', 'make the mask again at the size of the frames')
+        if m.shape != size:
+            raise Problem(
+                f"{clip.id}, mask of frame {t}",
+                f"{m.shape[0]}x{m.shape[1]} pixels",
+                f"{size[0]}x{size[1]}, as the frames",
+                "make the mask again at the size of the frames",
+            )
     with ThreadPoolExecutor(1) as pool:
+
         def finish(most=0):
-            while len(jobs) > most: jobs.popleft().result()
-        def read(t): finish(); return read_labels(where[t])
+            while len(jobs) > most:
+                jobs.popleft().result()
+
+        def read(t):
+            finish()
+            return read_labels(where[t])
+
         for t, found in _found(clip, track, ids, how.direction, read):
-            jobs.append(pool.submit(where[t].write_bytes, encode_labels(found))); reached.add(t); finish(16)
+            jobs.append(pool.submit(where[t].write_bytes, encode_labels(found)))
+            reached.add(t)
+            finish(16)
         finish()
-    for t in {*range(len(where))} - reached: where[t].write_bytes(encode_labels(np.zeros(size, np.uint8)))
+    for t in {*range(len(where))} - reached:
+        where[t].write_bytes(encode_labels(np.zeros(size, np.uint8)))
     return ids.ids[1:]
 
 # %% ../nbs/05g_propagate.ipynb #30e68474
 def propagate_clip(
-    clip: Video,                  # see `open_clip`
+    clip: Video,  # see `open_clip`
     given: Mapping[int, object],  # position -> path of a mask, or (H, W) uint8 ids
-    out_dir,                      # Annotations/CLIP/FRAME.png (palette), overlay.mp4
-    model='aot-tiny',             # as in `propagate`
+    out_dir,  # Annotations/CLIP/FRAME.png (palette), overlay.mp4
+    model="aot-tiny",  # as in `propagate`
     how: How = How(),
-    device: str = '',
-    online: bool = False,         # as in `propagate`
-) -> Path:                        # the overlay
+    device: str = "",
+    online: bool = False,  # as in `propagate`
+) -> Path:  # the overlay
     "Carry masks through one clip. Raises `Problem` for masks or frames that are missing, broken or of another size, and writes nothing then."
     out, names = Path(out_dir), clip.frames
     for t in given:
-        if not 0 <= t < len(names): raise Problem('frame', str(t), f'0 to {len(names) - 1}, the frames of {clip.folder}', 'count the frames from 0')
-    if not given: raise Problem('mask', 'none', 'at least one', 'give a mask and the number of its frame')
+        if not 0 <= t < len(names):
+            raise Problem(
+                "frame",
+                str(t),
+                f"0 to {len(names) - 1}, the frames of {clip.folder}",
+                "count the frames from 0",
+            )
+    if not given:
+        raise Problem("mask", "none", "at least one", "give a mask and the number of its frame")
     size = next(read_video(clip, names=[names[min(given)]])).shape[:2]
     labels = {t: m if isinstance(m, np.ndarray) else read_given(m, size) for t, m in given.items()}
     propagator = make_propagator(model, how, device_name(device), online)
-    with locked(out), whole_folder(out/'Annotations'/check_id(clip.id, clip.folder)) as folder:
+    with locked(out), whole_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder:
         ids = propagate_labels(propagator, clip, labels, folder, how)
+
         def painted():
             for name, frame in zip(names, read_video(clip)):
-                here = read_labels(folder/f'{name}.png')
+                here = read_labels(folder / f"{name}.png")
                 yield overlay(frame, np.stack([here == i for i in ids]))
-        write_video(out/'overlay.mp4', painted(), frame_rate(clip))
-    return out/'overlay.mp4'
+
+        write_video(out / "overlay.mp4", painted(), frame_rate(clip))
+    return out / "overlay.mp4"
 
 # %% ../nbs/05g_propagate.ipynb #913da1ff
-def _vos_unit(unit: str, kind: str, videos: dict[str, Annotated], propagator: Propagator, out: Path, how: How):
+def _vos_unit(
+    unit: str, kind: str, videos: dict[str, Annotated], propagator: Propagator, out: Path, how: How
+):
     "Label maps of one video."
     clip, given = shown(videos[unit], kind)
-    with whole_folder(out/'Annotations'/unit) as folder: propagate_labels(propagator, clip, given, folder, how)
+    with whole_folder(out / "Annotations" / unit) as folder:
+        propagate_labels(propagator, clip, given, folder, how)
+
 
 def _vos_stands(unit: str, videos: dict[str, Annotated], out: Path) -> bool:
     "Whether a video has a label map of every picture."
-    folder = out/'Annotations'/unit
-    return folder.is_dir() and all((folder/f'{p.stem}.png').is_file() for p in videos[unit].pictures.iterdir() if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    folder = out / "Annotations" / unit
+    return folder.is_dir() and all(
+        (folder / f"{p.stem}.png").is_file()
+        for p in videos[unit].pictures.iterdir()
+        if p.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
+
 
 def propagate_vos(
-    data_dir,                # DAVIS-2017 or YouTube-VOS
-    out_dir,                 # results: Annotations/VIDEO/FRAME.png (palette), run.json
-    model='aot-tiny',        # as in `propagate`
-    split: str = 'valid',    # DAVIS calls it val
-    how: How = How(direction='forward'),
-    device: str = '',
-    executor: str = 'local', # or 'ray'
-    force: bool = False,     # replace results of other parameters
-    online: bool = False,    # as in `propagate`
+    data_dir,  # DAVIS-2017 or YouTube-VOS
+    out_dir,  # results: Annotations/VIDEO/FRAME.png (palette), run.json
+    model="aot-tiny",  # as in `propagate`
+    split: str = "valid",  # DAVIS calls it val
+    how: How = How(direction="forward"),
+    device: str = "",
+    executor: str = "local",  # or 'ray'
+    force: bool = False,  # replace results of other parameters
+    online: bool = False,  # as in `propagate`
 ) -> Report:
     "Propagate the given objects of every video; a video that fails is recorded and the others finish. Raises `Problem` for another layout."
     kind, found, _ = vos_videos(data_dir, split)
     videos, device = {v.id: v for v in found}, device_name(device)
-    params = dict(split=split, model=str(model) if isinstance(model, (str, Path)) else type(model).__name__) | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(how).items()}
-    shared = dict(videos=videos, out=Path(out_dir))
-    return run_stage('propagate-vos', out_dir, params, list(videos), partial(_vos_unit, kind=kind, propagator=make_propagator(model, how, device, online), how=how, **shared),
-        partial(_vos_stands, **shared), executor=executor, force=force, device=device)
+    params = {
+        "split": split,
+        "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+    } | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(how).items()}
+    shared = {"videos": videos, "out": Path(out_dir)}
+    return run_stage(
+        "propagate-vos",
+        out_dir,
+        params,
+        list(videos),
+        partial(
+            _vos_unit,
+            kind=kind,
+            propagator=make_propagator(model, how, device, online),
+            how=how,
+            **shared,
+        ),
+        partial(_vos_stands, **shared),
+        executor=executor,
+        force=force,
+        device=device,
+    )

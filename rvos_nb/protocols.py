@@ -18,400 +18,800 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, Report, check_id, device_name, natural_key, read_json, run_stage, whole_folder, write_json
+from rvos_nb.core import (
+    Problem,
+    Report,
+    check_id,
+    device_name,
+    natural_key,
+    read_json,
+    run_stage,
+    whole_folder,
+    write_json,
+)
 from .data.datasets import Dataset, open_dataset
 from .data.masks import encode_labels, read_mask, rle_encode
 from .data.video import Expression, read_video
 from .evaluate import listed
-from .metrics import PRECISION_AT, average_precision, chosen, davis_mean, frame_scores, label_scores, overlaps, precision_of_first
+from rvos_nb.metrics import (
+    PRECISION_AT,
+    average_precision,
+    chosen,
+    davis_mean,
+    frame_scores,
+    label_scores,
+    overlaps,
+    precision_of_first,
+)
 from .predict import PLAIN, ahead, check_numbers, predict, readable, referring
 from .results import check_code, label_maps, maps_folder, open_results, strays_in
 
 # %% ../nbs/05a2_protocols.ipynb #ebe17d8e
-BACKGROUND = 0.1 # what the background claims everywhere
+BACKGROUND = 0.1  # what the background claims everywhere
+
 
 def merge_labels(
-    planes: Iterable[np.ndarray], # (H, W) float32 probabilities, one for each object
-    threshold: float = .5,        # a smaller probability is no claim
-) -> np.ndarray:                  # (H, W) uint8, 0 background, 1 the first object …
+    planes: Iterable[np.ndarray],  # (H, W) float32 probabilities, one for each object
+    threshold: float = 0.5,  # a smaller probability is no claim
+) -> np.ndarray:  # (H, W) uint8, 0 background, 1 the first object …
     "The object that is most probable at each pixel; the planes are taken one by one. Raises `Problem` for more than 254."
     labels = None
     for n, p in enumerate(planes, 1):
-        if n > 254: raise Problem('objects', 'more than 254', 'at most 254 in a palette picture', 'merge fewer objects at once')
-        if labels is None: labels, best = np.zeros(p.shape, np.uint8), np.full(p.shape, BACKGROUND, np.float32)
+        if n > 254:
+            raise Problem(
+                "objects",
+                "more than 254",
+                "at most 254 in a palette picture",
+                "merge fewer objects at once",
+            )
+        if labels is None:
+            labels, best = np.zeros(p.shape, np.uint8), np.full(p.shape, BACKGROUND, np.float32)
         better = (p > best) & (p >= threshold)
         labels[better], best[better] = n, p[better]
-    if labels is None: raise Problem('objects', 'none', 'at least one', 'check the sentences of the video')
+    if labels is None:
+        raise Problem("objects", "none", "at least one", "check the sentences of the video")
     return labels
 
 # %% ../nbs/05a2_protocols.ipynb #70f989f4
 def annotators(data: Dataset) -> int:
     "How many sentences each object has; 4, as in Ref-DAVIS17, where objects are not known."
-    if not len(data) or any(e.object_id is None for e in data): return 4
+    if not len(data) or any(e.object_id is None for e in data):
+        return 4
     count: dict = {}
-    for e in data: count[e.video, e.object_id] = count.get((e.video, e.object_id), 0) + 1
+    for e in data:
+        count[e.video, e.object_id] = count.get((e.video, e.object_id), 0) + 1
     return max(count.values())
 
+
 def by_annotator(
-    expressions: Sequence[Expression], # of one video
-    each: int,                         # sentences of an object
-    where,                             # for the message
-) -> list[list[Expression | None]]:    # for each annotator the sentence of object 0, 1, …; None where it is missing
+    expressions: Sequence[Expression],  # of one video
+    each: int,  # sentences of an object
+    where,  # for the message
+) -> list[
+    list[Expression | None]
+]:  # for each annotator the sentence of object 0, 1, …; None where it is missing
     "Sort sentences by annotator. Raises `Problem` where ids are not object · each + annotator."
     table: dict[int, list] = {}
     for e in expressions:
-        if not e.id.isdecimal(): raise Problem(where, f'the expression id {e.id!r}', 'a whole number, object · annotators + annotator', 'use protocol ytvos')
+        if not e.id.isdecimal():
+            raise Problem(
+                where,
+                f"the expression id {e.id!r}",
+                "a whole number, object · annotators + annotator",
+                "use protocol ytvos",
+            )
         table.setdefault(int(e.id) // each, [None] * each)[int(e.id) % each] = e
     mixed = [o for o, row in table.items() if len({e.object_id for e in row if e}) > 1]
-    if mixed: raise Problem(where, f'sentences {mixed[0] * each} to {mixed[0] * each + each - 1} about different objects', f'{each} consecutive sentences for each object', 'use protocol ytvos')
-    return [[table[o][a] if o in table else None for o in range(max(table) + 1)] for a in range(each)]
+    if mixed:
+        raise Problem(
+            where,
+            f"sentences {mixed[0] * each} to {mixed[0] * each + each - 1} about different objects",
+            f"{each} consecutive sentences for each object",
+            "use protocol ytvos",
+        )
+    return [
+        [table[o][a] if o in table else None for o in range(max(table) + 1)] for a in range(each)
+    ]
 
 # %% ../nbs/05a2_protocols.ipynb #b50ff45a
 def plane_reader(
-    run: Path,   # holds candidates/ or Annotations/
+    run: Path,  # holds candidates/ or Annotations/
     e: Expression,
     frames: Sequence[str],
-) -> Callable[[int], np.ndarray]: # t -> (H, W) float32 probability
+) -> Callable[[int], np.ndarray]:  # t -> (H, W) float32 probability
     "Reads one frame's probabilities of one expression. Raises `Problem` where the run does not have it."
-    path = run/'candidates'/check_id(e.video, run)/f'{check_id(e.id, run)}.safetensors'
+    path = run / "candidates" / check_id(e.video, run) / f"{check_id(e.id, run)}.safetensors"
     if not path.exists():
-        return lambda t: read_mask(run/'Annotations'/e.video/e.id/f'{frames[t]}.png').astype(np.float32)
+        return lambda t: read_mask(
+            run / "Annotations" / e.video / e.id / f"{frames[t]}.png"
+        ).astype(np.float32)
     import torch
+
     from rvos_nb.predict import full_size, load_candidates
-    arrays, info = load_candidates(path, ['logits'])
+
+    arrays, info = load_candidates(path, ["logits"])
+
     def plane(t):
-        x = full_size(arrays['logits'][t:t + 1], info['size'], info['kind'])[0]
-        return torch.from_numpy(x).sigmoid().numpy() if info['kind'] == 'logit' else x
+        x = full_size(arrays["logits"][t : t + 1], info["size"], info["kind"])[0]
+        return torch.from_numpy(x).sigmoid().numpy() if info["kind"] == "logit" else x
+
     return plane
 
 # %% ../nbs/05a2_protocols.ipynb #1c3a2071
 def _merge_video(unit: str, data: Dataset, run: Path, out: Path, each: int, threshold: float):
     "Write the label maps of one video for every annotator."
     frames = data.videos[unit].frames
-    for a, sentences in enumerate(by_annotator(data.expressions[unit], each, f'{data.root}, video {unit}')):
+    for a, sentences in enumerate(
+        by_annotator(data.expressions[unit], each, f"{data.root}, video {unit}")
+    ):
         readers = [e and plane_reader(run, e, frames) for e in sentences]
-        if not any(readers): continue
+        if not any(readers):
+            continue
         shape = next(r for r in readers if r)(0).shape
-        def one(t): return encode_labels(merge_labels((r(t) if r else np.zeros(shape, np.float32) for r in readers), threshold))
-        with ThreadPoolExecutor(4) as pool, whole_folder(out/f'anno_{a}'/check_id(unit, data.root)) as folder:
-            for t, png in enumerate(pool.map(one, range(len(frames)))): (folder/f'{t:05d}.png').write_bytes(png)
+
+        def one(t):
+            return encode_labels(
+                merge_labels(
+                    (r(t) if r else np.zeros(shape, np.float32) for r in readers), threshold
+                )
+            )
+
+        with (
+            ThreadPoolExecutor(4) as pool,
+            whole_folder(out / f"anno_{a}" / check_id(unit, data.root)) as folder,
+        ):
+            for t, png in enumerate(pool.map(one, range(len(frames)))):
+                (folder / f"{t:05d}.png").write_bytes(png)
+
 
 def _merged(unit: str, data: Dataset, out: Path, each: int) -> bool:
     "Whether every annotator's maps of the video stand."
-    try: wanted = [a for a, row in enumerate(by_annotator(data.expressions[unit], each, unit)) if any(row)]
-    except Problem: return False # a failure of this unit, to be named when it is worked on
-    return all(len(list((out/f'anno_{a}'/unit).glob('*.png'))) == len(data.videos[unit].frames) for a in wanted)
+    try:
+        wanted = [
+            a for a, row in enumerate(by_annotator(data.expressions[unit], each, unit)) if any(row)
+        ]
+    except Problem:
+        return False  # a failure of this unit, to be named when it is worked on
+    return all(
+        len(list((out / f"anno_{a}" / unit).glob("*.png"))) == len(data.videos[unit].frames)
+        for a in wanted
+    )
+
 
 def merge(
     data: Dataset,
-    run,                  # a results folder of `predict` or `propagate`
-    out,                  # anno_0/VIDEO/00000.png …, numbered by position
-    threshold: float = .5,
-    each: int = 0,        # sentences of an object; 0: as many as it has
-    executor: str = 'local',
+    run,  # a results folder of `predict` or `propagate`
+    out,  # anno_0/VIDEO/00000.png …, numbered by position
+    threshold: float = 0.5,
+    each: int = 0,  # sentences of an object; 0: as many as it has
+    executor: str = "local",
     force: bool = False,
 ) -> Report:
     "Stage: the sentences of each annotator merged into palette label maps, as DAVIS wants them."
     each = each or annotators(data)
-    shared = dict(data=data, out=Path(out), each=each)
-    return run_stage('merge', out, dict(split=data.split, annotators=each, threshold=threshold), list(data.videos),
-                     partial(_merge_video, run=Path(run), threshold=threshold, **shared), partial(_merged, **shared), executor=executor, force=force)
+    shared = {"data": data, "out": Path(out), "each": each}
+    return run_stage(
+        "merge",
+        out,
+        {"split": data.split, "annotators": each, "threshold": threshold},
+        list(data.videos),
+        partial(_merge_video, run=Path(run), threshold=threshold, **shared),
+        partial(_merged, **shared),
+        executor=executor,
+        force=force,
+    )
 
 # %% ../nbs/05a2_protocols.ipynb #4fd96642
 def _scored(truth: np.ndarray, maps: np.ndarray, where: str) -> tuple[list, list[str]]:
     "`label_scores`, and a line where it refuses the maps."
-    try: return label_scores(truth, maps), []
-    except Problem as e: return label_scores(truth, np.zeros_like(maps)), [str(Problem(where, e.found, e.expected, e.remedy))]
+    try:
+        return label_scores(truth, maps), []
+    except Problem as e:
+        return label_scores(truth, np.zeros_like(maps)), [
+            str(Problem(where, e.found, e.expected, e.remedy))
+        ]
+
 
 def score_maps(
     data: Dataset,
-    out,                # of `merge`, a run that holds it, or a zip
-) -> tuple[dict, dict[str, list[str]]]: # {'anno_0': {'J&F': …}, …, 'mean': …} in percent, empty without maps or annotation; findings of each sort
+    out,  # of `merge`, a run that holds it, or a zip
+) -> tuple[
+    dict, dict[str, list[str]]
+]:  # {'anno_0': {'J&F': …}, …, 'mean': …} in percent, empty without maps or annotation; findings of each sort
     "Seven numbers for each annotator and their mean, and a line for all that was not as it should be."
     empty, ignored, out_of_mean = [], [], []
     with open_results(maps_folder(Path(out), data.split)) as results:
-        objects: dict[str, list] = {n: [] for n in sorted(results.names(), key=natural_key) if re.fullmatch(r'anno_\d+', n)}
-        for n in objects: ignored += strays_in(results, n, data.videos)
+        objects: dict[str, list] = {
+            n: [] for n in sorted(results.names(), key=natural_key) if re.fullmatch(r"anno_\d+", n)
+        }
+        for n in objects:
+            ignored += strays_in(results, n, data.videos)
         for v in data.videos if objects else ():
-            try: truth = data.labels(v)
-            except Problem as e: out_of_mean.append(f'{v}: {e}'); continue
-            if truth is None: return {}, {}
-            if not (truth[0] % 255).any(): out_of_mean.append(f'{v}: no object in the first annotation'); continue
+            try:
+                truth = data.labels(v)
+            except Problem as e:
+                out_of_mean.append(f"{v}: {e}")
+                continue
+            if truth is None:
+                return {}, {}
+            if not (truth[0] % 255).any():
+                out_of_mean.append(f"{v}: no object in the first annotation")
+                continue
             for n, scored in objects.items():
-                names = [f'{t:05d}' for t in range(len(truth))]
-                maps, bad = label_maps(results, f'{n}/{v}', names, truth.shape[1:])
-                pairs, refused = _scored(truth, maps, results.name(f'{n}/{v}'))
-                scored += pairs; empty += bad + refused
-                ignored += strays_in(results, f'{n}/{v}', [f'{name}.png' for name in names])
-    found = {n: {k: 100 * x for k, x in davis_mean(scored).items()} for n, scored in objects.items() if scored}
-    if found: found['mean'] = {k: float(np.mean([f[k] for f in found.values()])) for k in next(iter(found.values()))}
-    return found, {'counted as empty': empty, 'not asked for, ignored': ignored, 'left out of the mean': out_of_mean}
+                names = [f"{t:05d}" for t in range(len(truth))]
+                maps, bad = label_maps(results, f"{n}/{v}", names, truth.shape[1:])
+                pairs, refused = _scored(truth, maps, results.name(f"{n}/{v}"))
+                scored += pairs
+                empty += bad + refused
+                ignored += strays_in(results, f"{n}/{v}", [f"{name}.png" for name in names])
+    found = {
+        n: {k: 100 * x for k, x in davis_mean(scored).items()}
+        for n, scored in objects.items()
+        if scored
+    }
+    if found:
+        found["mean"] = {
+            k: float(np.mean([f[k] for f in found.values()])) for k in next(iter(found.values()))
+        }
+    return found, {
+        "counted as empty": empty,
+        "not asked for, ignored": ignored,
+        "left out of the mean": out_of_mean,
+    }
+
 
 def maps_table(scores: dict, notes: dict[str, list[str]]) -> str:
     "`score_maps` for a reader."
-    return '\n'.join([f"{k:7}" + '  '.join(f'{m} {x:z.1f}' for m, x in row.items()) for k, row in scores.items()] + [f'  {line}' for line in listed(notes)])
+    return "\n".join(
+        [f"{k:7}" + "  ".join(f"{m} {x:z.1f}" for m, x in row.items()) for k, row in scores.items()]
+        + [f"  {line}" for line in listed(notes)]
+    )
 
 # %% ../nbs/05a2_protocols.ipynb #a3b281cf
 def window(
     frames: int,  # of the video
-    at: int,      # the annotated frame
+    at: int,  # the annotated frame
     length: int,  # T
-) -> tuple[list[int], int]: # T positions in the video, and which of them is the annotated frame
+) -> tuple[list[int], int]:  # T positions in the video, and which of them is the annotated frame
     "The frames around one, clamped to the video."
-    around = sorted(min(max(i, 0), frames - 1) for i in range(at - length // 2, at + (length + 1) // 2))
+    around = sorted(
+        min(max(i, 0), frames - 1) for i in range(at - length // 2, at + (length + 1) // 2)
+    )
     return around, around.index(at)
 
 # %% ../nbs/05a2_protocols.ipynb #80595d39
 @dataclass
 class Answers:
     "What every query says of one frame to E sentences."
-    scores: np.ndarray      # (E, Q) in [0, 1]
-    logits: np.ndarray      # (E, Q, h, w) at stride 4 of the padded frame
-    boxes: np.ndarray       # (E, Q, 4) cxcywh in [0, 1]
+
+    scores: np.ndarray  # (E, Q) in [0, 1]
+    logits: np.ndarray  # (E, Q, h, w) at stride 4 of the padded frame
+    boxes: np.ndarray  # (E, Q, 4) cxcywh in [0, 1]
     inner: tuple[int, int]  # (h, w) of the network's input without padding, in pixels
-    size: tuple[int, int]   # (H, W) of the frame
+    size: tuple[int, int]  # (H, W) of the frame
+
 
 def ask(
-    model,                  # with `prepare`, `look`, `listen`, `respond` and `computing`, as ReferFormer has them
-    frames: np.ndarray,     # (T, H, W, 3) uint8
-    texts: Sequence[str],   # E sentences
-    at: int = 0,            # the frame that is asked about
-    short_side: int = 0,    # 0: the model's own
-    long_side: int = 640,   # at most
-    multiple: int = 32,     # padded to a multiple of this
+    model,  # with `prepare`, `look`, `listen`, `respond` and `computing`, as ReferFormer has them
+    frames: np.ndarray,  # (T, H, W, 3) uint8
+    texts: Sequence[str],  # E sentences
+    at: int = 0,  # the frame that is asked about
+    short_side: int = 0,  # 0: the model's own
+    long_side: int = 640,  # at most
+    multiple: int = 32,  # padded to a multiple of this
 ) -> Answers:
     "All queries of a model for one frame of a clip. Raises `Problem` for a model that gives one answer only."
     import torch
-    if not hasattr(model, 'respond'): raise Problem('model', f'{type(model).__name__}, which gives one answer only', 'a model that answers with every query', 'choose a model of the ReferFormer family')
+
+    if not hasattr(model, "respond"):
+        raise Problem(
+            "model",
+            f"{type(model).__name__}, which gives one answer only",
+            "a model that answers with every query",
+            "choose a model of the ReferFormer family",
+        )
     size, side = frames.shape[1:3], short_side or model.config.short_side
-    if max(size) / min(size) * side > long_side: side = round(long_side * min(size) / max(size))
+    if max(size) / min(size) * side > long_side:
+        side = round(long_side * min(size) / max(size))
     with torch.inference_mode(), model.computing():
         x = model.prepare(frames, side)
         (h, w), mask = x.shape[-2:], None
         if h % multiple or w % multiple:
             x = torch.nn.functional.pad(x, (0, -w % multiple, 0, -h % multiple))
-            mask = torch.ones(1, len(x), *x.shape[-2:], dtype=torch.bool, device=x.device); mask[..., :h, :w] = False
+            mask = torch.ones(1, len(x), *x.shape[-2:], dtype=torch.bool, device=x.device)
+            mask[..., :h, :w] = False
         heard = model.listen(*model.encode(list(texts)))
-        out = model.respond(model.look(x[None], mask, [at]), heard, torch.tensor([[h, w]] * len(texts), device=x.device))
-    get = lambda k: out[k][:, 0].float().cpu().numpy()
-    return Answers(out['pred_logits'][:, 0].float().sigmoid().amax(-1).cpu().numpy(), get('pred_masks'), get('pred_boxes'), (h, w), size)
+        out = model.respond(
+            model.look(x[None], mask, [at]),
+            heard,
+            torch.tensor([[h, w]] * len(texts), device=x.device),
+        )
+
+    def get(k):
+        return out[k][:, 0].float().cpu().numpy()
+
+    return Answers(
+        out["pred_logits"][:, 0].float().sigmoid().amax(-1).cpu().numpy(),
+        get("pred_masks"),
+        get("pred_boxes"),
+        (h, w),
+        size,
+    )
 
 # %% ../nbs/05a2_protocols.ipynb #2aac2495
 def query_masks(
-    logits: np.ndarray,      # (Q, h, w) at stride 4, padded
+    logits: np.ndarray,  # (Q, h, w) at stride 4, padded
     inner: tuple[int, int],  # (h, w) in pixels without padding
-    size: tuple[int, int],   # (H, W) of the original
-    threshold: float = .5,
-) -> np.ndarray:             # (Q, H, W) bool
+    size: tuple[int, int],  # (H, W) of the original
+    threshold: float = 0.5,
+) -> np.ndarray:  # (Q, H, W) bool
     "Masks at the original size."
     import torch
     from torch.nn.functional import interpolate
-    x = interpolate(torch.as_tensor(logits)[None].float(), scale_factor=4, mode='bilinear', align_corners=False).sigmoid() > threshold
-    return interpolate(x[..., :inner[0], :inner[1]].float(), size=tuple(size), mode='nearest')[0].numpy() > 0
+
+    x = (
+        interpolate(
+            torch.as_tensor(logits)[None].float(),
+            scale_factor=4,
+            mode="bilinear",
+            align_corners=False,
+        ).sigmoid()
+        > threshold
+    )
+    return (
+        interpolate(x[..., : inner[0], : inner[1]].float(), size=tuple(size), mode="nearest")[
+            0
+        ].numpy()
+        > 0
+    )
+
 
 def query_boxes(
-    boxes: np.ndarray,      # (Q, 4) cxcywh in [0, 1]
+    boxes: np.ndarray,  # (Q, 4) cxcywh in [0, 1]
     size: tuple[int, int],  # (H, W)
-) -> np.ndarray:            # (Q, 4) float32 x1, y1, x2, y2 in pixels of the original
+) -> np.ndarray:  # (Q, 4) float32 x1, y1, x2, y2 in pixels of the original
     "Corners of boxes."
     centre, half = boxes[:, :2], boxes[:, 2:] / np.float32(2)
-    return np.concatenate([centre - half, centre + half], 1) * np.array([size[1], size[0]] * 2, np.float32)
+    return np.concatenate([centre - half, centre + half], 1) * np.array(
+        [size[1], size[0]] * 2, np.float32
+    )
 
 # %% ../nbs/05a2_protocols.ipynb #be59ae87
 def sample_results(
-    image_id,               # of `Dataset.sample_id`
-    scores: np.ndarray,     # (Q,)
-    masks: np.ndarray,      # (Q, H, W) bool
-    boxes: np.ndarray,      # (Q, 4) corners in pixels
-) -> list[dict]:            # JSON-able, from the surest on
+    image_id,  # of `Dataset.sample_id`
+    scores: np.ndarray,  # (Q,)
+    masks: np.ndarray,  # (Q, H, W) bool
+    boxes: np.ndarray,  # (Q, 4) corners in pixels
+) -> list[dict]:  # JSON-able, from the surest on
     "The results of one sample in COCO's form."
     found = []
-    for q in np.argsort(-scores, kind='stable'):
+    for q in np.argsort(-scores, kind="stable"):
         code, (x1, y1, x2, y2) = rle_encode(masks[q]), boxes[q].tolist()
-        found.append(dict(image_id=image_id, category_id=1, score=float(scores[q]), bbox=[x1, y1, x2 - x1, y2 - y1],
-                          segmentation=dict(size=list(map(int, code['size'])), counts=code['counts'].decode())))
+        found.append(
+            {
+                "image_id": image_id,
+                "category_id": 1,
+                "score": float(scores[q]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentation": {
+                    "size": list(map(int, code["size"])),
+                    "counts": code["counts"].decode(),
+                },
+            }
+        )
     return found
 
 # %% ../nbs/05a2_protocols.ipynb #65358316
 def views(
-    data: Dataset, unit: str, length: int,
-) -> Iterator[tuple[list[Expression], np.ndarray, int]]: # samples of one frame, its window (T, H, W, 3) uint8, where in it the frame is
+    data: Dataset,
+    unit: str,
+    length: int,
+) -> Iterator[
+    tuple[list[Expression], np.ndarray, int]
+]:  # samples of one frame, its window (T, H, W, 3) uint8, where in it the frame is
     "The annotated frames of a video with `length` frames around each. Raises `Problem` for unreadable frames."
     video, samples = data.videos[check_id(unit, data.root)], {}
-    for e in data.expressions[unit]: samples.setdefault(e.frame, []).append(e)
+    for e in data.expressions[unit]:
+        samples.setdefault(e.frame, []).append(e)
     windows = {t: window(len(video.frames), t, length) for t in sorted(samples)}
-    last = {i: t for t, (around, _) in windows.items() for i in around} # the last window that needs a frame
-    held, stream = {}, zip(sorted(last), read_video(video, names=[video.frames[i] for i in sorted(last)]))
+    last = {
+        i: t for t, (around, _) in windows.items() for i in around
+    }  # the last window that needs a frame
+    held, stream = (
+        {},
+        zip(sorted(last), read_video(video, names=[video.frames[i] for i in sorted(last)])),
+    )
     for t, (around, at) in windows.items():
-        while not held.keys() >= set(around): i, frame = next(stream); held[i] = frame
+        while not held.keys() >= set(around):
+            i, frame = next(stream)
+            held[i] = frame
         yield samples[t], np.stack([held[i] for i in around]), at
-        for i in [i for i in held if last[i] <= t]: del held[i]
+        for i in [i for i in held if last[i] <= t]:
+            del held[i]
+
 
 def _write_frames(unit: str, data: Dataset, out: Path, asked: list, threshold: float):
     "Write the results of all samples of a video."
+
     def one(pair):
         e, (scores, logits, boxes, inner, size) = pair
-        return sample_results(data.sample_id(e), scores, query_masks(logits, inner, size, threshold), query_boxes(boxes, size))
-    samples = [(e, (a.scores[i], a.logits[i], a.boxes[i], a.inner, a.size)) for es, a in asked for i, e in enumerate(es)]
-    with ThreadPoolExecutor(4) as pool: write_json(out/'results'/f'{unit}.json', [r for rs in pool.map(one, samples) for r in rs], indent=None)
+        return sample_results(
+            data.sample_id(e),
+            scores,
+            query_masks(logits, inner, size, threshold),
+            query_boxes(boxes, size),
+        )
 
-def _open_frames(unit: str, data: Dataset, length: int): return ahead(views(data, unit, length))
+    samples = [
+        (e, (a.scores[i], a.logits[i], a.boxes[i], a.inner, a.size))
+        for es, a in asked
+        for i, e in enumerate(es)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        write_json(
+            out / "results" / f"{unit}.json",
+            [r for rs in pool.map(one, samples) for r in rs],
+            indent=None,
+        )
 
-def _predict_frames(unit: str, windows, model, data: Dataset, out: Path, short_side: int, threshold: float) -> Callable:
+
+def _open_frames(unit: str, data: Dataset, length: int):
+    return ahead(views(data, unit, length))
+
+
+def _predict_frames(
+    unit: str, windows, model, data: Dataset, out: Path, short_side: int, threshold: float
+) -> Callable:
     "Ask about the annotated frames of one video; returns the function that writes what was said."
-    asked = [(es, ask(model, frames, [e.text for e in es], at, short_side)) for es, frames, at in windows]
+    asked = [
+        (es, ask(model, frames, [e.text for e in es], at, short_side)) for es, frames, at in windows
+    ]
     return partial(_write_frames, unit, data, out, asked, threshold)
 
 # %% ../nbs/05a2_protocols.ipynb #e5e6f1c9
-def _numbers(*values) -> bool: return all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18 for x in values)
+def _numbers(*values) -> bool:
+    return all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e18 for x in values
+    )
+
 
 def usable_results(
-    results: Sequence,               # whatever stood in a results.json
-    sizes: dict,                     # image_id -> (H, W)
-    boxes: bool,                     # whether a result needs its box
-    where='results',                 # for the messages
-) -> tuple[list[dict], list[str], list]: # the good ones; why the others are not; ids that nobody asked for
+    results: Sequence,  # whatever stood in a results.json
+    sizes: dict,  # image_id -> (H, W)
+    boxes: bool,  # whether a result needs its box
+    where="results",  # for the messages
+) -> tuple[
+    list[dict], list[str], list
+]:  # the good ones; why the others are not; ids that nobody asked for
     "Sort out results that cannot be used."
     good, bad, strays = [], [], {}
     for n, r in enumerate(results):
-        at = f'{where}, entry {n}'
-        key = r.get('image_id') if isinstance(r, dict) else None
+        at = f"{where}, entry {n}"
+        key = r.get("image_id") if isinstance(r, dict) else None
         try:
-            if not isinstance(key, (str, int)) or isinstance(key, bool): raise Problem(at, 'no result', '"image_id", "score" and "segmentation"', 'write the file again')
-            if key not in sizes: strays[key] = None; continue
-            if not _numbers(r.get('score')): raise Problem(at, f'"score" {r.get("score")!r}', 'a number', 'write the result again')
-            check_code(r.get('segmentation'), sizes[key], at)
-            box = r.get('bbox')
-            if boxes and not (isinstance(box, (list, tuple)) and len(box) == 4 and _numbers(*box) and min(box[2:]) >= 0): raise Problem(at, f'"bbox" {box!r}'[:80], '[x, y, width, height]', 'write the result again')
-        except Problem as e: bad.append(str(e)); continue
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise Problem(
+                    at,
+                    "no result",
+                    '"image_id", "score" and "segmentation"',
+                    "write the file again",
+                )
+            if key not in sizes:
+                strays[key] = None
+                continue
+            if not _numbers(r.get("score")):
+                raise Problem(
+                    at, f'"score" {r.get("score")!r}', "a number", "write the result again"
+                )
+            check_code(r.get("segmentation"), sizes[key], at)
+            box = r.get("bbox")
+            if boxes and not (
+                isinstance(box, (list, tuple))
+                and len(box) == 4
+                and _numbers(*box)
+                and min(box[2:]) >= 0
+            ):
+                raise Problem(
+                    at, f'"bbox" {box!r}'[:80], "[x, y, width, height]", "write the result again"
+                )
+        except Problem as e:
+            bad.append(str(e))
+            continue
         good.append(r)
     return good, bad, list(strays)
 
 # %% ../nbs/05a2_protocols.ipynb #7b5a7a6c
 def score_frames(
     data: Dataset,
-    results: Sequence[dict], # of `sample_results`, any number for each sample
-    where='results',         # their file, for the messages
-    keep: Callable[[list[dict]], object] = lambda rows: None, # is given a row for each sample, for tables
-) -> dict:                   # 'AP' {'all': …, 'best': …}, 'mask' and perhaps 'box' {'P@0.5': …, 'oIoU', 'mIoU'}, in percent; 'samples'; 'missing', 'unusable', 'strays', 'unscored', 'faults'
+    results: Sequence[dict],  # of `sample_results`, any number for each sample
+    where="results",  # their file, for the messages
+    keep: Callable[[list[dict]], object] = lambda rows: (
+        None
+    ),  # is given a row for each sample, for tables
+) -> dict:  # 'AP' {'all': …, 'best': …}, 'mask' and perhaps 'box' {'P@0.5': …, 'oIoU', 'mIoU'}, in percent; 'samples'; 'missing', 'unusable', 'strays', 'unscored', 'faults'
     "The numbers that A2D, JHMDB and RefCOCO report, and what was not as it should be. Raises `Problem` where no truth is readable."
     from pycocotools.mask import area
+
     truth, boxes, unscored, asked = {}, {}, {}, {data.sample_id(e): e for e in data}
     for key, e in asked.items():
         try:
             truth[key] = rle_encode(data.masks(e)[0])
-            if data.layout == 'refcoco': boxes[key] = data.truth.box(key)
-        except Problem as p: truth.pop(key, None); unscored[f'{e.video}/{e.id}'] = str(p)
-    if not truth: raise Problem(data.root, 'no sample with a readable true mask', 'at least one', next(iter(unscored.values()), 'check the annotations'))
-    good, bad, unknown = usable_results(results, {k: c['size'] for k, c in truth.items()}, bool(boxes), where)
-    strange, answers, rows = [k for k in unknown if k not in asked], chosen(good), overlaps(truth, good)
-    strays = [str(Problem(where, f"results of what the data set does not list ({len(strange)} ids: {', '.join(map(repr, strange[:3]))}{', …' if len(strange) > 3 else ''})", f'only those of split {data.split!r}', 'not scored; name the right split'))] if strange else []
-    percent = lambda scores: {k: 100 * x if x >= 0 else None for k, x in scores.items()}
-    found = dict(samples=len(truth), AP=dict(all=percent(average_precision(truth, good)), best=percent(average_precision(truth, answers.values()))),
-                 mask=percent(frame_scores(rows)), missing=[k for k in truth if k not in answers], unusable=bad, strays=strays, unscored=unscored, faults=dict(data.faults))
-    if boxes: found['box'] = percent(frame_scores(overlaps(boxes, good, 'box')) | dict(zip(('P@1', 'P@5', 'P@10'), precision_of_first(boxes, good))))
-    keep([dict(video=(e := asked[k]).video, expression=e.id, object=e.object_id, kind=e.kind or '', text=e.text, answer=answers[k]['segmentation'] if k in answers else None,
-               area=100 * float(area(c)) / (c['size'][0] * c['size'][1]), IoU=100 * iou) | {f'P@{p}': 100. * (iou > np.float32(p)) for p in PRECISION_AT} for (k, c), iou in zip(truth.items(), rows[:, 0].tolist())])
+            if data.layout == "refcoco":
+                boxes[key] = data.truth.box(key)
+        except Problem as p:
+            truth.pop(key, None)
+            unscored[f"{e.video}/{e.id}"] = str(p)
+    if not truth:
+        raise Problem(
+            data.root,
+            "no sample with a readable true mask",
+            "at least one",
+            next(iter(unscored.values()), "check the annotations"),
+        )
+    good, bad, unknown = usable_results(
+        results, {k: c["size"] for k, c in truth.items()}, bool(boxes), where
+    )
+    strange, answers, rows = (
+        [k for k in unknown if k not in asked],
+        chosen(good),
+        overlaps(truth, good),
+    )
+    strays = (
+        [
+            str(
+                Problem(
+                    where,
+                    f"results of what the data set does not list ({len(strange)} ids: {', '.join(map(repr, strange[:3]))}{', …' if len(strange) > 3 else ''})",
+                    f"only those of split {data.split!r}",
+                    "not scored; name the right split",
+                )
+            )
+        ]
+        if strange
+        else []
+    )
+
+    def percent(scores):
+        return {k: 100 * x if x >= 0 else None for k, x in scores.items()}
+
+    found = {
+        "samples": len(truth),
+        "AP": {
+            "all": percent(average_precision(truth, good)),
+            "best": percent(average_precision(truth, answers.values())),
+        },
+        "mask": percent(frame_scores(rows)),
+        "missing": [k for k in truth if k not in answers],
+        "unusable": bad,
+        "strays": strays,
+        "unscored": unscored,
+        "faults": dict(data.faults),
+    }
+    if boxes:
+        found["box"] = percent(
+            frame_scores(overlaps(boxes, good, "box"))
+            | dict(zip(("P@1", "P@5", "P@10"), precision_of_first(boxes, good)))
+        )
+    keep(
+        [
+            {
+                "video": (e := asked[k]).video,
+                "expression": e.id,
+                "object": e.object_id,
+                "kind": e.kind or "",
+                "text": e.text,
+                "answer": answers[k]["segmentation"] if k in answers else None,
+                "area": 100 * float(area(c)) / (c["size"][0] * c["size"][1]),
+                "IoU": 100 * iou,
+            }
+            | {f"P@{p}": 100.0 * (iou > np.float32(p)) for p in PRECISION_AT}
+            for (k, c), iou in zip(truth.items(), rows[:, 0].tolist())
+        ]
+    )
     return found
+
 
 def score_table(scores: dict) -> str:
     "A few lines of `score_frames` for a reader."
-    lines = [f"{scores['samples']} samples; mAP {scores['AP']['all']['AP']:.1f} with all queries, {scores['AP']['best']['AP']:.1f} with the best one"]
-    lines += [f'{kind:5}' + '  '.join(f'{k} {x:.1f}' for k, x in scores[kind].items()) for kind in ('mask', 'box') if kind in scores]
-    none = scores['missing']
-    found = {'no usable answer, counted as 0': [f"{len(none)} samples ({', '.join(map(str, none[:3]))}{', …' if len(none) > 3 else ''})"] if none else [], 'unusable, ignored': scores['unusable'],
-             'not asked for, ignored': scores['strays'], 'left out of the mean': [f'{u}: {why}' for u, why in (scores['unscored'] | scores['faults']).items()]}
-    return '\n'.join(lines + [f'  {line}' for line in listed(found)])
+    lines = [
+        f"{scores['samples']} samples; mAP {scores['AP']['all']['AP']:.1f} with all queries, {scores['AP']['best']['AP']:.1f} with the best one"
+    ]
+    lines += [
+        f"{kind:5}" + "  ".join(f"{k} {x:.1f}" for k, x in scores[kind].items())
+        for kind in ("mask", "box")
+        if kind in scores
+    ]
+    none = scores["missing"]
+    found = {
+        "no usable answer, counted as 0": [
+            f"{len(none)} samples ({', '.join(map(str, none[:3]))}{', …' if len(none) > 3 else ''})"
+        ]
+        if none
+        else [],
+        "unusable, ignored": scores["unusable"],
+        "not asked for, ignored": scores["strays"],
+        "left out of the mean": [
+            f"{u}: {why}" for u, why in (scores["unscored"] | scores["faults"]).items()
+        ],
+    }
+    return "\n".join(lines + [f"  {line}" for line in listed(found)])
 
 # %% ../nbs/05a2_protocols.ipynb #726de3d3
 def score_file(
     data: Dataset,
-    run,         # a results.json, or a folder that holds one
-    keep: Callable[[list[dict]], object] = lambda rows: None, # as in `score_frames`
-) -> dict:       # of `score_frames`
+    run,  # a results.json, or a folder that holds one
+    keep: Callable[[list[dict]], object] = lambda rows: None,  # as in `score_frames`
+) -> dict:  # of `score_frames`
     "The numbers of A2D, JHMDB or RefCOCO for a file. Raises `Problem` where there is none or it is no list."
-    path = Path(run) if Path(run).is_file() else Path(run)/'results.json'
-    if not path.exists(): raise Problem(path, 'no such file', 'results of every sample', 'run `rvos predict --data` first')
+    path = Path(run) if Path(run).is_file() else Path(run) / "results.json"
+    if not path.exists():
+        raise Problem(
+            path, "no such file", "results of every sample", "run `rvos predict --data` first"
+        )
     found = read_json(path)
-    if not isinstance(found, list): raise Problem(path, 'no list', 'a list of results, as COCO takes it', 'write the file again')
+    if not isinstance(found, list):
+        raise Problem(
+            path, "no list", "a list of results, as COCO takes it", "write the file again"
+        )
     return score_frames(data, found, path, keep)
 
 # %% ../nbs/05a2_protocols.ipynb #5e2efd82
 def predict_frames(
-    data: Dataset,             # of a layout with annotated frames
-    out_dir,                   # results/VIDEO.json, results.json, metrics.json, run.json
-    model='referformer-tiny',  # a name of the zoo, a checkpoint folder, or a model
-    length: int = 5,           # frames around the annotated one
-    short_side: int = 0,       # 0: the model's own
-    threshold: float = .5,
-    device: str = '',
-    executor: str = 'local',
+    data: Dataset,  # of a layout with annotated frames
+    out_dir,  # results/VIDEO.json, results.json, metrics.json, run.json
+    model="referformer-tiny",  # a name of the zoo, a checkpoint folder, or a model
+    length: int = 5,  # frames around the annotated one
+    short_side: int = 0,  # 0: the model's own
+    threshold: float = 0.5,
+    device: str = "",
+    executor: str = "local",
     force: bool = False,
     online: bool = False,
-    **speed,                   # other than `predict.PLAIN`
+    **speed,  # other than `predict.PLAIN`
 ) -> Report:
     "Masks, boxes and scores of every query for every sample of a split, and their scores where the truth is known."
     device, out = device_name(device), Path(out_dir)
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-    model, how = referring(model, device, online, **speed), dict(short_side=short_side, threshold=threshold)
+    model, how = (
+        referring(model, device, online, **speed),
+        {"short_side": short_side, "threshold": threshold},
+    )
     check_numbers(threshold, short_side=short_side, clip_length=length)
     asked = readable(data, model)
-    report = run_stage('predict', out, dict(layout=data.layout, split=data.split, model=name, length=length) | how | PLAIN | speed, list(asked.videos),
-                       partial(_predict_frames, model=model, data=asked, out=out, **how), lambda unit: (out/'results'/f'{unit}.json').exists(),
-                       prepare=partial(_open_frames, data=asked, length=length), faults=asked.faults, executor=executor, force=force, device=device)
-    results = [r for v in data.videos if (path := out/'results'/f'{v}.json').exists() for r in read_json(path)]
-    write_json(out/'results.json', results, indent=None)
-    if results: write_json(out/'metrics.json', score_frames(data, results, out/'results.json'))
+    report = run_stage(
+        "predict",
+        out,
+        {"layout": data.layout, "split": data.split, "model": name, "length": length}
+        | how
+        | PLAIN
+        | speed,
+        list(asked.videos),
+        partial(_predict_frames, model=model, data=asked, out=out, **how),
+        lambda unit: (out / "results" / f"{unit}.json").exists(),
+        prepare=partial(_open_frames, data=asked, length=length),
+        faults=asked.faults,
+        executor=executor,
+        force=force,
+        device=device,
+    )
+    results = [
+        r
+        for v in data.videos
+        if (path := out / "results" / f"{v}.json").exists()
+        for r in read_json(path)
+    ]
+    write_json(out / "results.json", results, indent=None)
+    if results:
+        write_json(out / "metrics.json", score_frames(data, results, out / "results.json"))
     return report
 
 # %% ../nbs/05a2_protocols.ipynb #8b88da50
 @dataclass(frozen=True)
 class Protocol:
     "How a benchmark asks: whole videos in clips (0: uncut), merged or not; or single frames with some around them."
+
     clip_length: int = 0
     merged: bool = False
-    around: int = 0       # frames shown for one annotated frame; 0: the protocol is about whole videos
+    around: int = 0  # frames shown for one annotated frame; 0: the protocol is about whole videos
 
-PROTOCOLS = dict(ytvos=Protocol(), mevis=Protocol(), davis=Protocol(clip_length=36, merged=True), a2d=Protocol(around=5), jhmdb=Protocol(around=5), refcoco=Protocol(around=1))
-USUAL = {'ref-youtube-vos': 'ytvos', 'mevis': 'mevis', 'ref-davis17': 'davis', 'a2d-sentences': 'a2d', 'jhmdb-sentences': 'jhmdb', 'refcoco': 'refcoco'} # layout -> protocol
 
-def protocol_of(data: Dataset, name: str = '') -> tuple[str, Protocol]:
+PROTOCOLS = {
+    "ytvos": Protocol(),
+    "mevis": Protocol(),
+    "davis": Protocol(clip_length=36, merged=True),
+    "a2d": Protocol(around=5),
+    "jhmdb": Protocol(around=5),
+    "refcoco": Protocol(around=1),
+}
+USUAL = {
+    "ref-youtube-vos": "ytvos",
+    "mevis": "mevis",
+    "ref-davis17": "davis",
+    "a2d-sentences": "a2d",
+    "jhmdb-sentences": "jhmdb",
+    "refcoco": "refcoco",
+}  # layout -> protocol
+
+
+def protocol_of(data: Dataset, name: str = "") -> tuple[str, Protocol]:
     "The named protocol, or the layout's. Raises `Problem` for an unknown one and for one that asks of other data."
     name, frames = name or USUAL[data.layout], data.truth is not None
     fitting = [n for n, p in PROTOCOLS.items() if bool(p.around) == frames]
-    if name not in fitting: raise Problem('protocol', repr(name), f"one of {', '.join(fitting)} for the layout {data.layout}", 'choose one of them')
+    if name not in fitting:
+        raise Problem(
+            "protocol",
+            repr(name),
+            f"one of {', '.join(fitting)} for the layout {data.layout}",
+            "choose one of them",
+        )
     return name, PROTOCOLS[name]
 
 # %% ../nbs/05a2_protocols.ipynb #97eb9f55
 def run(
-    data_dir,                  # a data set in any layout of chapter 01d
-    out_dir,                   # results
-    model='referformer-tiny',  # a name of the zoo, a checkpoint folder, or a model
-    split: str = '',           # '': the one that is usually meant
-    layout: str = '',          # '': told by the tree
-    protocol: str = '',        # one of `PROTOCOLS`; '': the layout's
-    short_side: int = 0,       # 0: the model's own
-    clip_length: int = 0,      # frames seen at once; 0: the protocol's
-    threshold: float = .5,
-    memory='',                 # such as '4GB': clips of whole videos are cut so that the model stays within
-    executor: str = 'local',
+    data_dir,  # a data set in any layout of chapter 01d
+    out_dir,  # results
+    model="referformer-tiny",  # a name of the zoo, a checkpoint folder, or a model
+    split: str = "",  # '': the one that is usually meant
+    layout: str = "",  # '': told by the tree
+    protocol: str = "",  # one of `PROTOCOLS`; '': the layout's
+    short_side: int = 0,  # 0: the model's own
+    clip_length: int = 0,  # frames seen at once; 0: the protocol's
+    threshold: float = 0.5,
+    memory="",  # such as '4GB': clips of whole videos are cut so that the model stays within
+    executor: str = "local",
     force: bool = False,
-    **how,                     # device, online, precision, compile, channels_last
-) -> tuple[Report, str]:       # the stage's report, and its scores as lines for a reader
+    **how,  # device, online, precision, compile, channels_last
+) -> tuple[Report, str]:  # the stage's report, and its scores as lines for a reader
     "Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol or split; failed units are in the report."
     data = open_dataset(data_dir, split, layout)
     name, p = protocol_of(data, protocol)
     if p.around:
-        if memory: raise Problem('memory', repr(memory), 'no limit where single frames are asked about', 'choose a smaller clip length')
-        report = predict_frames(data, out_dir, model, clip_length or p.around, short_side, threshold, executor=executor, force=force, **how)
-        scores = Path(out_dir)/'metrics.json'
-        return report, score_table(read_json(scores)) if scores.exists() else ''
-    report = predict(data_dir, out_dir, model, data.split, short_side, clip_length or p.clip_length, executor=executor, force=force, threshold=threshold, memory=memory, layout=layout, **how)
-    if not p.merged: return report, ''
-    out = Path(out_dir)/data.split
-    said = {v: [e for e in es if not {v, f'{v}/{e.id}'} & report.failed.keys()] for v, es in data.expressions.items()}
-    whole = replace(data, videos={v: x for v, x in data.videos.items() if said[v]}, expressions=said)
+        if memory:
+            raise Problem(
+                "memory",
+                repr(memory),
+                "no limit where single frames are asked about",
+                "choose a smaller clip length",
+            )
+        report = predict_frames(
+            data,
+            out_dir,
+            model,
+            clip_length or p.around,
+            short_side,
+            threshold,
+            executor=executor,
+            force=force,
+            **how,
+        )
+        scores = Path(out_dir) / "metrics.json"
+        return report, score_table(read_json(scores)) if scores.exists() else ""
+    report = predict(
+        data_dir,
+        out_dir,
+        model,
+        data.split,
+        short_side,
+        clip_length or p.clip_length,
+        executor=executor,
+        force=force,
+        threshold=threshold,
+        memory=memory,
+        layout=layout,
+        **how,
+    )
+    if not p.merged:
+        return report, ""
+    out = Path(out_dir) / data.split
+    said = {
+        v: [e for e in es if not {v, f"{v}/{e.id}"} & report.failed.keys()]
+        for v, es in data.expressions.items()
+    }
+    whole = replace(
+        data, videos={v: x for v, x in data.videos.items() if said[v]}, expressions=said
+    )
     report.failed |= merge(whole, out_dir, out, threshold, annotators(data), executor, force).failed
     scores, notes = score_maps(data, out)
-    if scores: write_json(out/'metrics.json', scores | dict(notes=notes))
+    if scores:
+        write_json(out / "metrics.json", scores | {"notes": notes})
     return report, maps_table(scores, notes)

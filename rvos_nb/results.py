@@ -8,7 +8,12 @@ __all__ = ['MEMBERS', 'MEMBER_BYTES', 'TOTAL_BYTES', 'RATIO', 'REMARKS', 'member
            'check_code']
 
 # %% ../nbs/05h_results.ipynb #7c2f8905
-import io, re, stat, struct, zipfile, zlib
+import io
+import re
+import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,136 +27,252 @@ from .data.masks import PALETTE, read_labels, read_mask, run_pixels
 # %% ../nbs/05h_results.ipynb #00a75527
 MEMBERS, MEMBER_BYTES, TOTAL_BYTES, RATIO = 500_000, 1 << 26, 1 << 36, 200  # what a zip may hold
 
+
 def member_fault(
     info: zipfile.ZipInfo,
-) -> tuple[str, str, str] | None: # found, expected, remedy; None for a harmless member
+) -> tuple[str, str, str] | None:  # found, expected, remedy; None for a harmless member
     "What is wrong with a member of a zip, by its entry alone."
     name, form = info.orig_filename, stat.S_IFMT(info.external_attr >> 16)
-    again = 'pack plain files VIDEO/EXP/FRAME.png again, with `rvos submit` for example'
-    if '\\' in name or any(ord(c) < 32 for c in name): return 'a backslash or a control character in its name', 'names with forward slashes', again
-    if name.startswith('/') or re.match('[A-Za-z]:', name): return 'an absolute name', 'names inside the zip', again
-    if {'', '.', '..'} & {*name.removesuffix('/').split('/')}: return 'a name that leaves its folder', 'names without empty parts, . and ..', again
-    if form not in (0, stat.S_IFREG, stat.S_IFDIR): return 'a link or a special file', 'plain files', again
-    if info.flag_bits & 1: return 'an encrypted member', 'plain files', again
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return f'compression method {info.compress_type}', 'stored or deflated members', again
-    if info.file_size > MEMBER_BYTES: return f'{info.file_size} bytes unpacked', f'at most {MEMBER_BYTES}', again
-    if info.file_size > max(1 << 20, RATIO * info.compress_size): return f'{info.compress_size} bytes that unpack to {info.file_size}', f'at most {RATIO} times as many', again
+    again = "pack plain files VIDEO/EXP/FRAME.png again, with `rvos submit` for example"
+    if "\\" in name or any(ord(c) < 32 for c in name):
+        return "a backslash or a control character in its name", "names with forward slashes", again
+    if name.startswith("/") or re.match("[A-Za-z]:", name):
+        return "an absolute name", "names inside the zip", again
+    if {"", ".", ".."} & {*name.removesuffix("/").split("/")}:
+        return "a name that leaves its folder", "names without empty parts, . and ..", again
+    if form not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "a link or a special file", "plain files", again
+    if info.flag_bits & 1:
+        return "an encrypted member", "plain files", again
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"compression method {info.compress_type}", "stored or deflated members", again
+    if info.file_size > MEMBER_BYTES:
+        return f"{info.file_size} bytes unpacked", f"at most {MEMBER_BYTES}", again
+    if info.file_size > max(1 << 20, RATIO * info.compress_size):
+        return (
+            f"{info.compress_size} bytes that unpack to {info.file_size}",
+            f"at most {RATIO} times as many",
+            again,
+        )
     return None
 
 # %% ../nbs/05h_results.ipynb #8c2ba6c8
 def checked_members(
     box: zipfile.ZipFile,
-    path: Path,                    # its file, for the messages
-) -> dict[str, zipfile.ZipInfo]:   # files by name; folders left out
+    path: Path,  # its file, for the messages
+) -> dict[str, zipfile.ZipInfo]:  # files by name; folders left out
     "The files of a zip; `Problem` naming the member, or the zip, where it must not be read."
     entries, files, folders = box.infolist(), {}, set()
-    again = 'pack it again, with `rvos submit` for example'
-    if len(entries) > MEMBERS: raise Problem(path, f'{len(entries)} members', f'at most {MEMBERS}', again)
+    again = "pack it again, with `rvos submit` for example"
+    if len(entries) > MEMBERS:
+        raise Problem(path, f"{len(entries)} members", f"at most {MEMBERS}", again)
     for info in entries:
-        if fault := member_fault(info): raise Problem(f'{path}, member {info.orig_filename!r}', *fault)
-        folders.update(info.filename[:i] for i, c in enumerate(info.filename) if c == '/')
-        if info.is_dir(): continue
-        if info.filename in files: raise Problem(f'{path}, member {info.filename!r}', 'the same name twice', 'every name once', again)
+        if fault := member_fault(info):
+            raise Problem(f"{path}, member {info.orig_filename!r}", *fault)
+        folders.update(info.filename[:i] for i, c in enumerate(info.filename) if c == "/")
+        if info.is_dir():
+            continue
+        if info.filename in files:
+            raise Problem(
+                f"{path}, member {info.filename!r}", "the same name twice", "every name once", again
+            )
         files[info.filename] = info
-    if both := folders & files.keys(): raise Problem(f'{path}, member {min(both)!r}', 'a file and a folder of one name', 'every name once', again)
-    if (total := sum(i.file_size for i in entries)) > TOTAL_BYTES: raise Problem(path, f'{total} bytes unpacked', f'at most {TOTAL_BYTES}', again)
-    if (packed := sum(i.compress_size for i in entries)) > path.stat().st_size: raise Problem(path, f'members of {packed} bytes in a file of {path.stat().st_size}', 'members that do not overlap', again)
+    if both := folders & files.keys():
+        raise Problem(
+            f"{path}, member {min(both)!r}",
+            "a file and a folder of one name",
+            "every name once",
+            again,
+        )
+    if (total := sum(i.file_size for i in entries)) > TOTAL_BYTES:
+        raise Problem(path, f"{total} bytes unpacked", f"at most {TOTAL_BYTES}", again)
+    if (packed := sum(i.compress_size for i in entries)) > path.stat().st_size:
+        raise Problem(
+            path,
+            f"members of {packed} bytes in a file of {path.stat().st_size}",
+            "members that do not overlap",
+            again,
+        )
     return files
 
 # %% ../nbs/05h_results.ipynb #635e68c4
 REMARKS = {  # what is odd about a mask that can be used: remedy
-    'values other than 0 and 255': 'multiply a 0/1 mask by 255; do not scale or smooth masks',
-    'a palette picture': 'save it as 8-bit grey, 0 and 255',
-    'a palette whose entry 0 is not black': 'its object may be the background: save it as 8-bit grey, 0 and 255',
-    'a colour picture': 'save it as 8-bit grey, 0 and 255'}
+    "values other than 0 and 255": "multiply a 0/1 mask by 255; do not scale or smooth masks",
+    "a palette picture": "save it as 8-bit grey, 0 and 255",
+    "a palette whose entry 0 is not black": "its object may be the background: save it as 8-bit grey, 0 and 255",
+    "a colour picture": "save it as 8-bit grey, 0 and 255",
+}
+
 
 def check_png(data: bytes, where, size: tuple[int, int] | None = None):
     "Raise `Problem` for bytes that are no PNG, or of another (H, W) by their header."
-    if data[:8] != b'\x89PNG\r\n\x1a\n': raise Problem(where, 'a file that is no PNG' if data else 'an empty file', 'a mask as PNG', 'write the mask again; other formats are lossy or unknown to servers')
-    if len(data) >= 26 and size is not None and (found := struct.unpack('>II', data[16:24])[::-1]) != tuple(size):
-        raise Problem(where, '{}x{} pixels'.format(*found), '{}x{} pixels, as the frames have'.format(*size), 'make the mask again at the size of the frames')
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise Problem(
+            where,
+            "a file that is no PNG" if data else "an empty file",
+            "a mask as PNG",
+            "write the mask again; other formats are lossy or unknown to servers",
+        )
+    if (
+        len(data) >= 26
+        and size is not None
+        and (found := struct.unpack(">II", data[16:24])[::-1]) != tuple(size)
+    ):
+        raise Problem(
+            where,
+            "{}x{} pixels".format(*found),
+            "{}x{} pixels, as the frames have".format(*size),
+            "make the mask again at the size of the frames",
+        )
+
 
 def _pixels(read: Callable, data: bytes, where, size) -> np.ndarray:
     "What a reader of files makes of the bytes; its `Problem` under their name."
-    try: return read(io.BytesIO(data), size)
-    except Problem as e: raise Problem(where, re.sub(r' ?<[^>]* at 0x\w+>', '', e.found), e.expected, e.remedy) from None
+    try:
+        return read(io.BytesIO(data), size)
+    except Problem as e:
+        raise Problem(
+            where, re.sub(r" ?<[^>]* at 0x\w+>", "", e.found), e.expected, e.remedy
+        ) from None
+
 
 def decode(
     data: bytes,
-    where,                               # what it is, for the messages
-    size: tuple[int, int] | None = None, # (H, W) that it must have
-) -> tuple[np.ndarray, str]:             # (H, W) bool, and a key of `REMARKS` or ''
+    where,  # what it is, for the messages
+    size: tuple[int, int] | None = None,  # (H, W) that it must have
+) -> tuple[np.ndarray, str]:  # (H, W) bool, and a key of `REMARKS` or ''
     "A mask out of the bytes of a PNG. Raises `Problem` for anything else, and for another size."
     check_png(data, where, size)
-    if data[24:25] == b'\x10': raise Problem(where, 'a picture of 16 bits', 'a mask of 8-bit grey', 'save it as 8-bit grey, 0 and 255')
-    if data[25:26] not in (b'\x00', b'\x03'): return _pixels(read_mask, data, where, size), 'a colour picture'
-    values = _pixels(read_labels, data, where, size); mask = values > 0
-    if data[25:26] == b'\x03': return mask, 'a palette picture' if (Image.open(io.BytesIO(data)).getpalette() or [0])[:3] == [0, 0, 0] else 'a palette whose entry 0 is not black'
-    return mask, '' if cv2.sumElems(values)[0] == 255 * cv2.countNonZero(values) else 'values other than 0 and 255'
+    if data[24:25] == b"\x10":
+        raise Problem(
+            where,
+            "a picture of 16 bits",
+            "a mask of 8-bit grey",
+            "save it as 8-bit grey, 0 and 255",
+        )
+    if data[25:26] not in (b"\x00", b"\x03"):
+        return _pixels(read_mask, data, where, size), "a colour picture"
+    values = _pixels(read_labels, data, where, size)
+    mask = values > 0
+    if data[25:26] == b"\x03":
+        return mask, "a palette picture" if (Image.open(io.BytesIO(data)).getpalette() or [0])[
+            :3
+        ] == [0, 0, 0] else "a palette whose entry 0 is not black"
+    return mask, "" if cv2.sumElems(values)[0] == 255 * cv2.countNonZero(
+        values
+    ) else "values other than 0 and 255"
 
 # %% ../nbs/05h_results.ipynb #83722a7c
 def decode_labels(
     data: bytes,
-    where,                               # what it is, for the messages
-    size: tuple[int, int] | None = None, # (H, W) that it must have
-) -> np.ndarray:                         # (H, W) uint8
+    where,  # what it is, for the messages
+    size: tuple[int, int] | None = None,  # (H, W) that it must have
+) -> np.ndarray:  # (H, W) uint8
     "A label map out of the bytes of a PNG. Raises `Problem` for anything else, another size, and a palette out of order."
     check_png(data, where, size)
     values = _pixels(read_labels, data, where, size)
-    if data[25:26] != b'\x03': return values
-    palette, davis = Image.open(io.BytesIO(data)).getpalette(), [tuple(PALETTE[i:i + 3]) for i in range(0, 768, 3)]
-    shown = {int(i): tuple(palette[3 * i:3 * i + 3]) for i in np.unique(values).tolist()}
+    if data[25:26] != b"\x03":
+        return values
+    palette, davis = (
+        Image.open(io.BytesIO(data)).getpalette(),
+        [tuple(PALETTE[i : i + 3]) for i in range(0, 768, 3)],
+    )
+    shown = {int(i): tuple(palette[3 * i : 3 * i + 3]) for i in np.unique(values).tolist()}
     if any(c != davis[i] for i, c in shown.items()) and {*shown.values()} <= {*davis}:
-        raise Problem(where, f'a palette out of order (value {next(i for i, c in shown.items() if c != davis[i])} has the colour of another object)', 'value k with the k-th colour of DAVIS', 'save the ids again without optimising the palette')
+        raise Problem(
+            where,
+            f"a palette out of order (value {next(i for i, c in shown.items() if c != davis[i])} has the colour of another object)",
+            "value k with the k-th colour of DAVIS",
+            "save the ids again without optimising the palette",
+        )
     return values
 
 # %% ../nbs/05h_results.ipynb #b7239aac
 def plain_bytes(path: Path) -> bytes:
     "A file's bytes; `Problem` for a folder, a pipe, a device or a huge file, and OSError for a missing one."
     about = path.stat()
-    if not stat.S_ISREG(about.st_mode): raise Problem(path, 'no plain file', 'a mask PNG', 'write the mask again')
-    if about.st_size > MEMBER_BYTES: raise Problem(path, f'{about.st_size} bytes', f'at most {MEMBER_BYTES}', 'write the mask again')
+    if not stat.S_ISREG(about.st_mode):
+        raise Problem(path, "no plain file", "a mask PNG", "write the mask again")
+    if about.st_size > MEMBER_BYTES:
+        raise Problem(
+            path, f"{about.st_size} bytes", f"at most {MEMBER_BYTES}", "write the mask again"
+        )
     return path.read_bytes()
 
 # %% ../nbs/05h_results.ipynb #e84ab45a
 class Results:
     "A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for; safe to use from threads."
-    def __init__(self, where: Path, box: zipfile.ZipFile | None = None, files: Mapping[str, zipfile.ZipInfo] = {}):
-        self.where, self.box, self.root = where, box, ''
+
+    def __init__(
+        self,
+        where: Path,
+        box: zipfile.ZipFile | None = None,
+        files: Mapping[str, zipfile.ZipInfo] = {},
+    ):
+        self.where, self.box, self.root = where, box, ""
         self.files, self.children = files, {}
-        if box is None: self.root = 'Annotations/' if (where/'Annotations').is_dir() else ''
-        elif any(n.startswith('Annotations/') for n in files): self.root = 'Annotations/'
+        if box is None:
+            self.root = "Annotations/" if (where / "Annotations").is_dir() else ""
+        elif any(n.startswith("Annotations/") for n in files):
+            self.root = "Annotations/"
         for name in files:
-            parts = name.split('/')
-            for i in range(len(parts)): self.children.setdefault('/'.join(parts[:i]), set()).add(parts[i])
-        wrapped = next((n for n in self.children if n.count('/') == 1 and n.endswith('/Annotations')), '')
-        if wrapped and not self.root: raise Problem(f'{where}, member {wrapped!r}', 'a folder around Annotations', 'Annotations at the top', 'pack the folder Annotations itself')
+            parts = name.split("/")
+            for i in range(len(parts)):
+                self.children.setdefault("/".join(parts[:i]), set()).add(parts[i])
+        wrapped = next(
+            (n for n in self.children if n.count("/") == 1 and n.endswith("/Annotations")), ""
+        )
+        if wrapped and not self.root:
+            raise Problem(
+                f"{where}, member {wrapped!r}",
+                "a folder around Annotations",
+                "Annotations at the top",
+                "pack the folder Annotations itself",
+            )
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
-        if self.box: self.box.close()
+        if self.box:
+            self.box.close()
 
-    def names(self, folder: str = '') -> set[str]:
+    def names(self, folder: str = "") -> set[str]:
         "What lies in a folder of the tree, '' is its top; nothing where there is no such folder."
-        inside = (self.root + folder).rstrip('/')
-        if self.box: return self.children.get(inside, set())
-        path = self.where/inside
+        inside = (self.root + folder).rstrip("/")
+        if self.box:
+            return self.children.get(inside, set())
+        path = self.where / inside
         return {p.name for p in path.iterdir()} if path.is_dir() else set()
 
     def name(self, file: str) -> str:
         "How messages call a file."
-        return f'{self.where}, member {self.root + file!r}' if self.box else str(self.where/(self.root + file))
+        return (
+            f"{self.where}, member {self.root + file!r}"
+            if self.box
+            else str(self.where / (self.root + file))
+        )
 
     def read(self, file: str) -> bytes:
         "The bytes of a file; `Problem` where it is missing or damaged."
-        missing = Problem(self.name(file), 'no such file', 'a mask PNG', 'write the mask; a missing one scores 0')
+        missing = Problem(
+            self.name(file), "no such file", "a mask PNG", "write the mask; a missing one scores 0"
+        )
         try:
-            if self.box is None: return plain_bytes(self.where/(self.root + file))
-            if self.root + file not in self.files: raise missing
+            if self.box is None:
+                return plain_bytes(self.where / (self.root + file))
+            if self.root + file not in self.files:
+                raise missing
             return self.box.read(self.files[self.root + file])
-        except (FileNotFoundError, NotADirectoryError): raise missing from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing from None
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-            raise Problem(self.name(file), f'bytes that cannot be read ({type(e).__name__})', 'a complete file', 'copy or pack it again') from None
+            raise Problem(
+                self.name(file),
+                f"bytes that cannot be read ({type(e).__name__})",
+                "a complete file",
+                "copy or pack it again",
+            ) from None
 
     def mask(self, file: str, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
         "(H, W) bool and a key of `REMARKS` or ''; `Problem` for a missing, damaged or wrongly sized mask."
@@ -163,59 +284,115 @@ class Results:
 
 # %% ../nbs/05h_results.ipynb #727291c1
 def open_results(
-    where,     # a run with Annotations/, a tree of masks itself, or a zip of either
+    where,  # a run with Annotations/, a tree of masks itself, or a zip of either
 ) -> Results:  # to be used in a `with` where it may be a zip
     "Results by their path. Raises `Problem` for anything else, and for a zip that must not be read."
     path = resolve(where)
-    if path.is_dir(): return Results(path)
-    if not path.exists(): raise Problem(path, 'no such folder', 'a run with Annotations/, a tree of masks, or a zip of either', 'run the stage that makes it first')
-    try: box = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as e: raise Problem(path, f'a file that is no zip ({e})', 'a folder or a zip of masks', 'copy or pack it again') from None
-    try: return Results(path, box, checked_members(box, path))
-    except Problem: box.close(); raise
+    if path.is_dir():
+        return Results(path)
+    if not path.exists():
+        raise Problem(
+            path,
+            "no such folder",
+            "a run with Annotations/, a tree of masks, or a zip of either",
+            "run the stage that makes it first",
+        )
+    try:
+        box = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as e:
+        raise Problem(
+            path,
+            f"a file that is no zip ({e})",
+            "a folder or a zip of masks",
+            "copy or pack it again",
+        ) from None
+    try:
+        return Results(path, box, checked_members(box, path))
+    except Problem:
+        box.close()
+        raise
 
 # %% ../nbs/05h_results.ipynb #2e0f5a13
 def strays_in(
     results: Results,
     folder: str,
-    wanted: Iterable[str], # names that may lie in it
-) -> list[str]:            # one line or none
+    wanted: Iterable[str],  # names that may lie in it
+) -> list[str]:  # one line or none
     "A line where a folder holds names that nobody asked for."
     names = sorted(results.names(folder) - {*wanted}, key=natural_key)
-    if not names: return []
+    if not names:
+        return []
     shown = f"{len(names)} name{'s' * (len(names) > 1)} that the data set does not list ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-    return [str(Problem(results.name(folder), shown.encode(errors='replace').decode(), 'only what the split lists', 'not scored; remove them, or name the right split'))]
+    return [
+        str(
+            Problem(
+                results.name(folder),
+                shown.encode(errors="replace").decode(),
+                "only what the split lists",
+                "not scored; remove them, or name the right split",
+            )
+        )
+    ]
 
 # %% ../nbs/05h_results.ipynb #a0d489d1
 def maps_folder(
-    run: Path, # a folder or a zip
+    run: Path,  # a folder or a zip
     split: str,
 ) -> Path:
     "RUN/SPLIT where that holds anno_0, otherwise RUN."
-    return run/split if (run/split/'anno_0').is_dir() else run
+    return run / split if (run / split / "anno_0").is_dir() else run
+
 
 def label_maps(
     results: Results,
-    folder: str,           # holds NAME.png
+    folder: str,  # holds NAME.png
     names: Sequence[str],  # T names
-    size: tuple[int, int], # (H, W)
-) -> tuple[np.ndarray, list[str]]: # (T, H, W) uint8 ids, and a line for each map that is missing or unusable, or one for all of them
+    size: tuple[int, int],  # (H, W)
+) -> tuple[
+    np.ndarray, list[str]
+]:  # (T, H, W) uint8 ids, and a line for each map that is missing or unusable, or one for all of them
     "The label maps of a video."
     maps, faults = np.zeros((len(names), *size), np.uint8), []
-    if not results.names(folder): return maps, [f'{results.name(folder)}: none of its {len(names)} label maps; run the video again']
+    if not results.names(folder):
+        return maps, [
+            f"{results.name(folder)}: none of its {len(names)} label maps; run the video again"
+        ]
     for t, name in enumerate(names):
-        try: maps[t] = results.labels(f'{folder}/{name}.png', size)
-        except Problem as e: faults.append(str(e))
+        try:
+            maps[t] = results.labels(f"{folder}/{name}.png", size)
+        except Problem as e:
+            faults.append(str(e))
     return maps, faults
 
 # %% ../nbs/05h_results.ipynb #d0445ce9
 def check_code(
-    code,                  # {'size': [H, W], 'counts': text}
-    size: tuple[int, int], # (H, W) that it must have
-    where,                 # for the message
+    code,  # {'size': [H, W], 'counts': text}
+    size: tuple[int, int],  # (H, W) that it must have
+    where,  # for the message
 ):
     "Raise `Problem` for run lengths that are none, of another size, or that do not fill the mask."
-    if not isinstance(code, dict) or not isinstance(code.get('size'), (list, tuple)) or not isinstance(code.get('counts'), (str, bytes)):
-        raise Problem(where, 'no run lengths', '"segmentation" with "size" and "counts", as pycocotools encodes it', 'write the result again')
-    if list(code['size']) != list(size) or not all(isinstance(n, int) for n in code['size']): raise Problem(where, f"a mask of {list(code['size'])}", f'{list(size)}, as the truth has', 'predict again on the original frames')
-    if run_pixels(code['counts']) != size[0] * size[1]: raise Problem(where, 'run lengths that do not fill the mask', f'lengths that add up to {size[0] * size[1]}', 'write the result again')
+    if (
+        not isinstance(code, dict)
+        or not isinstance(code.get("size"), (list, tuple))
+        or not isinstance(code.get("counts"), (str, bytes))
+    ):
+        raise Problem(
+            where,
+            "no run lengths",
+            '"segmentation" with "size" and "counts", as pycocotools encodes it',
+            "write the result again",
+        )
+    if list(code["size"]) != list(size) or not all(isinstance(n, int) for n in code["size"]):
+        raise Problem(
+            where,
+            f"a mask of {list(code['size'])}",
+            f"{list(size)}, as the truth has",
+            "predict again on the original frames",
+        )
+    if run_pixels(code["counts"]) != size[0] * size[1]:
+        raise Problem(
+            where,
+            "run lengths that do not fill the mask",
+            f"lengths that add up to {size[0] * size[1]}",
+            "write the result again",
+        )

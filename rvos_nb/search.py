@@ -9,7 +9,8 @@ __all__ = ['FACTORS', 'SHARES', 'LEVELS', 'Gain', 'paired', 'weighted', 'steps',
            'sheet', 'study']
 
 # %% ../nbs/07b3_search.ipynb #4a3f986c
-import io, math
+import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -18,7 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .ballots import Ballots, Setting, counted, measure, open_ballots, read_ballots, regions, usual
+from rvos_nb.ballots import (
+    Ballots,
+    Setting,
+    counted,
+    measure,
+    open_ballots,
+    read_ballots,
+    regions,
+    usual,
+)
 from .core import Problem, natural_key, resolve, write_bytes, write_json
 from .data.video import Expression, frame_path, read_frame
 from .evaluate import true_masks
@@ -28,74 +38,100 @@ from .metrics import jaccard
 # %% ../nbs/07b3_search.ipynb #bb5d4687
 class Gain(NamedTuple):
     "A mean difference, its standard error over videos, and the interval in which the true one lies with 95 % confidence."
+
     mean: float
     error: float
     low: float
     high: float
 
-    def __str__(self): return f'{100 * self.mean:+.2f} ± {100 * self.error:.2f}'
+    def __str__(self):
+        return f"{100 * self.mean:+.2f} ± {100 * self.error:.2f}"
+
 
 def paired(
-    difference: np.ndarray, # (E,) of two settings
-    video: np.ndarray,      # (E,) whole numbers
-) -> Gain:                  # with infinite error for fewer than two videos
+    difference: np.ndarray,  # (E,) of two settings
+    video: np.ndarray,  # (E,) whole numbers
+) -> Gain:  # with infinite error for fewer than two videos
     "The mean difference over expressions, with the error over videos."
     from scipy.special import stdtrit
-    n = np.bincount(video); d = np.bincount(video, difference)[n > 0]; n = n[n > 0]
+
+    n = np.bincount(video)
+    d = np.bincount(video, difference)[n > 0]
+    n = n[n > 0]
     mean, v = float(d.sum() / n.sum()), len(n)
-    if v < 2: return Gain(mean, math.inf, -math.inf, math.inf)
+    if v < 2:
+        return Gain(mean, math.inf, -math.inf, math.inf)
     error = math.sqrt(v / (v - 1) * ((d - n * mean) ** 2).sum()) / float(n.sum())
-    reach = error * float(stdtrit(v - 1, .975))
+    reach = error * float(stdtrit(v - 1, 0.975))
     return Gain(mean, error, mean - reach, mean + reach)
 
 # %% ../nbs/07b3_search.ipynb #d36283e8
-FACTORS = (0, 1/2, 2/3, 3/2, 2)                  # of the weight that a member has
-SHARES = (None, *(s / 20 for s in range(4, 17))) # None: half, and ties as published
-LEVELS = tuple(a / 25 for a in range(25))        # of absence
+FACTORS = (0, 1 / 2, 2 / 3, 3 / 2, 2)  # of the weight that a member has
+SHARES = (None, *(s / 20 for s in range(4, 17)))  # None: half, and ties as published
+LEVELS = tuple(a / 25 for a in range(25))  # of absence
+
 
 def weighted(now: Setting) -> Iterator[tuple]:
     "Other weights, of one member each; one that was left out may come back with a mean weight."
     typical = sum(now.weights) / len(now.kept)
     for m, w in enumerate(now.weights):
         for new in [f * w for f in FACTORS] if w else [typical]:
-            weights = (*now.weights[:m], new, *now.weights[m + 1:]); kept = [x for x in weights if x]
-            if kept and max(kept) <= 8 * min(kept): yield weights
+            weights = (*now.weights[:m], new, *now.weights[m + 1 :])
+            kept = [x for x in weights if x]
+            if kept and max(kept) <= 8 * min(kept):
+                yield weights
+
 
 def steps(
     now: Setting,
-    poolings: Sequence[tuple[str, float]], # groups and guard that may be chosen
-    scorers: Sequence[int] = (),           # members that keep scores, one of which confidence needs
+    poolings: Sequence[tuple[str, float]],  # groups and guard that may be chosen
+    scorers: Sequence[int] = (),  # members that keep scores, one of which confidence needs
 ) -> list[Setting]:
     "All settings that differ from `now` in one coordinate."
-    other = lambda share=now.share, **fields: replace(now, share=share, rule=replace(now.rule, **fields))
-    found = [replace(now, weights=w) for w in weighted(now)] + [other(groups=g, guard=x) for g, x in poolings]
-    found += [other(leftover=x) for x in ('majority', 'first')]
-    if not now.rule.confidence: found += [other(share=s) for s in SHARES]
-    else: found.append(other(confidence=False, absent=0.))
-    if scorers: found += [other(share=None, confidence=True, absent=a) for a in LEVELS]
-    return [s for s in dict.fromkeys(found) if s != now and ({*s.kept} & {*scorers} or not s.rule.confidence)]
+
+    def other(share=now.share, **fields):
+        return replace(now, share=share, rule=replace(now.rule, **fields))
+
+    found = [replace(now, weights=w) for w in weighted(now)] + [
+        other(groups=g, guard=x) for g, x in poolings
+    ]
+    found += [other(leftover=x) for x in ("majority", "first")]
+    if not now.rule.confidence:
+        found += [other(share=s) for s in SHARES]
+    else:
+        found.append(other(confidence=False, absent=0.0))
+    if scorers:
+        found += [other(share=None, confidence=True, absent=a) for a in LEVELS]
+    return [
+        s
+        for s in dict.fromkeys(found)
+        if s != now and ({*s.kept} & {*scorers} or not s.rule.confidence)
+    ]
 
 # %% ../nbs/07b3_search.ipynb #7ec3863a
 def ascend(
     start: Setting,
-    score: Callable[[Setting], np.ndarray], # setting -> (E,) of the expressions that may be looked at
-    video: np.ndarray,                      # (E,) their videos
-    around: Callable[[Setting], list[Setting]], # `steps`
-) -> list[Setting]:                         # from `start` on, each better than the one before
+    score: Callable[
+        [Setting], np.ndarray
+    ],  # setting -> (E,) of the expressions that may be looked at
+    video: np.ndarray,  # (E,) their videos
+    around: Callable[[Setting], list[Setting]],  # `steps`
+) -> list[Setting]:  # from `start` on, each better than the one before
     "Go uphill one coordinate at a time, while the best step gains more than its standard error."
     path = [start]
     while True:
         here = score(path[-1])
         best = max(around(path[-1]), key=lambda s: score(s).mean())
         gain = paired(score(best) - here, video)
-        if not gain.mean > max(gain.error, 1e-6): return path
+        if not gain.mean > max(gain.error, 1e-6):
+            return path
         path.append(best)
 
 # %% ../nbs/07b3_search.ipynb #9a658b33
 def choose(
-    shortlist: Sequence[Setting],       # the first is the start
+    shortlist: Sequence[Setting],  # the first is the start
     scores: dict[Setting, np.ndarray],  # (E,) J&F of the expressions that may be looked at
-    video: np.ndarray,                  # (E,)
+    video: np.ndarray,  # (E,)
 ) -> Setting:
     "The best of the shortlist, or its first where none is better by more than the standard error."
     best = max(shortlist, key=lambda s: scores[s].mean())
@@ -107,7 +143,7 @@ def deal(
     videos: Sequence[str],
     folds: int,
     seed: int = 0,
-) -> np.ndarray: # (V,) the fold of each
+) -> np.ndarray:  # (V,) the fold of each
     "Deal videos into folds that differ by one video at most; the same for the same names, in whatever order."
     place = {v: i for i, v in enumerate(sorted(videos, key=natural_key))}
     dealt = np.random.default_rng(seed).permutation(len(place)) % folds
@@ -117,17 +153,20 @@ def deal(
 @dataclass
 class Found:
     "A tuned setting, and what tuning is worth on videos that had no part in it."
-    names: list[str]        # of the members
-    start: Setting          # what it is compared with
-    setting: Setting        # chosen on all videos
-    chosen: list[Setting]   # of each fold, on the others
-    best: list[int]         # the best single member of each fold, on the others
-    fold: np.ndarray        # (E,) of each expression
-    video: np.ndarray       # (E,)
-    scores: dict[str, np.ndarray] # 'tuned', 'given', 'single': (E,) J&F, held out; 'naive': of the setting on the videos that it was chosen on
+
+    names: list[str]  # of the members
+    start: Setting  # what it is compared with
+    setting: Setting  # chosen on all videos
+    chosen: list[Setting]  # of each fold, on the others
+    best: list[int]  # the best single member of each fold, on the others
+    fold: np.ndarray  # (E,) of each expression
+    video: np.ndarray  # (E,)
+    scores: dict[
+        str, np.ndarray
+    ]  # 'tuned', 'given', 'single': (E,) J&F, held out; 'naive': of the setting on the videos that it was chosen on
     warnings: list[str]
 
-    def gain(self, than: str = 'given', of: str = 'tuned', fold: int | None = None) -> Gain:
+    def gain(self, than: str = "given", of: str = "tuned", fold: int | None = None) -> Gain:
         "The paired gain over all expressions, or over those of one fold."
         these = self.fold == fold if fold is not None else slice(None)
         return paired((self.scores[of] - self.scores[than])[these], self.video[these])
@@ -145,228 +184,515 @@ class Found:
 # %% ../nbs/07b3_search.ipynb #9bc393c1
 def given(
     b: Ballots,
-    rule: str = 'round2', # one of `fuse.RULES`
-    **options,            # what differs from it: see `fuse.Rule`
+    rule: str = "round2",  # one of `fuse.RULES`
+    **options,  # what differs from it: see `fuse.Rule`
 ) -> Setting:
     "The parameters of `fuse` as a setting; `Problem` for wrong ones."
-    if rule not in RULES: raise Problem('rule', repr(rule), ' or '.join(map(repr, RULES)), 'choose one of them')
+    if rule not in RULES:
+        raise Problem("rule", repr(rule), " or ".join(map(repr, RULES)), "choose one of them")
     how, n = replace(RULES[rule], **options), len(b.members)
     weights = how.weights or (1,) * n
-    if len(weights) != n: raise Problem('weights', f'{len(weights)} weights', f'one for each of {n} members', 'correct the parameter')
-    if how.groups != 'none' and b.data.layout == 'mevis': raise Problem('groups', repr(how.groups), "'none': neighbouring sentences of MeViS do not mean the same", "set groups to 'none'")
+    if len(weights) != n:
+        raise Problem(
+            "weights",
+            f"{len(weights)} weights",
+            f"one for each of {n} members",
+            "correct the parameter",
+        )
+    if how.groups != "none" and b.data.layout == "mevis":
+        raise Problem(
+            "groups",
+            repr(how.groups),
+            "'none': neighbouring sentences of MeViS do not mean the same",
+            "set groups to 'none'",
+        )
     position(b.members, how.key_frame_member)
-    return Setting(weights, how.threshold if how.threshold is None or how.mode == 'mean' else how.threshold / (sum(weights) * usual(b, how)), how)
+    return Setting(
+        weights,
+        how.threshold
+        if how.threshold is None or how.mode == "mean"
+        else how.threshold / (sum(weights) * usual(b, how)),
+        how,
+    )
+
 
 def single(member: int, of: int) -> Setting:
     "One member alone, nothing pooled."
-    return Setting(tuple(int(m == member) for m in range(of)), rule=Rule(groups='none'))
+    return Setting(tuple(int(m == member) for m in range(of)), rule=Rule(groups="none"))
+
 
 def scorers(b: Ballots) -> list[int]:
     "Members that keep scores for every expression."
     return [m for m in range(len(b.members)) if all(x[m] is not None for x in b.scores.values())]
 
-def poolings(b: Ballots, rule: Rule) -> list[tuple[str, float]]: # groups, guard
+
+def poolings(b: Ballots, rule: Rule) -> list[tuple[str, float]]:  # groups, guard
     "What may be tried: on MeViS nothing is pooled, and object ids are used only where they were given."
-    if b.data.layout == 'mevis': return [('none', 0.)]
-    return [*([('objects', 0.)] if rule.groups == 'objects' else []), ('pairs', 0.), ('pairs', ALIKE), ('matched', 0.), ('none', 0.)]
+    if b.data.layout == "mevis":
+        return [("none", 0.0)]
+    return [
+        *([("objects", 0.0)] if rule.groups == "objects" else []),
+        ("pairs", 0.0),
+        ("pairs", ALIKE),
+        ("matched", 0.0),
+        ("none", 0.0),
+    ]
 
 # %% ../nbs/07b3_search.ipynb #9beb7f6a
 def search(
     b: Ballots,
-    start: Setting | None = None, # compared with; None: `given(b)`
+    start: Setting | None = None,  # compared with; None: `given(b)`
     folds: int = 5,
-    seed: int = 0,                # of the deal
+    seed: int = 0,  # of the deal
 ) -> Found:
     "Tune weights, threshold, grouping, leftovers and confidence by cross-validation over videos. `Problem` for fewer than two videos or folds."
     (videos, video), start, n = b.videos(), start or given(b), len(b.members)
-    if folds < 2 or len(videos) < 2: raise Problem('folds', f'{folds} folds of {len(videos)} videos', 'at least two of each', 'ask for more folds, or search on more videos')
-    warnings = [f'{len(videos)} videos are too few for {folds} folds: below two videos a fold the gain says nothing'] if len(videos) < 2 * folds else []
-    folds = min(folds, len(videos)); fold = deal(videos, folds, seed)[video]
+    if folds < 2 or len(videos) < 2:
+        raise Problem(
+            "folds",
+            f"{folds} folds of {len(videos)} videos",
+            "at least two of each",
+            "ask for more folds, or search on more videos",
+        )
+    warnings = (
+        [
+            f"{len(videos)} videos are too few for {folds} folds: below two videos a fold the gain says nothing"
+        ]
+        if len(videos) < 2 * folds
+        else []
+    )
+    folds = min(folds, len(videos))
+    fold = deal(videos, folds, seed)[video]
     around = partial(steps, poolings=poolings(b, start.rule), scorers=scorers(b))
-    score, votes = cache(partial(regions, b)), start if counted(start.rule) else replace(start, share=None, rule=replace(start.rule, mode='vote', union=0.))
-    alone, form = [single(m, n) for m in range(n)], dict(mode=start.rule.mode, union=start.rule.union)
+    score, votes = (
+        cache(partial(regions, b)),
+        start
+        if counted(start.rule)
+        else replace(start, share=None, rule=replace(start.rule, mode="vote", union=0.0)),
+    )
+    alone, form = (
+        [single(m, n) for m in range(n)],
+        {"mode": start.rule.mode, "union": start.rule.union},
+    )
+
     def shortlist(these):
-        here = lambda s: score(s)[these]
-        path = [s for first in (votes, max(alone, key=lambda s: here(s).mean())) for s in ascend(first, here, video[these], around)]
-        return list(dict.fromkeys([start, *path, *(replace(s, share=None, rule=replace(s.rule, **form)) for s in path if not counted(start.rule))]))
+        def here(s):
+            return score(s)[these]
+
+        path = [
+            s
+            for first in (votes, max(alone, key=lambda s: here(s).mean()))
+            for s in ascend(first, here, video[these], around)
+        ]
+        return list(
+            dict.fromkeys(
+                [
+                    start,
+                    *path,
+                    *(
+                        replace(s, share=None, rule=replace(s.rule, **form))
+                        for s in path
+                        if not counted(start.rule)
+                    ),
+                ]
+            )
+        )
+
     parts = [fold != k for k in range(folds)] + [np.ones(len(fold), bool)]
     lists = [shortlist(p) for p in parts]
     jf = {s: x.mean(1) for s, x in measure(b, [s for l in lists for s in l] + alone).items()}
     *chosen, final = [choose(l, {s: jf[s][p] for s in l}, video[p]) for l, p in zip(lists, parts)]
     best = [max(range(n), key=lambda m: jf[alone[m]][p].mean()) for p in parts[:-1]]
-    def pick(of_folds): return np.stack(of_folds)[fold, np.arange(len(fold))]
-    scores = dict(tuned=pick([jf[s] for s in chosen]), given=jf[start], single=pick([jf[alone[m]] for m in best]), naive=jf[final])
+
+    def pick(of_folds):
+        return np.stack(of_folds)[fold, np.arange(len(fold))]
+
+    scores = {
+        "tuned": pick([jf[s] for s in chosen]),
+        "given": jf[start],
+        "single": pick([jf[alone[m]] for m in best]),
+        "naive": jf[final],
+    }
     return Found(b.names, start, final, chosen, best, fold, video, scores, warnings)
 
 # %% ../nbs/07b3_search.ipynb #5453689d
 def parameters(b: Ballots, setting: Setting) -> dict:
     "A setting as parameters of `fuse`: `member_dirs`, and what differs from the default."
     made, default, kept = asdict(setting.made(usual(b, setting.rule))), asdict(Rule()), setting.kept
-    frames = position(b.members, made.pop('key_frame_member'))
-    changed = {k: list(x) if isinstance(x, tuple) else x for k, x in made.items() if x != default[k]}
-    if frames in kept and kept.index(frames): changed['key_frame_member'] = kept.index(frames)
-    return dict(member_dirs=[str(b.members[m].where) for m in kept]) | changed
+    frames = position(b.members, made.pop("key_frame_member"))
+    changed = {
+        k: list(x) if isinstance(x, tuple) else x for k, x in made.items() if x != default[k]
+    }
+    if frames in kept and kept.index(frames):
+        changed["key_frame_member"] = kept.index(frames)
+    return {"member_dirs": [str(b.members[m].where) for m in kept]} | changed
+
 
 def in_words(setting: Setting, names: Sequence[str]) -> str:
     "A setting in one line."
     rule, default = setting.rule, Rule()
-    weights = ', '.join(f'{n} {w:g}' for n, w in zip(names, setting.weights) if w)
-    share = 'half' if setting.share is None else f'{setting.share:.2f}'
-    return f'{weights}; threshold {share}; groups {rule.groups}' + ''.join(f'; {k} {x}' for k, x in asdict(rule).items() if k != 'groups' and x != getattr(default, k))
+    weights = ", ".join(f"{n} {w:g}" for n, w in zip(names, setting.weights) if w)
+    share = "half" if setting.share is None else f"{setting.share:.2f}"
+    return f"{weights}; threshold {share}; groups {rule.groups}" + "".join(
+        f"; {k} {x}" for k, x in asdict(rule).items() if k != "groups" and x != getattr(default, k)
+    )
 
 # %% ../nbs/07b3_search.ipynb #0ce21a74
 def table(f: Found) -> str:
     "What the search found, in lines."
-    mean = lambda name, these=slice(None): 100 * f.scores[name][these].mean()
-    lines = [f'warning: {w}' for w in f.warnings] + [f"{'fold':>5} {'videos':>6} {'tuned':>6} {'given':>6} {'single':>6} {'gain':>7}   setting, chosen on the others"]
+
+    def mean(name, these=slice(None)):
+        return 100 * f.scores[name][these].mean()
+
+    lines = [f"warning: {w}" for w in f.warnings] + [
+        f"{'fold':>5} {'videos':>6} {'tuned':>6} {'given':>6} {'single':>6} {'gain':>7}   setting, chosen on the others"
+    ]
     for k, s in enumerate(f.chosen):
         these = f.fold == k
-        lines.append(f"{k + 1:5} {len({*f.video[these]}):6} {mean('tuned', these):6.1f} {mean('given', these):6.1f} {mean('single', these):6.1f} {100 * f.gain(fold=k).mean:+7.2f}   {'as given' if s == f.start else in_words(s, f.names)}")
-    g, lone = f.gain(), f.gain('single')
-    lines += [f"{'all':>5} {len({*f.video}):6} {mean('tuned'):6.1f} {mean('given'):6.1f} {mean('single'):6.1f}   gain {g} (standard error over videos), 95 % {100 * g.low:+.2f} to {100 * g.high:+.2f}; the folds spread by {100 * f.spread:.2f}",
-              f"over the best single member: {lone}; on the videos that it was chosen on the setting would gain {100 * f.gain(of='naive').mean:+.2f}, which is no measure",
-              f"given:  {in_words(f.start, f.names)}", f"chosen: {in_words(f.setting, f.names)}",
-              'The gain is clear.' if f.clear else 'Nothing was found that is better than what was given.' if f.setting == f.start else 'The gain cannot be told from luck: keep what was given.']
-    return '\n'.join(lines)
+        lines.append(
+            f"{k + 1:5} {len({*f.video[these]}):6} {mean('tuned', these):6.1f} {mean('given', these):6.1f} {mean('single', these):6.1f} {100 * f.gain(fold=k).mean:+7.2f}   {'as given' if s == f.start else in_words(s, f.names)}"
+        )
+    g, lone = f.gain(), f.gain("single")
+    lines += [
+        f"{'all':>5} {len({*f.video}):6} {mean('tuned'):6.1f} {mean('given'):6.1f} {mean('single'):6.1f}   gain {g} (standard error over videos), 95 % {100 * g.low:+.2f} to {100 * g.high:+.2f}; the folds spread by {100 * f.spread:.2f}",
+        f"over the best single member: {lone}; on the videos that it was chosen on the setting would gain {100 * f.gain(of='naive').mean:+.2f}, which is no measure",
+        f"given:  {in_words(f.start, f.names)}",
+        f"chosen: {in_words(f.setting, f.names)}",
+        "The gain is clear."
+        if f.clear
+        else "Nothing was found that is better than what was given."
+        if f.setting == f.start
+        else "The gain cannot be told from luck: keep what was given.",
+    ]
+    return "\n".join(lines)
+
 
 def as_dict(f: Found) -> dict:
     "What the search found, for JSON; J&F and gains in percent."
-    gain = lambda g: {k: 100 * x for k, x in g._asdict().items()}
-    return dict(unit='percent', clear=f.clear, warnings=f.warnings, held_out={k: 100 * float(f.scores[k].mean()) for k in ('tuned', 'given', 'single')},
-                gain=gain(f.gain()), gain_over_single=gain(f.gain('single')), spread_of_folds=100 * f.spread, gain_where_chosen=100 * f.gain(of='naive').mean,
-                given=in_words(f.start, f.names), chosen=in_words(f.setting, f.names),
-                folds=[dict(gain=100 * f.gain(fold=k).mean, setting=in_words(s, f.names), single=f.names[f.best[k]]) for k, s in enumerate(f.chosen)])
+
+    def gain(g):
+        return {k: 100 * x for k, x in g._asdict().items()}
+
+    return {
+        "unit": "percent",
+        "clear": f.clear,
+        "warnings": f.warnings,
+        "held_out": {k: 100 * float(f.scores[k].mean()) for k in ("tuned", "given", "single")},
+        "gain": gain(f.gain()),
+        "gain_over_single": gain(f.gain("single")),
+        "spread_of_folds": 100 * f.spread,
+        "gain_where_chosen": 100 * f.gain(of="naive").mean,
+        "given": in_words(f.start, f.names),
+        "chosen": in_words(f.setting, f.names),
+        "folds": [
+            {
+                "gain": 100 * f.gain(fold=k).mean,
+                "setting": in_words(s, f.names),
+                "single": f.names[f.best[k]],
+            }
+            for k, s in enumerate(f.chosen)
+        ],
+    }
 
 # %% ../nbs/07b3_search.ipynb #32939729
-def gain_chart(f: Found): # a matplotlib figure
+def gain_chart(f: Found):  # a matplotlib figure
     "The held-out gain of every video, and its mean with the interval."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 2.4), layout='constrained'); ax = fig.subplots()
-    order = sorted(range(f.video.max() + 1), key=lambda v: (f.scores['tuned'] - f.scores['given'])[f.video == v].mean())
+
+    fig = Figure(figsize=(6, 2.4), layout="constrained")
+    ax = fig.subplots()
+    order = sorted(
+        range(f.video.max() + 1),
+        key=lambda v: (f.scores["tuned"] - f.scores["given"])[f.video == v].mean(),
+    )
     for x, v in enumerate(order):
         these = f.video == v
-        ax.plot(x, 100 * (f.scores['tuned'] - f.scores['given'])[these].mean(), 'o', ms=4, color=f'C{f.fold[these][0] % 10}')
+        ax.plot(
+            x,
+            100 * (f.scores["tuned"] - f.scores["given"])[these].mean(),
+            "o",
+            ms=4,
+            color=f"C{f.fold[these][0] % 10}",
+        )
     g = f.gain()
-    ax.axhline(0, color='.6', lw=.8); ax.axhline(100 * g.mean, color='k', lw=1)
-    if math.isfinite(g.low): ax.axhspan(100 * g.low, 100 * g.high, color='k', alpha=.12, lw=0)
-    ax.set(xlabel='videos, by gain; colour: fold', ylabel='gain in J&F, held out', title=f'mean {g}'); ax.set_xticks([])
+    ax.axhline(0, color=".6", lw=0.8)
+    ax.axhline(100 * g.mean, color="k", lw=1)
+    if math.isfinite(g.low):
+        ax.axhspan(100 * g.low, 100 * g.high, color="k", alpha=0.12, lw=0)
+    ax.set(
+        xlabel="videos, by gain; colour: fold", ylabel="gain in J&F, held out", title=f"mean {g}"
+    )
+    ax.set_xticks([])
     return fig
 
 # %% ../nbs/07b3_search.ipynb #f6c74afb
 class Worth(NamedTuple):
     "One member, alone and missing."
+
     name: str
-    alone: float     # J&F of its own masks
-    without: float   # J&F of the fusion of the others
-    worth: Gain      # what the fusion loses without it
+    alone: float  # J&F of its own masks
+    without: float  # J&F of the fusion of the others
+    worth: Gain  # what the fusion loses without it
+
 
 def leave_one_out(
     b: Ballots,
-    setting: Setting | None = None, # None: `given(b)`
-) -> tuple[float, list[Worth]]:     # J&F of the whole fusion, and a row for each member that has a say
+    setting: Setting | None = None,  # None: `given(b)`
+) -> tuple[float, list[Worth]]:  # J&F of the whole fusion, and a row for each member that has a say
     "What each member adds to the fusion of all."
     setting = setting or given(b)
     kept, video = setting.kept, b.videos()[1]
-    if len(kept) < 2: raise Problem('weights', f'{setting.weights}', 'at least two above 0', 'give another member a say')
-    less = {m: replace(setting, weights=tuple(0 if i == m else w for i, w in enumerate(setting.weights))) for m in kept}
-    for m, s in less.items(): # where the only scores go with the member, so does confidence
-        if not {*s.kept} & {*scorers(b)}: less[m] = replace(s, rule=replace(s.rule, confidence=False, absent=0.))
-    jf = {s: x.mean(1) for s, x in measure(b, [setting, *less.values(), *(single(m, len(b.members)) for m in kept)]).items()}
-    return float(jf[setting].mean()), [Worth(b.names[m], float(jf[single(m, len(b.members))].mean()), float(jf[less[m]].mean()), paired(jf[setting] - jf[less[m]], video)) for m in kept]
+    if len(kept) < 2:
+        raise Problem(
+            "weights", f"{setting.weights}", "at least two above 0", "give another member a say"
+        )
+    less = {
+        m: replace(
+            setting, weights=tuple(0 if i == m else w for i, w in enumerate(setting.weights))
+        )
+        for m in kept
+    }
+    for m, s in less.items():  # where the only scores go with the member, so does confidence
+        if not {*s.kept} & {*scorers(b)}:
+            less[m] = replace(s, rule=replace(s.rule, confidence=False, absent=0.0))
+    jf = {
+        s: x.mean(1)
+        for s, x in measure(
+            b, [setting, *less.values(), *(single(m, len(b.members)) for m in kept)]
+        ).items()
+    }
+    return float(jf[setting].mean()), [
+        Worth(
+            b.names[m],
+            float(jf[single(m, len(b.members))].mean()),
+            float(jf[less[m]].mean()),
+            paired(jf[setting] - jf[less[m]], video),
+        )
+        for m in kept
+    ]
+
 
 def worth_table(whole: float, rows: Sequence[Worth]) -> str:
     "Leave-one-out in lines."
     width = max(8, *(len(r.name) for r in rows))
-    return '\n'.join([f"{'member':{width}} {'alone':>6} {'without':>8}   worth to the fusion of all, {100 * whole:.1f}", *(f'{r.name:{width}} {100 * r.alone:6.1f} {100 * r.without:8.1f}   {r.worth}' for r in rows)])
+    return "\n".join(
+        [
+            f"{'member':{width}} {'alone':>6} {'without':>8}   worth to the fusion of all, {100 * whole:.1f}",
+            *(
+                f"{r.name:{width}} {100 * r.alone:6.1f} {100 * r.without:8.1f}   {r.worth}"
+                for r in rows
+            ),
+        ]
+    )
 
 # %% ../nbs/07b3_search.ipynb #5c5e23a8
-def worth_chart(whole: float, rows: Sequence[Worth]): # a matplotlib figure
+def worth_chart(whole: float, rows: Sequence[Worth]):  # a matplotlib figure
     "Each member alone, and the fusion without it; the line is the fusion of all."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, .5 + .4 * len(rows)), layout='constrained'); alone, worth = fig.subplots(1, 2, sharey=True)
+
+    fig = Figure(figsize=(6, 0.5 + 0.4 * len(rows)), layout="constrained")
+    alone, worth = fig.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))[::-1]
-    alone.barh(places, [100 * r.alone for r in rows], color='.7'); alone.axvline(100 * whole, color='k', lw=1)
-    alone.set(xlabel='J&F alone; line: all together', xlim=(0, 100)); alone.set_yticks(places, [r.name for r in rows])
+    alone.barh(places, [100 * r.alone for r in rows], color=".7")
+    alone.axvline(100 * whole, color="k", lw=1)
+    alone.set(xlabel="J&F alone; line: all together", xlim=(0, 100))
+    alone.set_yticks(places, [r.name for r in rows])
     errors = [100 * r.worth.error if math.isfinite(r.worth.error) else 0 for r in rows]
-    worth.barh(places, [100 * r.worth.mean for r in rows], xerr=errors, color=['C2' if r.worth.mean > 0 else 'C3' for r in rows], capsize=2)
-    worth.axvline(0, color='k', lw=.8); worth.set(xlabel='worth to the fusion')
+    worth.barh(
+        places,
+        [100 * r.worth.mean for r in rows],
+        xerr=errors,
+        color=["C2" if r.worth.mean > 0 else "C3" for r in rows],
+        capsize=2,
+    )
+    worth.axvline(0, color="k", lw=0.8)
+    worth.set(xlabel="worth to the fusion")
     return fig
 
 # %% ../nbs/07b3_search.ipynb #11c68252
 class Disagreement(NamedTuple):
     "How alike members are, and where they are not."
-    alike: np.ndarray   # (M, M) mean J between members, over expressions
-    worst: list[tuple[Expression, int, float]] # an expression, its frame of least agreement, 1 - mean J between members over its frames; the worst first
+
+    alike: np.ndarray  # (M, M) mean J between members, over expressions
+    worst: list[
+        tuple[Expression, int, float]
+    ]  # an expression, its frame of least agreement, 1 - mean J between members over its frames; the worst first
+
 
 def disagreement(
     b: Ballots,
-    most: int = 4, # expressions to name
+    most: int = 4,  # expressions to name
 ) -> Disagreement:
     "Compare members with each other."
-    n = len(b.members); alike, frames = np.zeros((n, n)), []
+    n = len(b.members)
+    alike, frames = np.zeros((n, n)), []
     for e in b.asked:
-        clip = b.clip(e.video, e.id); says = clip.patterns[:, 0]
+        clip = b.clip(e.video, e.id)
+        says = clip.patterns[:, 0]
         pixels = np.stack([np.bincount(x.reshape(-1), minlength=len(says)) for x in clip.label])
-        both, either = (np.stack([pixels @ op(says, says[:, [x]]) for x in range(n)]) for op in (np.logical_and, np.logical_or))
+        both, either = (
+            np.stack([pixels @ op(says, says[:, [x]]) for x in range(n)])
+            for op in (np.logical_and, np.logical_or)
+        )
         j = np.divide(both, either, out=np.ones(both.shape), where=either > 0)  # (M, T, M)
-        alike += j.mean(1) / len(b.asked); frames.append((j.sum((0, 2)) - n) / (n * (n - 1)))
+        alike += j.mean(1) / len(b.asked)
+        frames.append((j.sum((0, 2)) - n) / (n * (n - 1)))
     apart = np.array([1 - f.mean() for f in frames])
-    worst = np.argsort(-apart, kind='stable')[:most]
-    return Disagreement(alike, [(b.asked[i], int(frames[i].argmin()), float(apart[i])) for i in worst])
+    worst = np.argsort(-apart, kind="stable")[:most]
+    return Disagreement(
+        alike, [(b.asked[i], int(frames[i].argmin()), float(apart[i])) for i in worst]
+    )
 
-def alike_chart(d: Disagreement, names: Sequence[str]): # a matplotlib figure
+
+def alike_chart(d: Disagreement, names: Sequence[str]):  # a matplotlib figure
     "How alike members are, as a matrix."
     from matplotlib.figure import Figure
-    n = len(names); fig = Figure(figsize=(1.6 + .5 * n, 1 + .45 * n), layout='constrained'); ax = fig.subplots()
-    ax.imshow(d.alike, cmap='Blues', vmin=0, vmax=1); ax.set_xticks(range(n), names, rotation=35, ha='right', fontsize=8); ax.set_yticks(range(n), names, fontsize=8)
+
+    n = len(names)
+    fig = Figure(figsize=(1.6 + 0.5 * n, 1 + 0.45 * n), layout="constrained")
+    ax = fig.subplots()
+    ax.imshow(d.alike, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(range(n), names, rotation=35, ha="right", fontsize=8)
+    ax.set_yticks(range(n), names, fontsize=8)
     for x in range(n):
-        for y in range(n): ax.text(x, y, f'{d.alike[y, x]:.2f}', ha='center', va='center', fontsize=8, color='w' if d.alike[y, x] > .6 else 'k')
-    ax.set_title('mean J between members', fontsize=9)
+        for y in range(n):
+            ax.text(
+                x,
+                y,
+                f"{d.alike[y, x]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="w" if d.alike[y, x] > 0.6 else "k",
+            )
+    ax.set_title("mean J between members", fontsize=9)
     return fig
 
 # %% ../nbs/07b3_search.ipynb #9d742d1c
 def sheet(
     b: Ballots,
-    worst: Sequence[tuple[Expression, int, float]], # of `disagreement`
-): # a matplotlib figure
+    worst: Sequence[tuple[Expression, int, float]],  # of `disagreement`
+):  # a matplotlib figure
     "Rows: expressions, in one frame each. Columns: the truth, then every member with its J in that frame."
     from matplotlib.figure import Figure
-    names = ['truth', *b.names]
+
+    names = ["truth", *b.names]
     fig = Figure(figsize=(1.3 * len(names), 1.25 * len(worst)))
-    axes = fig.subplots(len(worst), len(names), squeeze=False, gridspec_kw=dict(left=.01, right=.99, top=.93, bottom=.09, hspace=.5, wspace=.05))
+    axes = fig.subplots(
+        len(worst),
+        len(names),
+        squeeze=False,
+        gridspec_kw={
+            "left": 0.01,
+            "right": 0.99,
+            "top": 0.93,
+            "bottom": 0.09,
+            "hspace": 0.5,
+            "wspace": 0.05,
+        },
+    )
     for row, (e, t, _) in zip(axes, worst):
         v, clip, truth = b.data.videos[e.video], b.clip(e.video, e.id), true_masks(b.data, e)[0][t]
-        try: picture = read_frame(frame_path(v, v.frames[t]))
-        except Problem: picture = np.full((*truth.shape, 3), 160, np.uint8) # the masks can be compared without it
+        try:
+            picture = read_frame(frame_path(v, v.frames[t]))
+        except Problem:
+            picture = np.full(
+                (*truth.shape, 3), 160, np.uint8
+            )  # the masks can be compared without it
         grey = np.repeat(picture.mean(2, keepdims=True).astype(np.uint8) // 4, 3, 2)
-        for ax, name, mask in zip(row, names, [truth, *(clip.patterns[:, 0, m][clip.label[t]] for m in range(len(b.names)))]):
-            ax.imshow(np.where(mask[..., None], picture, grey)); ax.axis('off')
-            ax.set_title(name if name == 'truth' else f'{name} {100 * jaccard(truth, mask):.0f}', fontsize=7, pad=2)
-        row[0].text(0, -.05, f'{e.video}/{e.id}, frame {v.frames[t]}: {e.text}', fontsize=7, va='top', transform=row[0].transAxes)
+        for ax, name, mask in zip(
+            row,
+            names,
+            [truth, *(clip.patterns[:, 0, m][clip.label[t]] for m in range(len(b.names)))],
+        ):
+            ax.imshow(np.where(mask[..., None], picture, grey))
+            ax.axis("off")
+            ax.set_title(
+                name if name == "truth" else f"{name} {100 * jaccard(truth, mask):.0f}",
+                fontsize=7,
+                pad=2,
+            )
+        row[0].text(
+            0,
+            -0.05,
+            f"{e.video}/{e.id}, frame {v.frames[t]}: {e.text}",
+            fontsize=7,
+            va="top",
+            transform=row[0].transAxes,
+        )
     return fig
 
 # %% ../nbs/07b3_search.ipynb #e2015235
 def study(
-    data_dir,               # a labelled split of whole videos
+    data_dir,  # a labelled split of whole videos
     member_dirs: Sequence,  # as in `fuse`
-    out_dir,                # search.json, gain.png, worth.png, alike.png, disagreement.png
-    split: str = 'valid',
-    rule: str = 'round2',   # to start from, as `options`
+    out_dir,  # search.json, gain.png, worth.png, alike.png, disagreement.png
+    split: str = "valid",
+    rule: str = "round2",  # to start from, as `options`
     folds: int = 5,
     seed: int = 0,
-    **options,              # as in `fuse`
-) -> tuple[dict, str]:      # the parameters of `fuse` that were found, and all tables
+    **options,  # as in `fuse`
+) -> tuple[dict, str]:  # the parameters of `fuse` that were found, and all tables
     "Search, leave-one-out and disagreement of members on a labelled split. `Problem` for wrong parameters, `NoTruth` without truth."
     b, out = open_ballots(data_dir, member_dirs, split), resolve(out_dir)
     start = given(b, rule, **options)
     found = search(read_ballots(b), start, folds, seed)
-    whole, rows = leave_one_out(b, start); apart = disagreement(b)
-    charts = dict(gain=gain_chart(found), worth=worth_chart(whole, rows), alike=alike_chart(apart, b.names), disagreement=sheet(b, apart.worst))
+    whole, rows = leave_one_out(b, start)
+    apart = disagreement(b)
+    charts = {
+        "gain": gain_chart(found),
+        "worth": worth_chart(whole, rows),
+        "alike": alike_chart(apart, b.names),
+        "disagreement": sheet(b, apart.worst),
+    }
     for name, fig in charts.items():
-        buffer = io.BytesIO(); fig.savefig(buffer, format='png', dpi=100, metadata={'Software': None}); write_bytes(out/f'{name}.png', buffer.getvalue())
-    members = [dict(member=r.name, alone=100 * r.alone, without=100 * r.without, worth=100 * r.worth.mean, error=100 * r.worth.error) for r in rows]
-    odd = [dict(expression=f'{e.video}/{e.id}', text=e.text, frame=b.data.videos[e.video].frames[t], apart=100 * x) for e, t, x in apart.worst]
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+        write_bytes(out / f"{name}.png", buffer.getvalue())
+    members = [
+        {
+            "member": r.name,
+            "alone": 100 * r.alone,
+            "without": 100 * r.without,
+            "worth": 100 * r.worth.mean,
+            "error": 100 * r.worth.error,
+        }
+        for r in rows
+    ]
+    odd = [
+        {
+            "expression": f"{e.video}/{e.id}",
+            "text": e.text,
+            "frame": b.data.videos[e.video].frames[t],
+            "apart": 100 * x,
+        }
+        for e, t, x in apart.worst
+    ]
     best = parameters(b, found.setting)
-    write_json(out/'search.json', as_dict(found) | dict(parameters=best, leave_one_out=members, alike=(100 * apart.alike).tolist(), disagreement=odd, left_out=b.faults))
-    lines = [f'left out: {u}: {why}' for u, why in b.faults.items()] + [table(found), '', worth_table(whole, rows), '', 'least agreement:']
-    return best, '\n'.join([*lines, *(f"  {x['expression']} “{x['text']}”, frame {x['frame']}: members are {x['apart']:.0f} % apart" for x in odd)])
+    write_json(
+        out / "search.json",
+        as_dict(found)
+        | {
+            "parameters": best,
+            "leave_one_out": members,
+            "alike": (100 * apart.alike).tolist(),
+            "disagreement": odd,
+            "left_out": b.faults,
+        },
+    )
+    lines = [f"left out: {u}: {why}" for u, why in b.faults.items()] + [
+        table(found),
+        "",
+        worth_table(whole, rows),
+        "",
+        "least agreement:",
+    ]
+    return best, "\n".join(
+        [
+            *lines,
+            *(
+                f"  {x['expression']} “{x['text']}”, frame {x['frame']}: members are {x['apart']:.0f} % apart"
+                for x in odd
+            ),
+        ]
+    )

@@ -1,22 +1,26 @@
 "What all tests share: quiet, offline, and switches for the slow ones."
+
 import os
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the command does
-os.environ['IN_TEST'] = '1'
-FLAGS = set(os.environ.get('RVOS_FLAGS', '').split())
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
+os.environ["IN_TEST"] = "1"
+FLAGS = set(os.environ.get("RVOS_FLAGS", "").split())
 
 
 def pytest_collection_modifyitems(items):
     "Tests marked slow, gpu or browser run with RVOS_FLAGS='slow gpu browser'."
     for item in items:
-        for flag in {'slow', 'gpu', 'browser'} - FLAGS:
-            if item.get_closest_marker(flag): item.add_marker(pytest.mark.skip(reason=f"RVOS_FLAGS={flag} runs it"))
+        for flag in {"slow", "gpu", "browser"} - FLAGS:
+            if item.get_closest_marker(flag):
+                item.add_marker(pytest.mark.skip(reason=f"RVOS_FLAGS={flag} runs it"))
 
 
 @pytest.fixture
-def root() -> Path: return ROOT
+def root() -> Path:
+    return ROOT

@@ -1,4 +1,5 @@
 "Small trees in the layouts of the benchmarks, made out of RefShapes."
+
 import json
 from functools import partial
 from pathlib import Path
@@ -6,38 +7,61 @@ from pathlib import Path
 from rvos_nb.data.refshapes import write
 
 SIZE = (64, 96)
-ODD = [None, 3, -1, '', [], {}, '../x', [None], {'a': 1}, 1.5, True, '9' * 5000, '\ud800', [[[[]]]]] # what a value of a broken list may be
+ODD = [
+    None,
+    3,
+    -1,
+    "",
+    [],
+    {},
+    "../x",
+    [None],
+    {"a": 1},
+    1.5,
+    True,
+    "9" * 5000,
+    "\ud800",
+    [[[[]]]],
+]  # what a value of a broken list may be
 
 
-def spoil(listing, rng, share: float = .3):
+def spoil(listing, rng, share: float = 0.3):
     "Put something odd in the place of one value of a JSON, in place; of a list or object with the probability `share`."
     while True:
         keys = list(listing) if isinstance(listing, dict) else list(range(len(listing)))
-        if not keys: return
+        if not keys:
+            return
         key = keys[rng.integers(len(keys))]
-        if not isinstance(listing[key], (dict, list)) or rng.random() < share: listing[key] = ODD[rng.integers(len(ODD))]; return
+        if not isinstance(listing[key], (dict, list)) or rng.random() < share:
+            listing[key] = ODD[rng.integers(len(ODD))]
+            return
         listing = listing[key]
 
 
 def make(root: Path, layout: str, split: str, videos: int = 2, frames: int = 5) -> Path:
     "A tree of easy scenes; its folder."
-    write(root, split, 'easy', videos, seed=50, frames=frames, size=SIZE, layout=layout)
+    write(root, split, "easy", videos, seed=50, frames=frames, size=SIZE, layout=layout)
     return root
 
 
 def write_davis(root: Path, annotators: int = 4) -> Path:
     "Ref-DAVIS17 in its converted form, with the first `annotators` sentences of each object: sentence annotators · object + annotator."
-    path = make(root, 'ref-davis17', 'valid')/'meta_expressions/valid/meta_expressions.json'
+    path = make(root, "ref-davis17", "valid") / "meta_expressions/valid/meta_expressions.json"
     listing = json.loads(path.read_text())
-    for v in listing['videos'].values():
-        kept = [e for k, e in v['expressions'].items() if int(k) % 4 < annotators]
-        v['expressions'] = {str(k): e for k, e in enumerate(kept)}
+    for v in listing["videos"].values():
+        kept = [e for k, e in v["expressions"].items() if int(k) % 4 < annotators]
+        v["expressions"] = {str(k): e for k, e in enumerate(kept)}
     path.write_text(json.dumps(listing))
     return root
 
 
-write_a2d = partial(make, layout='a2d-sentences', split='test', frames=6)
-write_jhmdb = partial(make, layout='jhmdb-sentences', split='test')
-write_refcoco = partial(make, layout='refcoco', split='refcoco+_val', videos=3, frames=1)
+write_a2d = partial(make, layout="a2d-sentences", split="test", frames=6)
+write_jhmdb = partial(make, layout="jhmdb-sentences", split="test")
+write_refcoco = partial(make, layout="refcoco", split="refcoco+_val", videos=3, frames=1)
 
-TREES = {'ref-davis17': write_davis, 'a2d-sentences': write_a2d, 'jhmdb-sentences': write_jhmdb, 'refcoco': write_refcoco}
+TREES = {
+    "ref-davis17": write_davis,
+    "a2d-sentences": write_a2d,
+    "jhmdb-sentences": write_jhmdb,
+    "refcoco": write_refcoco,
+}

@@ -1,4 +1,5 @@
 """Every golden case that the repository holds, through the same code as `rvos verify`."""
+
 import gc
 from pathlib import Path
 
@@ -6,10 +7,10 @@ import pytest
 
 from rvos_nb.verify.cases import find_cases, judge
 
-GOLDEN = Path(__file__).parent/'golden'
+GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize('path', find_cases([GOLDEN]), ids=lambda p: f'{p.parent.name}/{p.stem}')
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_case(path):
     verdict = judge(path)
     gc.collect()

@@ -1,199 +1,395 @@
 "Rules of the house: one notebook is one module, nothing stale, nothing heavy, nothing of one machine; and the command."
-import json, os, re, signal, subprocess, sys, time
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-name = dict(ids=lambda p: p.stem)
+name = {"ids": lambda p: p.stem}
 
 
-def load(path): return json.loads(path.read_text(encoding='utf-8'))
-def source(cell): return ''.join(cell['source'])
-def module(path): return path.stem.split('_', 1)[1]
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize('path', CHAPTERS, **name)
+def source(cell):
+    return "".join(cell["source"])
+
+
+def module(path):
+    return path.stem.split("_", 1)[1]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_default_exp_is_the_file_name(path):
-    found = [m[1] for c in load(path)['cells'] if c['cell_type'] == 'code' for m in re.finditer(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M)]
+    found = [
+        m[1]
+        for c in load(path)["cells"]
+        if c["cell_type"] == "code"
+        for m in re.finditer(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)
+    ]
     assert found == [module(path)]
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, **name)
+@pytest.mark.parametrize("path", NOTEBOOKS, **name)
 def test_notebook_form(path):
     nb = load(path)
-    first = source(nb['cells'][0])
-    assert re.match(r'# .+\n> .+', first), 'a title and one line'
-    assert nb['metadata'].get('kernelspec', {}).get('name') == 'python3', 'papermill needs the kernelspec'
-    text = path.read_text(encoding='utf-8')
-    assert 'papermill' not in nb['metadata'] and 'injected-parameters' not in text
-    assert path.stat().st_size <= 200_000, 'more than 200 kB'
-    for c in nb['cells']:
-        assert set(c['metadata']) <= {'tags'} and c.get('execution_count') is None
+    first = source(nb["cells"][0])
+    assert re.match(r"# .+\n> .+", first), "a title and one line"
+    assert nb["metadata"].get("kernelspec", {}).get("name") == "python3", (
+        "papermill needs the kernelspec"
+    )
+    text = path.read_text(encoding="utf-8")
+    assert "papermill" not in nb["metadata"] and "injected-parameters" not in text
+    assert path.stat().st_size <= 200_000, "more than 200 kB"
+    for c in nb["cells"]:
+        assert set(c["metadata"]) <= {"tags"} and c.get("execution_count") is None
 
 
-@pytest.mark.parametrize('path', CHAPTERS, **name)
+@pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_exported_cells_are_short(path):
-    for c in load(path)['cells']:
-        if c['cell_type'] == 'code' and re.search(r'^#\|\s*export', source(c), re.M): assert len(source(c).splitlines()) <= 60, source(c)[:80]
+    for c in load(path)["cells"]:
+        if c["cell_type"] == "code" and re.search(r"^#\|\s*export", source(c), re.M):
+            assert len(source(c).splitlines()) <= 60, source(c)[:80]
 
 
-@pytest.mark.parametrize('path', CHAPTERS, **name)
+@pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_import_cells_only_import(path):
     "Building the pages runs exported cells and every cell that imports, nothing else."
     import ast
-    for c in load(path)['cells']:
-        if c['cell_type'] != 'code': continue
+
+    for c in load(path)["cells"]:
+        if c["cell_type"] != "code":
+            continue
         kinds = {isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.parse(source(c)).body}
         assert kinds != {True, False}, source(c)[:120]
 
 
 def test_every_module_has_its_notebook():
-    modules = {p.relative_to(ROOT/'rvos_nb').with_suffix('').as_posix().replace('/', '.') for p in (ROOT/'rvos_nb').rglob('*.py')
-               if p.name not in ('__init__.py', '_modidx.py') and '.ipynb_checkpoints' not in p.parts}
-    assert modules <= {module(p) for p in CHAPTERS}, 'stale modules: delete them'
-    exporting = {module(p) for p in CHAPTERS if re.search(r'"#\|\s*export', p.read_text(encoding='utf-8'))}
-    assert exporting <= modules, 'not exported: run nbdev_export'
+    modules = {
+        p.relative_to(ROOT / "rvos_nb").with_suffix("").as_posix().replace("/", ".")
+        for p in (ROOT / "rvos_nb").rglob("*.py")
+        if p.name not in ("__init__.py", "_modidx.py") and ".ipynb_checkpoints" not in p.parts
+    }
+    assert modules <= {module(p) for p in CHAPTERS}, "stale modules: delete them"
+    exporting = {
+        module(p) for p in CHAPTERS if re.search(r'"#\|\s*export', p.read_text(encoding="utf-8"))
+    }
+    assert exporting <= modules, "not exported: run nbdev_export"
 
 
 def test_exports_are_fresh(tmp_path):
     "Exported again into a temporary folder, each module is what is committed."
     from nbdev.export import nb_export
+
     for p in CHAPTERS:
-        nb_export(str(p), lib_path=str(tmp_path/'rvos_nb'))
-    body = lambda p: re.sub(r'(?m)^#.*\.ipynb.*$', '', p.read_text(encoding='utf-8'))
-    for new in (tmp_path/'rvos_nb').rglob('*.py'):
-        old = ROOT/'rvos_nb'/new.relative_to(tmp_path/'rvos_nb')
-        if new.name in ('__init__.py', '_modidx.py'): continue
-        assert old.exists() and body(old) == body(new), f'{old} is stale: run nbdev_export'
+        nb_export(str(p), lib_path=str(tmp_path / "rvos_nb"))
+
+    def body(p):
+        return re.sub(r"(?m)^#.*\.ipynb.*$", "", p.read_text(encoding="utf-8"))
+
+    for new in (tmp_path / "rvos_nb").rglob("*.py"):
+        old = ROOT / "rvos_nb" / new.relative_to(tmp_path / "rvos_nb")
+        if new.name in ("__init__.py", "_modidx.py"):
+            continue
+        assert old.exists() and body(old) == body(new), f"{old} is stale: run nbdev_export"
 
 
 def tracked():
     "Text files of the project."
-    skip = {'.git', '.venv', '__pycache__', '.pytest_cache', 'runs', 'build', 'dist', '_docs', '_proc', '.ipynb_checkpoints'}
-    for p in ROOT.rglob('*'):
+    skip = {
+        ".git",
+        ".venv",
+        "__pycache__",
+        ".pytest_cache",
+        "runs",
+        "build",
+        "dist",
+        "_docs",
+        "_proc",
+        ".ipynb_checkpoints",
+    }
+    for p in ROOT.rglob("*"):
         rel = p.relative_to(ROOT)
-        if not p.is_file() or skip & set(rel.parts) or any(x.endswith('.egg-info') for x in rel.parts): continue
-        if rel.parts[0] == 'data' and rel.parts[1] not in ('README.md', 'checkpoints'): continue
-        if p.suffix in ('.py', '.ipynb', '.md', '.yaml', '.yml', '.toml', '.ini', '.txt', '.json', '.in', '') and p.stat().st_size < 2_000_000: yield p
+        if (
+            not p.is_file()
+            or skip & set(rel.parts)
+            or any(x.endswith(".egg-info") for x in rel.parts)
+        ):
+            continue
+        if rel.parts[0] == "data" and rel.parts[1] not in ("README.md", "checkpoints"):
+            continue
+        if (
+            p.suffix
+            in (
+                ".py",
+                ".ipynb",
+                ".md",
+                ".yaml",
+                ".yml",
+                ".toml",
+                ".ini",
+                ".txt",
+                ".json",
+                ".in",
+                "",
+            )
+            and p.stat().st_size < 2_000_000
+        ):
+            yield p
 
 
 def test_no_path_of_one_machine():
-    bad = re.compile(r'(?<![\w.}])/(work|root|home|Users|tmp|mnt|opt)/\w')
+    bad = re.compile(r"(?<![\w.}])/(work|root|home|Users|tmp|mnt|opt)/\w")
     for p in tracked():
-        for line in p.read_text(encoding='utf-8', errors='replace').splitlines():
-            if (m := bad.search(line)) and 'bad = re.compile' not in line: pytest.fail(f'{p.relative_to(ROOT)}: {line[max(0, m.start() - 40):m.end() + 40]}')
+        for line in p.read_text(encoding="utf-8", errors="replace").splitlines():
+            if (m := bad.search(line)) and "bad = re.compile" not in line:
+                pytest.fail(f"{p.relative_to(ROOT)}: {line[max(0, m.start() - 40) : m.end() + 40]}")
 
 
 def test_nothing_unfinished():
-    word = re.compile(r'\b(TO' + r'DO|FIX' + r'ME|NotImplemented' + r'Error)\b')
+    word = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|NotImplemented" + r"Error)\b")
     for p in tracked():
-        if p.suffix in ('.py', '.ipynb') and (m := word.search(p.read_text(encoding='utf-8'))): pytest.fail(f'{p.relative_to(ROOT)}: {m[0]}')
+        if p.suffix in (".py", ".ipynb") and (m := word.search(p.read_text(encoding="utf-8"))):
+            pytest.fail(f"{p.relative_to(ROOT)}: {m[0]}")
 
 
 def test_readme_is_what_the_index_says():
-    done = subprocess.run([sys.executable, ROOT/'.ci/readme', '--check'], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci/readme", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    readme = (ROOT/'README.md').read_text(encoding='utf-8')
-    for p in CHAPTERS: assert f'nbs/{p.name}' in readme, f'{p.name} is missing from the table: run nbs/index.ipynb again'
-    for target in re.findall(r'\]\(([^)#]+)\)', readme):
-        assert target.startswith('http') or (ROOT/target).exists(), f'README points to {target}'
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for p in CHAPTERS:
+        assert f"nbs/{p.name}" in readme, (
+            f"{p.name} is missing from the table: run nbs/index.ipynb again"
+        )
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert target.startswith("http") or (ROOT / target).exists(), f"README points to {target}"
 
 
-LIGHT = ['core', 'data.masks', 'data.video', 'data.refshapes', 'data.datasets', 'keyframe', 'results', 'members', 'fuse', 'metrics', 'evaluate', 'ballots', 'search', 'pipeline', 'cli', 'benchmarks']
+LIGHT = [
+    "core",
+    "data.masks",
+    "data.video",
+    "data.refshapes",
+    "data.datasets",
+    "keyframe",
+    "results",
+    "members",
+    "fuse",
+    "metrics",
+    "evaluate",
+    "ballots",
+    "search",
+    "pipeline",
+    "cli",
+    "benchmarks",
+]
+
 
 def test_light_modules_import_no_torch():
     code = f"import importlib, sys\nfor m in {LIGHT}:\n importlib.import_module('rvos_nb.' + m)\n assert 'torch' not in sys.modules, m\nassert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 def test_help_is_quick():
     t = time.monotonic()
-    done = subprocess.run([sys.executable, '-X', 'importtime', '-c', "from rvos_nb.cli import main; main(['--help'])"], capture_output=True, text=True, cwd=ROOT)
-    assert 'demo' in done.stdout and not re.search(r'\| +(torch|transformers|papermill|matplotlib|pandas|cv2)$', done.stderr, re.M)
-    assert time.monotonic() - t < 10 # a second on an idle machine
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-c",
+            "from rvos_nb.cli import main; main(['--help'])",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert "demo" in done.stdout and not re.search(
+        r"\| +(torch|transformers|papermill|matplotlib|pandas|cv2)$", done.stderr, re.M
+    )
+    assert time.monotonic() - t < 10  # a second on an idle machine
 
 
 def test_recipes_are_sound():
     "Every shipped pipeline names notebooks and parameters that exist."
     from rvos_nb import pipeline
+
     for r in pipeline.recipes():
         asked = [k for k, v in pipeline.load_recipe(r).parameters.items() if v is None]
-        given = {k: str(ROOT/'nbs') if k == 'data' else 'aot-tiny' if 'aot' in k else 'referformer-tiny' for k in asked}
+        given = {
+            k: str(ROOT / "nbs")
+            if k == "data"
+            else "aot-tiny"
+            if "aot" in k
+            else "referformer-tiny"
+            for k in asked
+        }
         assert pipeline.plan(r, given)[1]
 
 
 def test_settings_reach_the_metadata(tmp_path):
-    done = subprocess.run([sys.executable, 'setup.py', '--name', '--version'], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split()[-2:] == ['rvos_nb', '0.1.0'], done.stderr
-    pins = (ROOT/'.github/constraints.txt').read_text()
-    for pin in ('nbdev==2.4.14', 'execnb>=0.1.12,<0.2', 'fastcore>=1.12,<2', 'ghapi>=1.0.3,<2.1'): assert pin in pins and pin in (ROOT/'settings.ini').read_text()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split()[-2:] == ["rvos_nb", "0.1.0"], done.stderr
+    pins = (ROOT / ".github/constraints.txt").read_text()
+    for pin in ("nbdev==2.4.14", "execnb>=0.1.12,<0.2", "fastcore>=1.12,<2", "ghapi>=1.0.3,<2.1"):
+        assert pin in pins and pin in (ROOT / "settings.ini").read_text()
 
 
 def test_workflows_are_yaml():
-    for p in [*(ROOT/'.github/workflows').glob('*.yml'), ROOT/'.pre-commit-config.yaml']: assert yaml.safe_load(p.read_text())
+    for p in [*(ROOT / ".github/workflows").glob("*.yml"), ROOT / ".pre-commit-config.yaml"]:
+        assert yaml.safe_load(p.read_text())
 
 
 # The command and the pipeline, on bad input and on sudden death
 
+
 def rvos(*argv, **kw):
-    return subprocess.run([sys.executable, '-c', 'from rvos_nb.cli import main; main()', *map(str, argv)], capture_output=True, text=True, cwd=kw.pop('cwd', ROOT), **kw)
+    return subprocess.run(
+        [sys.executable, "-c", "from rvos_nb.cli import main; main()", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=kw.pop("cwd", ROOT),
+        **kw,
+    )
 
 
-@pytest.mark.parametrize('argv', [['run', 'nothing'], ['run', 'demo', '-p', 'vidoes', '3'], ['run', 'demo', '-p', 'videos', 'many'], ['predict', 'nowhere.mp4', 'the dog'],
-                                  ['predict', 'clip.mp4'], ['keyframe', 'nowhere'], ['evaluate', 'nowhere', 'nowhere'], ['bench', 'nothing'],
-                                  ['fuse', 'nowhere', 'nowhere'], ['propagate', 'nowhere', 'nowhere'], ['train', 'nothing'], ['verify', 'nowhere.npz']], ids=' '.join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run", "nothing"],
+        ["run", "demo", "-p", "vidoes", "3"],
+        ["run", "demo", "-p", "videos", "many"],
+        ["predict", "nowhere.mp4", "the dog"],
+        ["predict", "clip.mp4"],
+        ["keyframe", "nowhere"],
+        ["evaluate", "nowhere", "nowhere"],
+        ["bench", "nothing"],
+        ["fuse", "nowhere", "nowhere"],
+        ["propagate", "nowhere", "nowhere"],
+        ["train", "nothing"],
+        ["verify", "nowhere.npz"],
+    ],
+    ids=" ".join,
+)
 def test_a_mistake_is_one_line(argv, tmp_path):
-    done = rvos(*argv, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    done = rvos(*argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1, done.stdout + done.stderr
-    assert 'Traceback' not in done.stderr
-    if argv[0] != 'verify': assert len([l for l in done.stderr.splitlines() if 'Warning' not in l and l.strip()]) == 1 and done.stderr.startswith('rvos: '), done.stderr
+    assert "Traceback" not in done.stderr
+    if argv[0] != "verify":
+        assert len(
+            [l for l in done.stderr.splitlines() if "Warning" not in l and l.strip()]
+        ) == 1 and done.stderr.startswith("rvos: "), done.stderr
 
 
-@pytest.mark.parametrize('text, says', [('a: [', 'YAML'), ('- a', 'mapping'), ('name: x', "'stages'"), ('{name: x, stages: []}', 'no stages'),
-                                        ('{name: x, stages: [{name: ../up, notebook: 06_fuse}]}', '../up'),
-                                        ('{name: x, stages: [{name: a, notebook: 06_fuse}, {name: a, notebook: 06_fuse}]}', "two stages named 'a'"),
-                                        ('{name: x, stages: [{name: a, notebook: 99_none}]}', 'no such notebook'),
-                                        ('{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {split: 3}}]}', 'split = 3'),
-                                        ('{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {speed: 3}}]}', "'speed'"),
-                                        ('{name: x, stages: [{name: a, notebook: 06_fuse, when: {sunny: x}}]}', "'sunny'")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("a: [", "YAML"),
+        ("- a", "mapping"),
+        ("name: x", "'stages'"),
+        ("{name: x, stages: []}", "no stages"),
+        ("{name: x, stages: [{name: ../up, notebook: 06_fuse}]}", "../up"),
+        (
+            "{name: x, stages: [{name: a, notebook: 06_fuse}, {name: a, notebook: 06_fuse}]}",
+            "two stages named 'a'",
+        ),
+        ("{name: x, stages: [{name: a, notebook: 99_none}]}", "no such notebook"),
+        ("{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {split: 3}}]}", "split = 3"),
+        ("{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {speed: 3}}]}", "'speed'"),
+        ("{name: x, stages: [{name: a, notebook: 06_fuse, when: {sunny: x}}]}", "'sunny'"),
+    ],
+)
 def test_a_wrong_recipe_is_refused_before_anything_runs(text, says, tmp_path):
     from rvos_nb.core import Problem
     from rvos_nb.pipeline import run
-    (tmp_path/'r.yaml').write_text(text)
-    with pytest.raises(Problem) as e: run(tmp_path/'r.yaml')
-    assert says in str(e.value) and '\n' not in str(e.value)
-    assert [p.name for p in tmp_path.iterdir()] == ['r.yaml']
+
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(Problem) as e:
+        run(tmp_path / "r.yaml")
+    assert says in str(e.value) and "\n" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
 def alive(pid):
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-    except OSError: return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='the tie to the parent is a system call of Linux')
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=['kill -9', 'kill', 'Ctrl-C'])
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the tie to the parent is a system call of Linux"
+)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill -9", "kill", "Ctrl-C"]
+)
 def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
     import nbformat
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("pid_file: str = ''", metadata={'tags': ['parameters']}),
-                                         nbformat.v4.new_code_cell("import os, time\nopen(pid_file, 'w').write(str(os.getpid()))\ntime.sleep(120)")])
-    nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
-    nbformat.write(nb, tmp_path/'sleep.ipynb')
-    recipe = dict(name='sleep', parameters=dict(out=str(tmp_path/'out')), paths=['out'],
-                  stages=[dict(name='sleep', notebook=str(tmp_path/'sleep.ipynb'), parameters=dict(pid_file=str(tmp_path/'pid')))])
-    driver = subprocess.Popen([sys.executable, '-c', 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n' # a background job ignores Ctrl-C
-                               f'from rvos_nb.pipeline import run; run({recipe!r})'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("pid_file: str = ''", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(
+                "import os, time\nopen(pid_file, 'w').write(str(os.getpid()))\ntime.sleep(120)"
+            ),
+        ]
+    )
+    nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nb, tmp_path / "sleep.ipynb")
+    recipe = {
+        "name": "sleep",
+        "parameters": {"out": str(tmp_path / "out")},
+        "paths": ["out"],
+        "stages": [
+            {
+                "name": "sleep",
+                "notebook": str(tmp_path / "sleep.ipynb"),
+                "parameters": {"pid_file": str(tmp_path / "pid")},
+            }
+        ],
+    }
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores Ctrl-C
+            f"from rvos_nb.pipeline import run; run({recipe!r})",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(600):
-            if (tmp_path/'pid').exists() and (tmp_path/'pid').read_text(): break
-            time.sleep(.1)
-        kernel = int((tmp_path/'pid').read_text())
-        driver.send_signal(how); driver.wait(30)
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+                break
+            time.sleep(0.1)
+        kernel = int((tmp_path / "pid").read_text())
+        driver.send_signal(how)
+        driver.wait(30)
         for _ in range(300):
-            if not alive(kernel): break
-            time.sleep(.1)
+            if not alive(kernel):
+                break
+            time.sleep(0.1)
         assert not alive(kernel)
-    finally: driver.kill()
+    finally:
+        driver.kill()

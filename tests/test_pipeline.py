@@ -1,11 +1,21 @@
 "Recipes: the winners' graph with tiny models, what is made again and what is not, faults that are named before anything runs, and kills."
-import json, os, shutil, signal, subprocess, sys, time, zipfile
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
+
 import numpy as np
 import pytest
 import yaml
+
 from rvos_nb import pipeline
-from rvos_nb.core import Problem, StageFailed, read_json, shipped, write_json
+from rvos_nb.core import Problem, StageFailed, read_json, write_json
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_tree
@@ -16,7 +26,14 @@ from rvos_nb.propagate import propagate
 
 def tree(folder, *without):
     "Every file below `folder` with its bytes, records and logs aside."
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file() and '_run' not in p.parts and p.name != '.lock' and not {*p.relative_to(folder).parts} & {*without}}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+        and "_run" not in p.parts
+        and p.name != ".lock"
+        and not {*p.relative_to(folder).parts} & {*without}
+    }
 
 
 def states(recipe, given):
@@ -24,354 +41,649 @@ def states(recipe, given):
     values, stages = plan(recipe, given)
     pipeline.extent.cache_clear()
     views = []
-    for s in stages: views.append(look(s, Path(values['out']), views))
+    for s in stages:
+        views.append(look(s, Path(values["out"]), views))
     return {v.stage.name: v.state for v in views}
 
 
-def stale(recipe, given): return {n for n, state in states(recipe, given).items() if state == 'stale'}
+def stale(recipe, given):
+    return {n for n, state in states(recipe, given).items() if state == "stale"}
 
 
 # ---- the winners' graph
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp('tiny')
-    given = dict(data=str(root/'data'), out=str(root/'out'))
-    ends = run('lsvos2023-tiny', given)
+    root = tmp_path_factory.mktemp("tiny")
+    given = {"data": str(root / "data"), "out": str(root / "out")}
+    ends = run("lsvos2023-tiny", given)
     return given, ends
 
 
 def test_the_winners_tree(tiny):
     given, ends = tiny
-    out, data = Path(given['out']), open_dataset(given['data'])
-    assert {e.state for e in ends} == {'done'} and len(ends) == 25
-    refined = {'soc': ['AOT'], 'mutr': ['AOT'], 'referformer_ft': ['AOT', 'DEAOT'], 'vit-huge': ['DEAOT'], 'convnext': ['DEAOT'], 'soc_mutr_referft': ['AOT'], 'vit_convnext_soc': ['DEAOT']}
-    trees = [f'{folder}/{name}' for folder, by in refined.items() for name in ['Annotations', *(f'Annotations_{x}_class_index' for x in by)]]
-    trees += ['second_ensemble/Annotations_en2', 'second_ensemble/Annotations_vit_convnext_soc_deaot_vitdeaot_en2_referftdeaot']
+    out, data = Path(given["out"]), open_dataset(given["data"])
+    assert {e.state for e in ends} == {"done"} and len(ends) == 25
+    refined = {
+        "soc": ["AOT"],
+        "mutr": ["AOT"],
+        "referformer_ft": ["AOT", "DEAOT"],
+        "vit-huge": ["DEAOT"],
+        "convnext": ["DEAOT"],
+        "soc_mutr_referft": ["AOT"],
+        "vit_convnext_soc": ["DEAOT"],
+    }
+    trees = [
+        f"{folder}/{name}"
+        for folder, by in refined.items()
+        for name in ["Annotations", *(f"Annotations_{x}_class_index" for x in by)]
+    ]
+    trees += [
+        "second_ensemble/Annotations_en2",
+        "second_ensemble/Annotations_vit_convnext_soc_deaot_vitdeaot_en2_referftdeaot",
+    ]
     for name in trees:
-        for e in data: assert sorted(p.stem for p in (out/name/e.video/e.id).iterdir()) == sorted(data.videos[e.video].frames), name
+        for e in data:
+            assert sorted(p.stem for p in (out / name / e.video / e.id).iterdir()) == sorted(
+                data.videos[e.video].frames
+            ), name
     for folder in refined:
-        keys = read_json(out/folder/'key_frame.json')
-        assert {v: set(es) for v, es in keys.items()} == {v: {e.id for e in es} for v, es in data.expressions.items()}
-    assert not os.path.isabs(os.readlink(out/'soc/Annotations_AOT_class_index')) # the tree may be moved
-    assert (out/'soc_mutr_referft/key_frame.json').read_bytes() == (out/'soc/key_frame.json').read_bytes()
-    assert (out/'vit_convnext_soc/key_frame.json').read_bytes() == (out/'vit-huge/key_frame.json').read_bytes()
+        keys = read_json(out / folder / "key_frame.json")
+        assert {v: set(es) for v, es in keys.items()} == {
+            v: {e.id for e in es} for v, es in data.expressions.items()
+        }
+    assert not os.path.isabs(
+        os.readlink(out / "soc/Annotations_AOT_class_index")
+    )  # the tree may be moved
+    assert (out / "soc_mutr_referft/key_frame.json").read_bytes() == (
+        out / "soc/key_frame.json"
+    ).read_bytes()
+    assert (out / "vit_convnext_soc/key_frame.json").read_bytes() == (
+        out / "vit-huge/key_frame.json"
+    ).read_bytes()
 
 
 def test_the_submission_is_the_final_ensemble(tiny):
-    out = Path(tiny[0]['out'])
-    with zipfile.ZipFile(out/'submission.zip') as box: packed = {n: box.read(n) for n in box.namelist()}
-    final = out/'second_ensemble/Annotations_vit_convnext_soc_deaot_vitdeaot_en2_referftdeaot'
-    assert packed == {f'Annotations/{p.relative_to(final)}': p.read_bytes() for p in final.rglob('*.png')}
+    out = Path(tiny[0]["out"])
+    with zipfile.ZipFile(out / "submission.zip") as box:
+        packed = {n: box.read(n) for n in box.namelist()}
+    final = out / "second_ensemble/Annotations_vit_convnext_soc_deaot_vitdeaot_en2_referftdeaot"
+    assert packed == {
+        f"Annotations/{p.relative_to(final)}": p.read_bytes() for p in final.rglob("*.png")
+    }
 
 
 def test_every_round_is_worth_something(tiny):
-    score = {p.parent.name: read_json(p)['J&F'] for p in (Path(tiny[0]['out'])/'scores').glob('*/scores.json')}
-    assert len(score) == 17 and score['final'] > max(s for n, s in score.items() if n.startswith('predict-'))
-    table = pipeline.summary('lsvos2023-tiny', tiny[0])
-    assert f"final={score['final']:.1f}" in table.splitlines()[-1] and 'submission: ' in table
+    score = {
+        p.parent.name: read_json(p)["J&F"]
+        for p in (Path(tiny[0]["out"]) / "scores").glob("*/scores.json")
+    }
+    assert len(score) == 17 and score["final"] > max(
+        s for n, s in score.items() if n.startswith("predict-")
+    )
+    table = pipeline.summary("lsvos2023-tiny", tiny[0])
+    assert f"final={score['final']:.1f}" in table.splitlines()[-1] and "submission: " in table
 
 
 def test_five_models_that_differ(tiny):
-    trees = [tree(Path(tiny[0]['out'])/m/'Annotations') for m in ('soc', 'mutr', 'referformer_ft', 'vit-huge', 'convnext')]
+    trees = [
+        tree(Path(tiny[0]["out"]) / m / "Annotations")
+        for m in ("soc", "mutr", "referformer_ft", "vit-huge", "convnext")
+    ]
     assert all(a != b for i, a in enumerate(trees) for b in trees[:i])
 
 
 def test_a_second_run_starts_nothing(tiny, capsys):
-    before = {p: p.stat().st_mtime_ns for p in Path(tiny[0]['out']).rglob('*') if p.is_file()}
-    ends = run('lsvos2023-tiny', tiny[0])
-    assert {e.state for e in ends if e.name != 'generate'} == {'done'} and not any(e.seconds for e in ends)
+    before = {p: p.stat().st_mtime_ns for p in Path(tiny[0]["out"]).rglob("*") if p.is_file()}
+    ends = run("lsvos2023-tiny", tiny[0])
+    assert {e.state for e in ends if e.name != "generate"} == {"done"} and not any(
+        e.seconds for e in ends
+    )
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    run('lsvos2023-tiny', tiny[0], dry=True)
+    run("lsvos2023-tiny", tiny[0], dry=True)
     lines = capsys.readouterr().out.splitlines()
-    assert [l.split()[:5] for l in lines if l.startswith('final')] == [['final', 'done', '2', '0', '0']]
-    assert {p: p.stat().st_mtime_ns for p in Path(tiny[0]['out']).rglob('*') if p.is_file()} == before
+    assert [l.split()[:5] for l in lines if l.startswith("final")] == [
+        ["final", "done", "2", "0", "0"]
+    ]
+    assert {
+        p: p.stat().st_mtime_ns for p in Path(tiny[0]["out"]).rglob("*") if p.is_file()
+    } == before
 
 
-ENDS = {'score', 'submission'}
-AFTER = {'soc': {'aot-soc', 'swap-1', 'swap-2', 'aot-swap-1', 'deaot-swap-2', 'en2', 'final'}, 'mutr': {'aot-mutr', 'swap-1', 'aot-swap-1', 'en2', 'final'}, 'convnext': {'deaot-convnext', 'swap-2', 'deaot-swap-2', 'final'}}
+ENDS = {"score", "submission"}
+AFTER = {
+    "soc": {"aot-soc", "swap-1", "swap-2", "aot-swap-1", "deaot-swap-2", "en2", "final"},
+    "mutr": {"aot-mutr", "swap-1", "aot-swap-1", "en2", "final"},
+    "convnext": {"deaot-convnext", "swap-2", "deaot-swap-2", "final"},
+}
 
 
-@pytest.mark.parametrize('change, again', [
-    (dict(soc_side=104), {'soc', 'keys-soc'} | AFTER['soc'] | ENDS), (dict(mutr_clip=2), {'mutr', 'keys-mutr'} | AFTER['mutr'] | ENDS),
-    (dict(convnext_side=56), {'convnext', 'keys-convnext'} | AFTER['convnext'] | ENDS), (dict(threshold_2=5.0), {'en2', 'final'} | ENDS), (dict(device='cpu'), set())])
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        ({"soc_side": 104}, {"soc", "keys-soc"} | AFTER["soc"] | ENDS),
+        ({"mutr_clip": 2}, {"mutr", "keys-mutr"} | AFTER["mutr"] | ENDS),
+        ({"convnext_side": 56}, {"convnext", "keys-convnext"} | AFTER["convnext"] | ENDS),
+        ({"threshold_2": 5.0}, {"en2", "final"} | ENDS),
+        ({"device": "cpu"}, set()),
+    ],
+)
 def test_exactly_what_depends_on_a_change_is_stale(tiny, change, again):
-    found = states('lsvos2023-tiny', {**tiny[0], **change})
-    keys = {n for n in found if n.startswith('keys-') and n in again}
-    assert {n for n, s in found.items() if s == 'stale'} == again - keys and all(found[n] == 'to do' for n in keys) # whether they run is open: their model may bring its own
+    found = states("lsvos2023-tiny", {**tiny[0], **change})
+    keys = {n for n in found if n.startswith("keys-") and n in again}
+    assert {n for n, s in found.items() if s == "stale"} == again - keys and all(
+        found[n] == "to do" for n in keys
+    )  # whether they run is open: their model may bring its own
 
 
 def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
-    out = shutil.copytree(tiny[0]['out'], tmp_path/'out', symlinks=True) # moved, too
+    out = shutil.copytree(tiny[0]["out"], tmp_path / "out", symlinks=True)  # moved, too
     given = dict(tiny[0], out=str(out))
-    assert set(states('lsvos2023-tiny', given).values()) == {'done', 'skipped'}
-    final = next(s for s in load_recipe('lsvos2023-tiny').stages if s.name == 'final').parameters['member_dirs']
-    mine = dict(name='mine', extends='lsvos2023-tiny', parameters=dict(mine=str(out/'aot/mutr')), stages=[
-        dict(name='mine', function='rvos_nb.pipeline:member', parameters=dict(data_dir='{data}', source='{mine}', out_dir='{out}/mine')),
-        dict(name='final', parameters=dict(member_dirs=[*final, '{out}/mine'], threshold=5.0))])
-    assert {n: s for n, s in states(mine, given).items() if s not in ('done', 'skipped')} == {'mine': 'to do', 'final': 'stale', 'score': 'stale', 'submission': 'stale'}
-    before = tree(out, 'final', 'scores', 'submission.zip')
+    assert set(states("lsvos2023-tiny", given).values()) == {"done", "skipped"}
+    final = next(s for s in load_recipe("lsvos2023-tiny").stages if s.name == "final").parameters[
+        "member_dirs"
+    ]
+    mine = {
+        "name": "mine",
+        "extends": "lsvos2023-tiny",
+        "parameters": {"mine": str(out / "aot/mutr")},
+        "stages": [
+            {
+                "name": "mine",
+                "function": "rvos_nb.pipeline:member",
+                "parameters": {"data_dir": "{data}", "source": "{mine}", "out_dir": "{out}/mine"},
+            },
+            {
+                "name": "final",
+                "parameters": {"member_dirs": [*final, "{out}/mine"], "threshold": 5.0},
+            },
+        ],
+    }
+    assert {n: s for n, s in states(mine, given).items() if s not in ("done", "skipped")} == {
+        "mine": "to do",
+        "final": "stale",
+        "score": "stale",
+        "submission": "stale",
+    }
+    before = tree(out, "final", "scores", "submission.zip")
     ends = run(mine, given)
-    assert {e.name for e in ends if e.seconds} == {'mine', 'final', 'score', 'submission'}
-    assert before.items() <= tree(out, 'final').items() and len(read_json(out/'second_ensemble/final/run.json')['inputs']) == 5
-    assert (out/'soc/Annotations_AOT_class_index').is_dir()
+    assert {e.name for e in ends if e.seconds} == {"mine", "final", "score", "submission"}
+    assert (
+        before.items() <= tree(out, "final").items()
+        and len(read_json(out / "second_ensemble/final/run.json")["inputs"]) == 5
+    )
+    assert (out / "soc/Annotations_AOT_class_index").is_dir()
 
 
 # ---- a small graph of the same kind, for what has to be done often
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     "Two videos, and two trees of masks by somebody else, with key frames."
-    root = tmp_path_factory.mktemp('small')
-    refshapes.write(root/'data', 'valid', 'easy', videos=2, seed=5, frames=3, size=(48, 72))
-    data = open_dataset(root/'data')
-    for name, shift in (('a', 0), ('b', 2)):
+    root = tmp_path_factory.mktemp("small")
+    refshapes.write(root / "data", "valid", "easy", videos=2, seed=5, frames=3, size=(48, 72))
+    data = open_dataset(root / "data")
+    for name, shift in (("a", 0), ("b", 2)):
         for e in data:
-            folder = root/name/'Annotations'/e.video/e.id; folder.mkdir(parents=True)
+            folder = root / name / "Annotations" / e.video / e.id
+            folder.mkdir(parents=True)
             write_tree(folder, data.videos[e.video].frames, np.roll(data.masks(e), shift, 2))
-        write_json(root/name/'key_frame.json', as_json({v: {e.id: i % 3 for i, e in enumerate(es)} for v, es in data.expressions.items()}))
+        write_json(
+            root / name / "key_frame.json",
+            as_json(
+                {v: {e.id: i % 3 for i, e in enumerate(es)} for v, es in data.expressions.items()}
+            ),
+        )
     return root
 
 
-P = dict(data_dir='{data}')
-SMALL = dict(name='small', threads=1, paths=['data', 'out', 'a', 'b'], parameters=dict(data=None, out=None, a=None, b=None, groups='pairs', direction='both'), stages=[
-    dict(name='a', function='rvos_nb.pipeline:member', parameters=P | dict(source='{a}', out_dir='{out}/a')),
-    dict(name='b', function='rvos_nb.pipeline:member', parameters=P | dict(source='{b}', out_dir='{out}/b')),
-    dict(name='swap', function='rvos_nb.fuse:fuse', link='{out}/published', parameters=P | dict(member_dirs=['{out}/a', '{out}/b'], out_dir='{out}/swap', groups='{groups}')),
-    dict(name='walk', function='rvos_nb.propagate:propagate', parameters=P | dict(pred_dir='{out}/swap', out_dir='{out}/walk', direction='{direction}')),
-    dict(name='final', function='rvos_nb.fuse:fuse', parameters=P | dict(member_dirs=['{out}/walk', '{out}/b'], out_dir='{out}/final')),
-    dict(name='score', function='rvos_nb.pipeline:score', when=dict(masks='{data}'), parameters=P | dict(runs=dict(walk='{out}/walk', final='{out}/final'), out_dir='{out}/scores')),
-    dict(name='submission', function='rvos_nb.evaluate:submission', parameters=P | dict(pred_dir='{out}/final', zip_path='{out}/submission.zip'))]) # fmt: skip
-ALL = [s['name'] for s in SMALL['stages']]
+P = {"data_dir": "{data}"}
+SMALL = {"name": 'small', "threads": 1, "paths": ['data', 'out', 'a', 'b'], "parameters": {"data": None, "out": None, "a": None, "b": None, "groups": 'pairs', "direction": 'both'}, "stages": [
+    {"name": 'a', "function": 'rvos_nb.pipeline:member', "parameters": P | {"source": '{a}', "out_dir": '{out}/a'}},
+    {"name": 'b', "function": 'rvos_nb.pipeline:member', "parameters": P | {"source": '{b}', "out_dir": '{out}/b'}},
+    {"name": 'swap', "function": 'rvos_nb.fuse:fuse', "link": '{out}/published', "parameters": P | {"member_dirs": ['{out}/a', '{out}/b'], "out_dir": '{out}/swap', "groups": '{groups}'}},
+    {"name": 'walk', "function": 'rvos_nb.propagate:propagate', "parameters": P | {"pred_dir": '{out}/swap', "out_dir": '{out}/walk', "direction": '{direction}'}},
+    {"name": 'final', "function": 'rvos_nb.fuse:fuse', "parameters": P | {"member_dirs": ['{out}/walk', '{out}/b'], "out_dir": '{out}/final'}},
+    {"name": 'score', "function": 'rvos_nb.pipeline:score', "when": {"masks": '{data}'}, "parameters": P | {"runs": {"walk": '{out}/walk', "final": '{out}/final'}, "out_dir": '{out}/scores'}},
+    {"name": 'submission', "function": 'rvos_nb.evaluate:submission', "parameters": P | {"pred_dir": '{out}/final', "zip_path": '{out}/submission.zip'}}]}  # fmt: skip
+ALL = [s["name"] for s in SMALL["stages"]]
 
 
 @pytest.fixture
 def small(shapes, tmp_path):
     "Its parameters, on copies that may be spoilt."
-    for name in ('data', 'a', 'b'): shutil.copytree(shapes/name, tmp_path/name)
-    return {name: str(tmp_path/name) for name in ('data', 'a', 'b', 'out')}
+    for name in ("data", "a", "b"):
+        shutil.copytree(shapes / name, tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("data", "a", "b", "out")}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def undisturbed(shapes, tmp_path_factory):
     "What an undisturbed run leaves, with pairs and without, and where the first of them lies."
     found = {}
-    for groups in ('none', 'pairs'):
+    for groups in ("none", "pairs"):
         root = tmp_path_factory.mktemp(groups)
-        for name in ('data', 'a', 'b'): shutil.copytree(shapes/name, root/name)
-        run(SMALL, {name: str(root/name) for name in ('data', 'a', 'b', 'out')} | dict(groups=groups))
-        found[groups] = tree(root/'out')
-    return found | {'at': root/'out'}
+        for name in ("data", "a", "b"):
+            shutil.copytree(shapes / name, root / name)
+        run(
+            SMALL,
+            {name: str(root / name) for name in ("data", "a", "b", "out")} | {"groups": groups},
+        )
+        found[groups] = tree(root / "out")
+    return found | {"at": root / "out"}
 
 
 @pytest.fixture
 def finished(small, undisturbed):
     "The same, of a run that has ended; it was moved, which must not matter."
-    shutil.copytree(undisturbed['at'], small['out'], symlinks=True)
+    shutil.copytree(undisturbed["at"], small["out"], symlinks=True)
     return small
 
 
-def started(ends): return [e.name for e in ends if e.seconds]
+def started(ends):
+    return [e.name for e in ends if e.seconds]
 
 
-def in_process(given, before=''):
+def in_process(given, before=""):
     "The recipe in a process of its own, after some Python."
     code = f"import json\n{before}\nfrom rvos_nb.pipeline import run\nrun(json.loads({json.dumps(json.dumps(SMALL))}), json.loads({json.dumps(json.dumps(given))}))"
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def until_free(given):
     "Run again until the stage that outlived its recipe has let go."
     for _ in range(60):
-        p = in_process(given); said = p.communicate()[0]
-        if 'another run at work' not in said: assert p.returncode == 0, said; return
-        time.sleep(.5)
+        p = in_process(given)
+        said = p.communicate()[0]
+        if "another run at work" not in said:
+            assert p.returncode == 0, said
+            return
+        time.sleep(0.5)
     raise AssertionError(said)
 
 
 def test_killed_again_and_again(small, undisturbed):
-    out = Path(small['out'])
-    for sight in ('_run/b.json', 'swap/run.json', 'walk/Annotations/*/*', 'final/Annotations', 'scores'):
+    out = Path(small["out"])
+    for sight in (
+        "_run/b.json",
+        "swap/run.json",
+        "walk/Annotations/*/*",
+        "final/Annotations",
+        "scores",
+    ):
         p = in_process(small)
-        while p.poll() is None and not list(out.glob(sight)): time.sleep(.002)
-        p.kill(); p.communicate()
+        while p.poll() is None and not list(out.glob(sight)):
+            time.sleep(0.002)
+        p.kill()
+        p.communicate()
         assert p.returncode == -signal.SIGKILL, sight
-        while list(out.glob('*/.lock')) and any('run at work' in c for c in [probe(f.parent) for f in out.glob('*/.lock')]): time.sleep(.05)
+        while list(out.glob("*/.lock")) and any(
+            "run at work" in c for c in [probe(f.parent) for f in out.glob("*/.lock")]
+        ):
+            time.sleep(0.05)
     until_free(small)
-    assert tree(out) == undisturbed['pairs']
+    assert tree(out) == undisturbed["pairs"]
 
 
 def probe(folder):
     from rvos_nb.core import locked
+
     try:
-        with locked(folder): return ''
-    except Problem as e: return str(e)
+        with locked(folder):
+            return ""
+    except Problem as e:
+        return str(e)
 
 
-@pytest.mark.parametrize('where', ['half', 'all', 'started'])
+@pytest.mark.parametrize("where", ["half", "all", "started"])
 def test_killed_while_stale_results_are_replaced(finished, undisturbed, where):
-    die = {'half': "def f(out):\n    import shutil; shutil.rmtree(next((out/'Annotations').iterdir())); os.kill(os.getpid(), 9)\npipeline.clear = f",
-           'all': "old = pipeline.clear\ndef f(out): old(out); os.kill(os.getpid(), 9)\npipeline.clear = f",
-           'started': "def f(*a): os.kill(os.getpid(), 9)\npipeline.run_stage_process = f"}[where]
-    other = dict(finished, groups='none')
-    p = in_process(other, f"import os\nfrom rvos_nb import pipeline\n{die}"); p.communicate(); assert p.returncode == -signal.SIGKILL
-    assert set(states(SMALL, other).values()) != {'done'}
+    die = {
+        "half": "def f(out):\n    import shutil; shutil.rmtree(next((out/'Annotations').iterdir())); os.kill(os.getpid(), 9)\npipeline.clear = f",
+        "all": "old = pipeline.clear\ndef f(out): old(out); os.kill(os.getpid(), 9)\npipeline.clear = f",
+        "started": "def f(*a): os.kill(os.getpid(), 9)\npipeline.run_stage_process = f",
+    }[where]
+    other = dict(finished, groups="none")
+    p = in_process(other, f"import os\nfrom rvos_nb import pipeline\n{die}")
+    p.communicate()
+    assert p.returncode == -signal.SIGKILL
+    assert set(states(SMALL, other).values()) != {"done"}
     ends = run(SMALL, other)
-    assert started(ends) == ['swap', 'walk', 'final', 'score', 'submission'] and tree(finished['out']) == undisturbed['none']
+    assert (
+        started(ends) == ["swap", "walk", "final", "score", "submission"]
+        and tree(finished["out"]) == undisturbed["none"]
+    )
 
 
 def test_there_and_back_again(finished, undisturbed):
-    assert stale(SMALL, dict(finished, groups='none')) == {'swap', 'walk', 'final', 'score', 'submission'}
-    run(SMALL, dict(finished, groups='none')); assert tree(finished['out']) == undisturbed['none']
-    assert stale(SMALL, dict(finished, direction='forward', groups='none')) == {'walk', 'final', 'score', 'submission'}
-    run(SMALL, finished); assert tree(finished['out']) == undisturbed['pairs']
-    assert set(states(SMALL, finished).values()) == {'done'}
+    assert stale(SMALL, dict(finished, groups="none")) == {
+        "swap",
+        "walk",
+        "final",
+        "score",
+        "submission",
+    }
+    run(SMALL, dict(finished, groups="none"))
+    assert tree(finished["out"]) == undisturbed["none"]
+    assert stale(SMALL, dict(finished, direction="forward", groups="none")) == {
+        "walk",
+        "final",
+        "score",
+        "submission",
+    }
+    run(SMALL, finished)
+    assert tree(finished["out"]) == undisturbed["pairs"]
+    assert set(states(SMALL, finished).values()) == {"done"}
 
 
 def test_other_masks_of_the_same_number_are_noticed(finished, undisturbed):
-    one = sorted(Path(finished['b']).rglob('*.png'))[0]; two = sorted(Path(finished['b']).rglob('*.png'))[-1]
-    one.write_bytes(two.read_bytes())                                    # upstream, by somebody else
-    assert stale(SMALL, finished) == set(ALL) - {'a'}
-    assert started(run(SMALL, finished)) == [n for n in ALL if n != 'a'] and tree(finished['out']) != undisturbed['pairs']
-    mine = sorted(Path(finished['out'], 'walk').rglob('*.png')); mine[0].write_bytes(mine[-1].read_bytes()) # within, by hand
-    assert stale(SMALL, finished) == {'final', 'score', 'submission'}
-    assert started(run(SMALL, finished)) == ['final', 'score', 'submission'] and mine[0].read_bytes() == mine[-1].read_bytes()
+    one = sorted(Path(finished["b"]).rglob("*.png"))[0]
+    two = sorted(Path(finished["b"]).rglob("*.png"))[-1]
+    one.write_bytes(two.read_bytes())  # upstream, by somebody else
+    assert stale(SMALL, finished) == set(ALL) - {"a"}
+    assert (
+        started(run(SMALL, finished)) == [n for n in ALL if n != "a"]
+        and tree(finished["out"]) != undisturbed["pairs"]
+    )
+    mine = sorted(Path(finished["out"], "walk").rglob("*.png"))
+    mine[0].write_bytes(mine[-1].read_bytes())  # within, by hand
+    assert stale(SMALL, finished) == {"final", "score", "submission"}
+    assert (
+        started(run(SMALL, finished)) == ["final", "score", "submission"]
+        and mine[0].read_bytes() == mine[-1].read_bytes()
+    )
 
 
 def test_other_key_frames_are_noticed(finished):
-    path = Path(finished['out'], 'swap/key_frame.json'); keys = read_json(path)
+    path = Path(finished["out"], "swap/key_frame.json")
+    keys = read_json(path)
     for es in keys.values():
-        for e in es.values(): e['index_info']['class_index'] = 2 - e['index_info']['class_index']
+        for e in es.values():
+            e["index_info"]["class_index"] = 2 - e["index_info"]["class_index"]
     write_json(path, keys)
-    assert stale(SMALL, finished) == {'walk', 'final', 'score', 'submission'}
-    with pytest.raises(Problem, match='key_frame.json has changed since'): propagate(finished['data'], Path(finished['out'], 'swap'), Path(finished['out'], 'walk'))
+    assert stale(SMALL, finished) == {"walk", "final", "score", "submission"}
+    with pytest.raises(Problem, match="key_frame.json has changed since"):
+        propagate(finished["data"], Path(finished["out"], "swap"), Path(finished["out"], "walk"))
 
 
 def test_lost_results_are_made_again(finished, undisturbed):
-    shutil.rmtree(Path(finished['out'], 'swap')); next(Path(finished['out'], 'final').rglob('*.png')).unlink()
-    assert {n for n, s in states(SMALL, finished).items() if s != 'done'} >= {'swap', 'final'}
+    shutil.rmtree(Path(finished["out"], "swap"))
+    next(Path(finished["out"], "final").rglob("*.png")).unlink()
+    assert {n for n, s in states(SMALL, finished).items() if s != "done"} >= {"swap", "final"}
     ends = run(SMALL, finished)
-    assert tree(finished['out']) == undisturbed['pairs'] and 'walk' not in started(ends)
+    assert tree(finished["out"]) == undisturbed["pairs"] and "walk" not in started(ends)
 
 
 def test_a_failed_video_costs_itself_only(small, undisturbed):
-    frame = sorted(Path(small['data']).rglob('*.jpg'))[1]; whole = frame.read_bytes(); frame.write_bytes(whole[:200])
-    with pytest.raises(StageFailed, match='walk failed') as e: run(SMALL, small)
-    assert frame.name in str(e.value) and 'stage final failed' in str(e.value) and 'stage submission stopped' in str(e.value)
-    out = Path(small['out']); good = {p: p.stat().st_mtime_ns for p in out.rglob('*.png')}
-    assert {p.name for p in (out/'final/Annotations').iterdir()} < {p.name for p in (out/'swap/Annotations').iterdir()} and good
-    assert states(SMALL, small) | {'a': 'done', 'b': 'done', 'swap': 'done', 'walk': 'to do', 'final': 'to do', 'submission': 'to do'} == states(SMALL, small)
+    frame = sorted(Path(small["data"]).rglob("*.jpg"))[1]
+    whole = frame.read_bytes()
+    frame.write_bytes(whole[:200])
+    with pytest.raises(StageFailed, match="walk failed") as e:
+        run(SMALL, small)
+    assert (
+        frame.name in str(e.value)
+        and "stage final failed" in str(e.value)
+        and "stage submission stopped" in str(e.value)
+    )
+    out = Path(small["out"])
+    good = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    assert {p.name for p in (out / "final/Annotations").iterdir()} < {
+        p.name for p in (out / "swap/Annotations").iterdir()
+    } and good
+    assert states(SMALL, small) | {
+        "a": "done",
+        "b": "done",
+        "swap": "done",
+        "walk": "to do",
+        "final": "to do",
+        "submission": "to do",
+    } == states(SMALL, small)
     frame.write_bytes(whole)
     ends = run(SMALL, small)
-    assert started(ends) == ['walk', 'final', 'score', 'submission'] and {p: p.stat().st_mtime_ns for p in good} == good
-    assert tree(out) == undisturbed['pairs']
+    assert (
+        started(ends) == ["walk", "final", "score", "submission"]
+        and {p: p.stat().st_mtime_ns for p in good} == good
+    )
+    assert tree(out) == undisturbed["pairs"]
 
 
 def test_a_data_set_without_masks_is_not_scored(small):
-    shutil.rmtree(Path(small['data'], 'valid/Annotations'))
+    shutil.rmtree(Path(small["data"], "valid/Annotations"))
     ends = run(SMALL, small)
-    assert {e.name: e.state for e in ends} == dict.fromkeys(ALL, 'done') | {'score': 'skipped'}
-    assert 'not scored: walk, final' in pipeline.summary(SMALL, small)
+    assert {e.name: e.state for e in ends} == dict.fromkeys(ALL, "done") | {"score": "skipped"}
+    assert "not scored: walk, final" in pipeline.summary(SMALL, small)
 
 
 def test_results_of_somebody_else_are_not_removed(small):
-    Path(small['out'], 'swap').mkdir(parents=True); write_json(Path(small['out'], 'swap/run.json'), dict(stage='theirs', params={}))
-    with pytest.raises(StageFailed, match="results of stage 'theirs'"): run(SMALL, small)
-    assert read_json(Path(small['out'], 'swap/run.json'))['stage'] == 'theirs'
+    Path(small["out"], "swap").mkdir(parents=True)
+    write_json(Path(small["out"], "swap/run.json"), {"stage": "theirs", "params": {}})
+    with pytest.raises(StageFailed, match="results of stage 'theirs'"):
+        run(SMALL, small)
+    assert read_json(Path(small["out"], "swap/run.json"))["stage"] == "theirs"
 
 
 def test_two_at_once(small):
     from rvos_nb.core import locked
-    with locked(Path(small['out'], '_run')):
-        with pytest.raises(Problem, match='another run at work'): run(SMALL, small)
+
+    with locked(Path(small["out"], "_run")):
+        with pytest.raises(Problem, match="another run at work"):
+            run(SMALL, small)
 
 
 # ---- what is named before anything runs
 
+
 def faults(recipe, given=None):
-    with pytest.raises(Problem) as e: plan(recipe, given)
+    with pytest.raises(Problem) as e:
+        plan(recipe, given)
     return str(e.value)
 
 
 def changed(**stages):
     "The small recipe with parameters of some stages replaced."
-    return dict(SMALL, stages=[dict(s, parameters=s['parameters'] | stages.get(s['name'], {})) for s in SMALL['stages']])
+    return dict(
+        SMALL,
+        stages=[
+            dict(s, parameters=s["parameters"] | stages.get(s["name"], {})) for s in SMALL["stages"]
+        ],
+    )
 
 
 def test_all_faults_at_once(small):
-    wrong = changed(swap=dict(member_dirs=['{out}/a', '{out}/bb']), walk=dict(model='aot-tny'), final=dict(member_dirs=['/nowhere/x']))
-    said = faults(wrong, {k: v for k, v in small.items() if k != 'data'} | dict(a='/nowhere/a.pth', gruops='none'))
-    for words in ('no value for data', "parameter 'gruops'", f"{small['out']}/bb is not there", 'is ' + small['out'] + '/b meant?', 'aot-tny', '/nowhere/x is not there', '/nowhere/a.pth is not there'): assert words in said, words
-    assert not Path(small['out']).exists()
-    with pytest.raises(Faults) as e: plan(wrong, small)
-    assert len(e.value.each) == 3 and all('\n' not in f for f in e.value.each)
+    wrong = changed(
+        swap={"member_dirs": ["{out}/a", "{out}/bb"]},
+        walk={"model": "aot-tny"},
+        final={"member_dirs": ["/nowhere/x"]},
+    )
+    said = faults(
+        wrong,
+        {k: v for k, v in small.items() if k != "data"} | {"a": "/nowhere/a.pth", "gruops": "none"},
+    )
+    for words in (
+        "no value for data",
+        "parameter 'gruops'",
+        f"{small['out']}/bb is not there",
+        "is " + small["out"] + "/b meant?",
+        "aot-tny",
+        "/nowhere/x is not there",
+        "/nowhere/a.pth is not there",
+    ):
+        assert words in said, words
+    assert not Path(small["out"]).exists()
+    with pytest.raises(Faults) as e:
+        plan(wrong, small)
+    assert len(e.value.each) == 3 and all("\n" not in f for f in e.value.each)
 
 
-@pytest.mark.parametrize('stages, words', [
-    (dict(swap=dict(member_dirs=['{out}/a', '{out}/final'])), 'a circle: swap reads final reads walk reads swap'),
-    (dict(final=dict(member_dirs=['{out}/final'])), 'a circle: final reads final'),
-    (dict(a=dict(source='{out}/b')), 'which stage b makes after it; put b before a'),
-    (dict(final=dict(out_dir='{out}/swap')), 'stages swap and final both make'),
-    (dict(walk=dict(mdel='x')), '')])
+@pytest.mark.parametrize(
+    "stages, words",
+    [
+        (
+            {"swap": {"member_dirs": ["{out}/a", "{out}/final"]}},
+            "a circle: swap reads final reads walk reads swap",
+        ),
+        ({"final": {"member_dirs": ["{out}/final"]}}, "a circle: final reads final"),
+        ({"a": {"source": "{out}/b"}}, "which stage b makes after it; put b before a"),
+        ({"final": {"out_dir": "{out}/swap"}}, "stages swap and final both make"),
+        ({"walk": {"mdel": "x"}}, ""),
+    ],
+)
 def test_order(small, stages, words):
-    if words: assert words in faults(changed(**stages), small)
-    else: assert plan(changed(**stages), small) # a function with options of any name finds this itself
+    if words:
+        assert words in faults(changed(**stages), small)
+    else:
+        assert plan(
+            changed(**stages), small
+        )  # a function with options of any name finds this itself
 
 
 def test_key_frames_after_their_reader(small):
-    late = dict(SMALL, stages=[*SMALL['stages'], dict(name='keys', function='rvos_nb.keyframe:choose', writes=['{out}/swap/key_frame.json'], parameters=dict(pred_dir='{out}/swap'))])
-    assert 'stage walk reads' in faults(late, small) and 'put keys before walk' in faults(late, small)
+    late = dict(
+        SMALL,
+        stages=[
+            *SMALL["stages"],
+            {
+                "name": "keys",
+                "function": "rvos_nb.keyframe:choose",
+                "writes": ["{out}/swap/key_frame.json"],
+                "parameters": {"pred_dir": "{out}/swap"},
+            },
+        ],
+    )
+    assert "stage walk reads" in faults(late, small) and "put keys before walk" in faults(
+        late, small
+    )
 
 
 def test_one_stage_alone_needs_what_it_reads(small):
-    with pytest.raises(Problem, match='swap is not there, and no stage makes it'): plan(SMALL, small, only=['walk'])
+    with pytest.raises(Problem, match="swap is not there, and no stage makes it"):
+        plan(SMALL, small, only=["walk"])
 
 
-@pytest.mark.parametrize('name, models', [('lsvos2022', 4), ('lsvos2023', 7)])
+@pytest.mark.parametrize("name, models", [("lsvos2022", 4), ("lsvos2023", 7)])
 def test_the_winners_name_what_they_lack(name, models, small, tmp_path):
     empty = [k for k, v in load_recipe(name).parameters.items() if v is None]
     assert len(empty) == models + 1 and all(k in faults(name) for k in empty)
-    _, stages = plan(name, dict(data=small['data'], out=str(tmp_path/'o')) | {k: 'aot-tiny' if 'aot' in k else 'referformer-tiny' for k in empty if k != 'data'})
-    assert all(s.parameters['split'] == 'test' for s in stages if 'split' in s.parameters)
-    assert 'missing.pth is not there' in faults(name, dict(data=small['data']) | {k: '/x/missing.pth' for k in empty if k != 'data'})
+    _, stages = plan(
+        name,
+        {"data": small["data"], "out": str(tmp_path / "o")}
+        | {k: "aot-tiny" if "aot" in k else "referformer-tiny" for k in empty if k != "data"},
+    )
+    assert all(s.parameters["split"] == "test" for s in stages if "split" in s.parameters)
+    assert "missing.pth is not there" in faults(
+        name, {"data": small["data"]} | {k: "/x/missing.pth" for k in empty if k != "data"}
+    )
 
 
 def test_the_published_rules():
     "Members, votes and key frames of both years, as the papers and scripts have them."
+
     def fusions(name):
-        return {s.name: ([Path(m).relative_to('{out}').as_posix() for m in s.parameters['member_dirs']], load_recipe(name).parameters[s.parameters['threshold'].strip('{}')], s.parameters['leftover'], s.parameters.get('key_frame_member'))
-                for s in load_recipe(name).stages if s.notebook == '06_fuse'}
-    assert fusions('lsvos2023') == {
-        'swap-1': (['soc', 'mutr', 'referformer_ft'], 3, 'first', 'soc'), 'swap-2': (['vit-huge', 'convnext', 'soc'], 3, 'first', 'vit-huge'),
-        'en2': (['aot/soc_mutr_referft', 'aot/soc', 'aot/mutr', 'aot/referformer_ft'], 4, 'majority', None),
-        'final': (['deaot/vit_convnext_soc', 'deaot/vit-huge', 'second_ensemble/en2', 'deaot/referformer_ft'], 4, 'majority', None)}
-    assert fusions('lsvos2022') == {
-        'swap': (['referformer_ft', 'video_swin_b', 'swin_l'], 3, 'first', 'referformer_ft'),
-        'final': (['aot/first_ensemble', 'aot/swin_l', 'aot/video_swin_b', 'aot/referformer_ft'], 4, 'majority', None)}
-    tiny, real = load_recipe('lsvos2023-tiny'), load_recipe('lsvos2023')
-    assert tiny.stages[1:] == real.stages and tiny.parameters['scales'] == [.8, 1., 1.2] and tiny.parameters['flip'] is True
+        return {
+            s.name: (
+                [Path(m).relative_to("{out}").as_posix() for m in s.parameters["member_dirs"]],
+                load_recipe(name).parameters[s.parameters["threshold"].strip("{}")],
+                s.parameters["leftover"],
+                s.parameters.get("key_frame_member"),
+            )
+            for s in load_recipe(name).stages
+            if s.notebook == "06_fuse"
+        }
+
+    assert fusions("lsvos2023") == {
+        "swap-1": (["soc", "mutr", "referformer_ft"], 3, "first", "soc"),
+        "swap-2": (["vit-huge", "convnext", "soc"], 3, "first", "vit-huge"),
+        "en2": (
+            ["aot/soc_mutr_referft", "aot/soc", "aot/mutr", "aot/referformer_ft"],
+            4,
+            "majority",
+            None,
+        ),
+        "final": (
+            [
+                "deaot/vit_convnext_soc",
+                "deaot/vit-huge",
+                "second_ensemble/en2",
+                "deaot/referformer_ft",
+            ],
+            4,
+            "majority",
+            None,
+        ),
+    }
+    assert fusions("lsvos2022") == {
+        "swap": (["referformer_ft", "video_swin_b", "swin_l"], 3, "first", "referformer_ft"),
+        "final": (
+            ["aot/first_ensemble", "aot/swin_l", "aot/video_swin_b", "aot/referformer_ft"],
+            4,
+            "majority",
+            None,
+        ),
+    }
+    tiny, real = load_recipe("lsvos2023-tiny"), load_recipe("lsvos2023")
+    assert (
+        tiny.stages[1:] == real.stages
+        and tiny.parameters["scales"] == [0.8, 1.0, 1.2]
+        and tiny.parameters["flip"] is True
+    )
 
 
-@pytest.mark.parametrize('recipe, words', [
-    (dict(name='x', extends='lsvos2032'), 'no such file'), (dict(name='x', extends='demo', stages=[dict(nam='fuse')]), "key 'nam'"), (dict(name='x', extends='demo', extra=1), "key 'extra'"),
-    (dict(name='x', extends='demo', stages=[dict(name='fuse', function='a:b')]), "either 'notebook' or 'function'")])
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        ({"name": "x", "extends": "lsvos2032"}, "no such file"),
+        ({"name": "x", "extends": "demo", "stages": [{"nam": "fuse"}]}, "key 'nam'"),
+        ({"name": "x", "extends": "demo", "extra": 1}, "key 'extra'"),
+        (
+            {"name": "x", "extends": "demo", "stages": [{"name": "fuse", "function": "a:b"}]},
+            "either 'notebook' or 'function'",
+        ),
+    ],
+)
 def test_extends_what_is_not_there(recipe, words):
-    with pytest.raises(Problem, match=words): load_recipe(recipe)
+    with pytest.raises(Problem, match=words):
+        load_recipe(recipe)
 
 
 def test_a_recipe_that_extends_itself(tmp_path):
-    for a, b in ('ab', 'ba'): (tmp_path/f'{a}.yaml').write_text(yaml.safe_dump(dict(name=a, extends=str(tmp_path/f'{b}.yaml'))))
-    with pytest.raises(Problem, match='extends itself'): load_recipe(tmp_path/'a.yaml')
+    for a, b in ("ab", "ba"):
+        (tmp_path / f"{a}.yaml").write_text(
+            yaml.safe_dump({"name": a, "extends": str(tmp_path / f"{b}.yaml")})
+        )
+    with pytest.raises(Problem, match="extends itself"):
+        load_recipe(tmp_path / "a.yaml")
 
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
     "A zip and a tree for two of three members: the graph goes on from them, with their own key frames or none."
     from rvos_nb.evaluate import submission
-    submission(shapes/'data', shapes/'a', tmp_path/'a.zip')
-    made = dict(data=str(shapes/'data'), out=str(tmp_path/'out'), split='valid', referformer_ft=str(shapes/'a'), video_swin_b=str(tmp_path/'a.zip'), swin_l='referformer-tiny', aot='aot-tiny')
-    found = states('lsvos2022', made)
-    assert found['keys-swin_l'] == 'to do'
-    ends = run('lsvos2022', made, only=['referformer_ft', 'video_swin_b', 'keys-referformer_ft', 'keys-video_swin_b'])
-    assert [e.state for e in ends] == ['done', 'done', 'skipped', 'skipped']
-    assert tree(tmp_path/'out/referformer_ft/Annotations') == tree(tmp_path/'out/video_swin_b/Annotations') == tree(shapes/'a/Annotations')
-    assert read_json(tmp_path/'out/referformer_ft/key_frame.json') == read_json(shapes/'a/key_frame.json')
+
+    submission(shapes / "data", shapes / "a", tmp_path / "a.zip")
+    made = {
+        "data": str(shapes / "data"),
+        "out": str(tmp_path / "out"),
+        "split": "valid",
+        "referformer_ft": str(shapes / "a"),
+        "video_swin_b": str(tmp_path / "a.zip"),
+        "swin_l": "referformer-tiny",
+        "aot": "aot-tiny",
+    }
+    found = states("lsvos2022", made)
+    assert found["keys-swin_l"] == "to do"
+    ends = run(
+        "lsvos2022",
+        made,
+        only=["referformer_ft", "video_swin_b", "keys-referformer_ft", "keys-video_swin_b"],
+    )
+    assert [e.state for e in ends] == ["done", "done", "skipped", "skipped"]
+    assert (
+        tree(tmp_path / "out/referformer_ft/Annotations")
+        == tree(tmp_path / "out/video_swin_b/Annotations")
+        == tree(shapes / "a/Annotations")
+    )
+    assert read_json(tmp_path / "out/referformer_ft/key_frame.json") == read_json(
+        shapes / "a/key_frame.json"
+    )

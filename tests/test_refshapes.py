@@ -1,15 +1,36 @@
 "RefShapes: every sentence is true of one object only, the written bytes repeat, bad arguments are refused."
+
 import hashlib
 
 import numpy as np
 import pytest
 
 from rvos_nb.core import Problem, read_json
-from rvos_nb.data.refshapes import COLOURS, KINDS, LEVELS, WORDS, Judge, holds, scene, video_seed, write
+from rvos_nb.data.refshapes import (
+    COLOURS,
+    KINDS,
+    LEVELS,
+    WORDS,
+    Judge,
+    holds,
+    scene,
+    video_seed,
+    write,
+)
 
 
-@pytest.mark.parametrize('level', LEVELS)
-@pytest.mark.parametrize('frames,size', [(1, (96, 144)), (3, (48, 72)), (4, (96, 144)), (12, (96, 144)), (20, (80, 60)), (40, (64, 64))])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "frames,size",
+    [
+        (1, (96, 144)),
+        (3, (48, 72)),
+        (4, (96, 144)),
+        (12, (96, 144)),
+        (20, (80, 60)),
+        (40, (64, 64)),
+    ],
+)
 def test_every_sentence_is_true_of_its_object_only(level, frames, size):
     kinds = set()
     for seed in range(1000, 1020):
@@ -17,19 +38,25 @@ def test_every_sentence_is_true_of_its_object_only(level, frames, size):
         judge, n = Judge(s), len(s.facts)
         assert LEVELS[level].count[0] <= n <= LEVELS[level].count[1]
         assert [e.object_id for e in s.expressions] == [k // 2 + 1 for k in range(2 * n)]
-        for a, b in zip(s.expressions[::2], s.expressions[1::2]): assert a.text.split()[1:] != b.text.split()[1:]
+        for a, b in zip(s.expressions[::2], s.expressions[1::2]):
+            assert a.text.split()[1:] != b.text.split()[1:]
         for e in s.expressions:
-            assert [holds(judge, e.text, k + 1) for k in range(n)] == [k + 1 == e.object_id for k in range(n)], (seed, e)
+            assert [holds(judge, e.text, k + 1) for k in range(n)] == [
+                k + 1 == e.object_id for k in range(n)
+            ], (seed, e)
             assert set(e.text.split()) <= set(WORDS)
             kinds.add(e.kind)
-    assert kinds == {k for k in LEVELS[level].kinds if k != 'motion' or frames >= 3} and kinds <= set(KINDS)
+    assert kinds == {
+        k for k in LEVELS[level].kinds if k != "motion" or frames >= 3
+    } and kinds <= set(KINDS)
 
 
 def test_the_judge_can_say_no():
     "A sentence with one word exchanged is no longer true of its object."
     changed = 0
     for seed in range(40):
-        s = scene(seed, 'easy', 4); judge = Judge(s)
+        s = scene(seed, "easy", 4)
+        judge = Judge(s)
         for e in s.expressions:
             for colour in set(COLOURS) & set(e.text.split()):
                 other = next(c for c in COLOURS if c != colour)
@@ -41,11 +68,14 @@ def test_the_judge_can_say_no():
 def test_labels_show_the_objects_that_the_facts_tell():
     "The centre of mass of an unhidden, upright object lies near its track, in its colour."
     for seed in range(20):
-        s = scene(seed, 'easy', 4)
+        s = scene(seed, "easy", 4)
         for k, t in enumerate(s.facts):
             for f in range(4):
                 y, x = np.nonzero(s.labels[f] == k + 1)
-                assert abs(x.mean() - t.x[f] * 96 / 4096) < 4 and abs(y.mean() - t.y[f] * 96 / 4096) < 4
+                assert (
+                    abs(x.mean() - t.x[f] * 96 / 4096) < 4
+                    and abs(y.mean() - t.y[f] * 96 / 4096) < 4
+                )
                 seen = s.frames[f][s.labels[f] == k + 1].astype(int)
                 rgb = np.array(COLOURS[t.colour])
                 assert ((seen == rgb).all(1) | (seen == rgb * 2 // 5).all(1)).all()
@@ -53,64 +83,106 @@ def test_labels_show_the_objects_that_the_facts_tell():
 
 def test_easy_objects_stay_visible():
     for seed in range(40):
-        s = scene(seed, 'easy', 12)
+        s = scene(seed, "easy", 12)
         assert all((s.labels == k + 1).any((1, 2)).all() for k in range(len(s.facts)))
 
 
 def test_pixels_never_depend_on_the_order_of_calls():
-    a = scene(5, 'hard', 6); scene(6, 'easy', 2); b = scene(5, 'hard', 6)
-    assert a.frames.tobytes() == b.frames.tobytes() and a.labels.tobytes() == b.labels.tobytes() and a.expressions == b.expressions
-    assert scene(5, 'hard', 6).frames.tobytes() != scene(7, 'hard', 6).frames.tobytes()
+    a = scene(5, "hard", 6)
+    scene(6, "easy", 2)
+    b = scene(5, "hard", 6)
+    assert (
+        a.frames.tobytes() == b.frames.tobytes()
+        and a.labels.tobytes() == b.labels.tobytes()
+        and a.expressions == b.expressions
+    )
+    assert scene(5, "hard", 6).frames.tobytes() != scene(7, "hard", 6).frames.tobytes()
 
 
-def tree(root): return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob('*')) if p.is_file()}
+def tree(root):
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_two_writes_give_the_same_bytes(tmp_path):
-    for name in 'ab': write(tmp_path/name, 'valid', 'all', 6, seed=3, frames=4)
-    first = tree(tmp_path/'a')
-    assert first == tree(tmp_path/'b') and len(first) == 6 * 4 * 2 + 3
-    stamp = {p: p.stat().st_mtime_ns for p in (tmp_path/'a'/'valid').rglob('*.jpg')}
-    write(tmp_path/'a', 'valid', 'all', 6, seed=3, frames=4)
-    assert tree(tmp_path/'a') == first and all(p.stat().st_mtime_ns == t for p, t in stamp.items())
+    for name in "ab":
+        write(tmp_path / name, "valid", "all", 6, seed=3, frames=4)
+    first = tree(tmp_path / "a")
+    assert first == tree(tmp_path / "b") and len(first) == 6 * 4 * 2 + 3
+    stamp = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "valid").rglob("*.jpg")}
+    write(tmp_path / "a", "valid", "all", 6, seed=3, frames=4)
+    assert tree(tmp_path / "a") == first and all(
+        p.stat().st_mtime_ns == t for p, t in stamp.items()
+    )
 
 
 def test_an_interrupted_write_goes_on(tmp_path):
-    write(tmp_path/'whole', 'train', 'medium', 3, seed=3, frames=3)
-    write(tmp_path/'cut', 'train', 'medium', 2, seed=3, frames=3)
-    (tmp_path/'cut'/'meta_expressions'/'train'/'meta_expressions.json').unlink()
-    write(tmp_path/'cut', 'train', 'medium', 3, seed=3, frames=3)
-    assert tree(tmp_path/'cut') == tree(tmp_path/'whole')
+    write(tmp_path / "whole", "train", "medium", 3, seed=3, frames=3)
+    write(tmp_path / "cut", "train", "medium", 2, seed=3, frames=3)
+    (tmp_path / "cut" / "meta_expressions" / "train" / "meta_expressions.json").unlink()
+    write(tmp_path / "cut", "train", "medium", 3, seed=3, frames=3)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_written_layout(tmp_path):
-    write(tmp_path, 'valid', 'hard', 2, seed=9, frames=3, size=(64, 96))
-    videos = read_json(tmp_path/'meta_expressions/valid/meta_expressions.json')['videos']
-    assert [v['frames'] for v in videos.values()] == [['00000', '00005', '00010']] * 2
+    write(tmp_path, "valid", "hard", 2, seed=9, frames=3, size=(64, 96))
+    videos = read_json(tmp_path / "meta_expressions/valid/meta_expressions.json")["videos"]
+    assert [v["frames"] for v in videos.values()] == [["00000", "00005", "00010"]] * 2
     for name, v in videos.items():
-        assert list(v['expressions']) == [str(k) for k in range(len(v['expressions']))]
-        assert all(set(e) == {'exp', 'obj_id', 'kind'} for e in v['expressions'].values())
-        objects = read_json(tmp_path/'valid/meta.json')['videos'][name]['objects']
-        assert sorted(objects) == sorted({e['obj_id'] for e in v['expressions'].values()})
+        assert list(v["expressions"]) == [str(k) for k in range(len(v["expressions"]))]
+        assert all(set(e) == {"exp", "obj_id", "kind"} for e in v["expressions"].values())
+        objects = read_json(tmp_path / "valid/meta.json")["videos"][name]["objects"]
+        assert sorted(objects) == sorted({e["obj_id"] for e in v["expressions"].values()})
 
 
 def test_splits_never_share_a_scene():
-    assert len({video_seed(seed, split, i) for seed in range(3) for split in ('train', 'valid', 'test') for i in range(50)}) == 450
+    assert (
+        len(
+            {
+                video_seed(seed, split, i)
+                for seed in range(3)
+                for split in ("train", "valid", "test")
+                for i in range(50)
+            }
+        )
+        == 450
+    )
 
 
-@pytest.mark.parametrize('bad', [dict(level='simple'), dict(seed=-1), dict(frames=0), dict(size=(16, 16)), dict(size=(64, 640))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"level": "simple"},
+        {"seed": -1},
+        {"frames": 0},
+        {"size": (16, 16)},
+        {"size": (64, 640)},
+    ],
+)
 def test_bad_arguments_give_one_line(bad):
-    with pytest.raises(Problem) as e: scene(**{**dict(seed=0, level='easy', frames=2), **bad})
-    assert '\n' not in str(e.value)
+    with pytest.raises(Problem) as e:
+        scene(**{**{"seed": 0, "level": "easy", "frames": 2}, **bad})
+    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize('bad', [dict(split='../x'), dict(level='simple'), dict(videos=0)])
+@pytest.mark.parametrize("bad", [{"split": "../x"}, {"level": "simple"}, {"videos": 0}])
 def test_write_refuses(tmp_path, bad):
-    with pytest.raises(Problem): write(tmp_path, **{**dict(split='valid', level='easy', videos=1, seed=0), **bad})
+    with pytest.raises(Problem):
+        write(tmp_path, **{**{"split": "valid", "level": "easy", "videos": 1, "seed": 0}, **bad})
     assert not list(tmp_path.iterdir())
 
 
 def test_other_scenes_are_not_mixed_in(tmp_path):
-    write(tmp_path, 'valid', 'easy', 1, seed=0, frames=2)
-    for other in (dict(seed=1), dict(frames=3), dict(level='hard')):
-        with pytest.raises(Problem): write(tmp_path, **{**dict(split='valid', level='easy', videos=1, seed=0, frames=2), **other})
+    write(tmp_path, "valid", "easy", 1, seed=0, frames=2)
+    for other in ({"seed": 1}, {"frames": 3}, {"level": "hard"}):
+        with pytest.raises(Problem):
+            write(
+                tmp_path,
+                **{
+                    **{"split": "valid", "level": "easy", "videos": 1, "seed": 0, "frames": 2},
+                    **other,
+                },
+            )

@@ -21,15 +21,30 @@ from torch import Tensor
 from .referformer import naive_deform_attn
 from ..benchmarks import Figure, in_turn, peak_memory
 from ..ops import native
-from ..ops.deform_attn import ORDER, implementation, ms_deform_attn, read_points, spelled_out, using, why_not
+from rvos_nb.ops.deform_attn import (
+    ORDER,
+    implementation,
+    ms_deform_attn,
+    read_points,
+    spelled_out,
+    using,
+    why_not,
+)
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #383d18ad
 PYRAMID = ((45, 80), (23, 40), (12, 20), (6, 10))
-SHAPES = {'a5': (5, 0, PYRAMID), 'a36': (36, 0, PYRAMID), 'b': (36, 5, PYRAMID),   # images, queries (0: the cells), levels
-          'c': (4, 0, ((100, 134), (50, 67), (25, 34), (13, 17))), 'd': (1, 0, ((150, 250), (75, 125), (38, 63), (19, 32)))}
+SHAPES = {
+    "a5": (5, 0, PYRAMID),
+    "a36": (36, 0, PYRAMID),
+    "b": (36, 5, PYRAMID),  # images, queries (0: the cells), levels
+    "c": (4, 0, ((100, 134), (50, 67), (25, 34), (13, 17))),
+    "d": (1, 0, ((150, 250), (75, 125), (38, 63), (19, 32))),
+}
+
 
 class Inputs(NamedTuple):
     "One call of `ms_deform_attn`: places and weights, and the offsets, reference and logits that they come from."
+
     value: Tensor
     shapes: list
     locations: Tensor
@@ -37,133 +52,223 @@ class Inputs(NamedTuple):
     offsets: Tensor
     logits: Tensor
     reference: Tensor
-    grad: Tensor        # of the output
+    grad: Tensor  # of the output
+
 
 def make(
-    images: int, queries: int, levels: tuple,   # as in `SHAPES`
+    images: int,
+    queries: int,
+    levels: tuple,  # as in `SHAPES`
     dtype: torch.dtype = torch.float32,
-    device: str = 'cpu',
+    device: str = "cpu",
     seed: int = 0,
-    uniform: bool = False,                      # look anywhere instead of around the own cell
-    heads: int = 8, dim: int = 32, points: int = 4,
+    uniform: bool = False,  # look anywhere instead of around the own cell
+    heads: int = 8,
+    dim: int = 32,
+    points: int = 4,
 ) -> Inputs:
     "Random inputs; values, weights and the gradient are numbers of `dtype`."
-    rng, cells, exact = torch.Generator(device).manual_seed(seed), sum(h * w for h, w in levels), torch.float64 if dtype == torch.float64 else torch.float32
+    rng, cells, exact = (
+        torch.Generator(device).manual_seed(seed),
+        sum(h * w for h, w in levels),
+        torch.float64 if dtype == torch.float64 else torch.float32,
+    )
     normal = partial(torch.randn, generator=rng, device=device, dtype=exact)
-    own = torch.cat([torch.cartesian_prod((torch.arange(h) + .5) / h, (torch.arange(w) + .5) / w).flip(-1) for h, w in levels]).to(device, exact)
-    reference = torch.rand(1, queries, 1, 2, generator=rng, device=device, dtype=exact) if queries else own[None, :, None]
+    own = torch.cat(
+        [
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
+            for h, w in levels
+        ]
+    ).to(device, exact)
+    reference = (
+        torch.rand(1, queries, 1, 2, generator=rng, device=device, dtype=exact)
+        if queries
+        else own[None, :, None]
+    )
     sizes = torch.tensor([(w, h) for h, w in levels], device=device, dtype=exact)[:, None]
     offsets = 2 * normal(images, queries or cells, heads, len(levels), points, 2)
-    if uniform: offsets = (torch.rand(offsets.shape, generator=rng, device=device, dtype=exact) - reference[:, :, None, :, None]) * sizes
+    if uniform:
+        offsets = (
+            torch.rand(offsets.shape, generator=rng, device=device, dtype=exact)
+            - reference[:, :, None, :, None]
+        ) * sizes
     logits = normal(offsets.shape[:-1]).to(dtype)
     locations, weights = spelled_out(list(levels), offsets, logits, reference, True)
-    return Inputs(normal(images, cells, heads, dim).to(dtype), list(levels), locations, weights.to(dtype), offsets, logits, reference, normal(images, queries or cells, heads * dim).to(dtype))
+    return Inputs(
+        normal(images, cells, heads, dim).to(dtype),
+        list(levels),
+        locations,
+        weights.to(dtype),
+        offsets,
+        logits,
+        reference,
+        normal(images, queries or cells, heads * dim).to(dtype),
+    )
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #d47195af
 def forward(read: Callable, given: Inputs) -> Callable:
     "The work of reading once."
+
     def work():
-        with torch.no_grad(): return read(given.value, given.shapes, given.locations, given.weights)
+        with torch.no_grad():
+            return read(given.value, given.shapes, given.locations, given.weights)
+
     return work
+
 
 def both(read: Callable, given: Inputs) -> Callable:
     "The work of reading and of finding the gradients of value, places and weights."
-    tensors = [x.detach().clone().requires_grad_() for x in (given.value, given.locations, given.weights)]
-    return lambda: torch.autograd.grad(read(tensors[0], given.shapes, *tensors[1:]), tensors, given.grad)
+    tensors = [
+        x.detach().clone().requires_grad_() for x in (given.value, given.locations, given.weights)
+    ]
+    return lambda: torch.autograd.grad(
+        read(tensors[0], given.shapes, *tensors[1:]), tensors, given.grad
+    )
+
 
 def fused(given: Inputs, inside: bool) -> Callable:
     "The work of reading once from offsets and logits: softmax and places inside the kernel, or made before."
+
     def work():
         with torch.no_grad():
-            if inside: return ms_deform_attn(given.value, given.shapes, given.offsets, given.logits, given.reference, softmax=True)
-            return ms_deform_attn(given.value, given.shapes, *spelled_out(given.shapes, given.offsets, given.logits, given.reference, True))
+            if inside:
+                return ms_deform_attn(
+                    given.value,
+                    given.shapes,
+                    given.offsets,
+                    given.logits,
+                    given.reference,
+                    softmax=True,
+                )
+            return ms_deform_attn(
+                given.value,
+                given.shapes,
+                *spelled_out(given.shapes, given.offsets, given.logits, given.reference, True),
+            )
+
     return work
+
 
 @contextmanager
 def threads(n: int):
     "Two threads or another number for PyTorch, for a while."
     before = torch.get_num_threads()
     torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #541fcb3e
 def cpu_time(
-    shape: tuple = SHAPES['a5'],
+    shape: tuple = SHAPES["a5"],
     rounds: int = 5,
 ) -> list[Figure]:
     "How many times less CPU time than `grid_sample`, forward and with gradients, on two threads."
     given, figures = make(*shape), []
     with threads(2):
-        for name, work in (('forward', forward), ('forward_backward', both)):
-            ours, plain, at_once = (work(f, given) for f in (ms_deform_attn, read_points, naive_deform_attn))
+        for name, work in (("forward", forward), ("forward_backward", both)):
+            ours, plain, at_once = (
+                work(f, given) for f in (ms_deform_attn, read_points, naive_deform_attn)
+            )
             race, other = in_turn(ours, plain, rounds), in_turn(ours, at_once, rounds)
-            print(f'{name}: {implementation("cpu")[0]} {1e3 * min(race.thing):.0f} ms of CPU time; grid_sample point by point {1e3 * min(race.yardstick):.0f}, all at once {1e3 * min(other.yardstick):.0f}', flush=True)
-            figures.append(Figure(f'cpu.{name}', min(race.ratio, other.ratio), 1.5, 'x', least=True))
+            print(
+                f"{name}: {implementation('cpu')[0]} {1e3 * min(race.thing):.0f} ms of CPU time; grid_sample point by point {1e3 * min(race.yardstick):.0f}, all at once {1e3 * min(other.yardstick):.0f}",
+                flush=True,
+            )
+            figures.append(
+                Figure(f"cpu.{name}", min(race.ratio, other.ratio), 1.5, "x", least=True)
+            )
         race = in_turn(fused(given, True), fused(given, False), rounds)
-        print(f'from offsets and logits: {1e3 * min(race.thing):.0f} ms, with softmax and places made before {1e3 * min(race.yardstick):.0f}', flush=True)
-        return [*figures, Figure('cpu.fused', race.ratio, unit='x')]
+        print(
+            f"from offsets and logits: {1e3 * min(race.thing):.0f} ms, with softmax and places made before {1e3 * min(race.yardstick):.0f}",
+            flush=True,
+        )
+        return [*figures, Figure("cpu.fused", race.ratio, unit="x")]
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #8b4708be
-READ = {'ours': ms_deform_attn, 'point by point': read_points, 'all at once': naive_deform_attn}
+READ = {"ours": ms_deform_attn, "point by point": read_points, "all at once": naive_deform_attn}
+
 
 def load(way: str, gradients: bool, shape: tuple) -> Callable:
     "The work of one way; for `peak_memory`."
     torch.set_num_threads(2)
-    READ[way](*make(1, 1, ((1, 1),))[:4])   # libraries are loaded before the mark is set
+    READ[way](*make(1, 1, ((1, 1),))[:4])  # libraries are loaded before the mark is set
     return (both if gradients else forward)(READ[way], make(*shape))
 
-def cpu_memory(shape: tuple = SHAPES['a5']) -> list[Figure]:
+
+def cpu_memory(shape: tuple = SHAPES["a5"]) -> list[Figure]:
     "Peak memory as a part of that of the thriftier `grid_sample`."
     figures = []
-    for name, gradients in (('forward', False), ('forward_backward', True)):
+    for name, gradients in (("forward", False), ("forward_backward", True)):
         peaks = {way: peak_memory(partial(load, way, gradients, shape)) for way in READ}
-        print(f'{name}: ' + ', '.join(f'{way} {p / 1e6:.0f} MB' for way, p in peaks.items()), flush=True)
-        ours = peaks.pop('ours')
-        figures.append(Figure(f'cpu.memory.{name}', ours / min(peaks.values()), 0.25, 'x'))
+        print(
+            f"{name}: " + ", ".join(f"{way} {p / 1e6:.0f} MB" for way, p in peaks.items()),
+            flush=True,
+        )
+        ours = peaks.pop("ours")
+        figures.append(Figure(f"cpu.memory.{name}", ours / min(peaks.values()), 0.25, "x"))
     return figures
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #22d9659e
 ALLOWED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
+
 def off_centres(given: Inputs) -> Inputs:
     "The same, with no place nearer than a hundredth of a cell to the line where its gradient jumps."
     sizes = torch.tensor([(w, h) for h, w in given.shapes]).to(given.locations)[:, None]
-    at = given.locations * sizes - .5
-    return given._replace(locations=(at.floor() + (at - at.floor()).clamp(.01, .99) + .5) / sizes)
+    at = given.locations * sizes - 0.5
+    return given._replace(
+        locations=(at.floor() + (at - at.floor()).clamp(0.01, 0.99) + 0.5) / sizes
+    )
+
 
 def errors(
-    name: str,            # of the implementation
+    name: str,  # of the implementation
     given: Inputs,
-) -> list[float]:         # of output, and of the gradients of value, places and weights
+) -> list[float]:  # of output, and of the gradients of value, places and weights
     "Relative errors against float64 of one implementation."
-    tensors = [x.detach().clone().requires_grad_() for x in (given.value, given.locations, given.weights)]
+    tensors = [
+        x.detach().clone().requires_grad_() for x in (given.value, given.locations, given.weights)
+    ]
     exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
-    with using(name): out = ms_deform_attn(tensors[0], given.shapes, *tensors[1:]); found = [out, *torch.autograd.grad(out, tensors, given.grad)]
-    out = read_points(exact[0], given.shapes, *exact[1:]); truth = [out, *torch.autograd.grad(out, exact, given.grad.cpu().double())]
-    return [((a.detach().cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, truth)]
+    with using(name):
+        out = ms_deform_attn(tensors[0], given.shapes, *tensors[1:])
+        found = [out, *torch.autograd.grad(out, tensors, given.grad)]
+    out = read_points(exact[0], given.shapes, *exact[1:])
+    truth = [out, *torch.autograd.grad(out, exact, given.grad.cpu().double())]
+    return [
+        ((a.detach().cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, truth)
+    ]
+
 
 def precision(shape: tuple = (2, 0, PYRAMID)) -> list[Figure]:
     "A line for every implementation and type that can run here; the worst of the four errors against a goal."
     figures = []
-    for device in ('cpu', *(['cuda'] if torch.cuda.is_available() else [])):
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for name in ORDER[device]:
             for dtype, allowed in ALLOWED.items():
-                if why := why_not(name, torch.device(device), dtype): print(f'{device} {name}: {why}') if dtype == torch.float64 else None; continue
+                if why := why_not(name, torch.device(device), dtype):
+                    print(f"{device} {name}: {why}") if dtype == torch.float64 else None
+                    continue
                 found = errors(name, off_centres(make(*shape, dtype, device)))
-                kind = str(dtype).removeprefix('torch.')
-                print(f'{device:5}{name:8} {kind:9} output {found[0]:.1e}  gradients: value {found[1]:.1e}  places {found[2]:.1e}  weights {found[3]:.1e}', flush=True)
-                figures.append(Figure(f'error.{device}.{name}.{kind}', max(found), allowed))
+                kind = str(dtype).removeprefix("torch.")
+                print(
+                    f"{device:5}{name:8} {kind:9} output {found[0]:.1e}  gradients: value {found[1]:.1e}  places {found[2]:.1e}  weights {found[3]:.1e}",
+                    flush=True,
+                )
+                figures.append(Figure(f"error.{device}.{name}.{kind}", max(found), allowed))
     return figures
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #35b20b58
-COPY = 4.3e12   # bytes a second, read and written
+COPY = 4.3e12  # bytes a second, read and written
+
 
 def floor(
-    name: str,               # in `SHAPES`
-    size: int,               # bytes of a number
+    name: str,  # in `SHAPES`
+    size: int,  # bytes of a number
     gradients: bool = False,
-) -> float:                  # seconds
+) -> float:  # seconds
     "The least time on an H200."
     images, queries, levels = SHAPES[name]
     cells = sum(h * w for h, w in levels)
@@ -174,67 +279,125 @@ def floor(
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #adc05677
 def gpu_time(
-    works: list[Callable],   # in rotation
+    works: list[Callable],  # in rotation
     regions: int = 7,
-    calls: int = 20,         # of each work in a region
-) -> float:                  # seconds a call
+    calls: int = 20,  # of each work in a region
+) -> float:  # seconds a call
     "Median time of a call on the GPU."
-    for work in works * 3: work()
+    for work in works * 3:
+        work()
     spent = []
     for _ in range(regions):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(calls):
-            for work in works: work()
-        end.record(); torch.cuda.synchronize()
+            for work in works:
+                work()
+        end.record()
+        torch.cuda.synchronize()
         spent.append(begin.elapsed_time(end) / 1e3 / (calls * len(works)))
     return median(spent)
 
+
 def replayed(works: list[Callable]) -> Callable:
     "All of them once, as one replay of a captured graph."
-    for work in works: work()
+    for work in works:
+        work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): kept = [work() for work in works]
+    with torch.cuda.graph(graph):
+        kept = [work() for work in works]
     return lambda: (graph.replay(), kept)
 
 # %% ../../nbs/10f_bench.deform_attn.ipynb #60f8dd60
 def simply(value, shapes, locations, weights) -> Tensor:
     "The first CUDA version, with its gradients."
+
     class Simple(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, v, at, w): ctx.save_for_backward(v, at, w); return native.simple.forward(v, shapes, at, w)
+        def forward(ctx, v, at, w):
+            ctx.save_for_backward(v, at, w)
+            return native.simple.forward(v, shapes, at, w)
+
         @staticmethod
-        def backward(ctx, g): v, at, w = ctx.saved_tensors; return native.simple.backward(g, v, shapes, at, w)
+        def backward(ctx, g):
+            v, at, w = ctx.saved_tensors
+            return native.simple.backward(g, v, shapes, at, w)
+
     return Simple.apply(value, locations, weights)
+
 
 def gpu_shape(name: str, uniform: bool = False) -> Iterator[Figure]:
     "Figures of one shape: forward against the floor, forward and backward against the first version."
-    default, label = implementation('cuda')[0], name + '.uniform' * uniform
+    default, label = implementation("cuda")[0], name + ".uniform" * uniform
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        kind, size = str(dtype).removeprefix('torch.'), dtype.itemsize
-        one = make(*SHAPES[name], dtype, 'cuda', uniform=uniform)
+        kind, size = str(dtype).removeprefix("torch."), dtype.itemsize
+        one = make(*SHAPES[name], dtype, "cuda", uniform=uniform)
         sets = max(2, min(8, math.ceil(4e8 / sum(x.nbytes for x in one if isinstance(x, Tensor)))))
-        inputs = [one, *(make(*SHAPES[name], dtype, 'cuda', seed, uniform) for seed in range(1, sets))]
-        plain = gpu_time([both(simply, i) for i in inputs], calls=3) if dtype == torch.float32 else None
-        for way in (w for w in ORDER['cuda'] if w != 'pytorch' and not why_not(w, torch.device('cuda'), dtype)):
-            if (wrong := max(errors(way, off_centres(make(2, 0, PYRAMID[2:], dtype, 'cuda'))))) > ALLOWED[dtype]: print(f'{label} {way} {kind}: wrong by {wrong:.1e}, not timed'); continue
+        inputs = [
+            one,
+            *(make(*SHAPES[name], dtype, "cuda", seed, uniform) for seed in range(1, sets)),
+        ]
+        plain = (
+            gpu_time([both(simply, i) for i in inputs], calls=3) if dtype == torch.float32 else None
+        )
+        for way in (
+            w
+            for w in ORDER["cuda"]
+            if w != "pytorch" and not why_not(w, torch.device("cuda"), dtype)
+        ):
+            if (
+                wrong := max(errors(way, off_centres(make(2, 0, PYRAMID[2:], dtype, "cuda"))))
+            ) > ALLOWED[dtype]:
+                print(f"{label} {way} {kind}: wrong by {wrong:.1e}, not timed")
+                continue
             with using(way):
-                once, twice, graph = (gpu_time(x, calls=c) for x, c in (([forward(ms_deform_attn, i) for i in inputs], 20), ([both(ms_deform_attn, i) for i in inputs], 5),
-                                                                      ([replayed([forward(ms_deform_attn, i) for i in inputs])], 20)))
-                print(f'{label} {way} {kind}: forward {1e6 * once:.1f} µs ({once / floor(name, size):.2f} times the floor; replayed {1e6 * graph / sets:.1f} µs; offsets and logits inside '
-                      f'{1e6 * gpu_time([fused(i, True) for i in inputs]):.1f} µs); with gradients {1e6 * twice:.1f} µs ({twice / floor(name, size, True):.2f} times the floor)', flush=True)
-            if way != default or uniform: continue
-            if name != 'b': yield Figure(f'cuda.{label}.{kind}.forward', once / floor(name, size), 3 if size == 4 else 2.5, 'x')
-            if plain: yield Figure(f'cuda.{label}.{kind}.forward_backward', plain / twice, 2, 'x', least=True)
+                once, twice, graph = (
+                    gpu_time(x, calls=c)
+                    for x, c in (
+                        ([forward(ms_deform_attn, i) for i in inputs], 20),
+                        ([both(ms_deform_attn, i) for i in inputs], 5),
+                        ([replayed([forward(ms_deform_attn, i) for i in inputs])], 20),
+                    )
+                )
+                print(
+                    f"{label} {way} {kind}: forward {1e6 * once:.1f} µs ({once / floor(name, size):.2f} times the floor; replayed {1e6 * graph / sets:.1f} µs; offsets and logits inside "
+                    f"{1e6 * gpu_time([fused(i, True) for i in inputs]):.1f} µs); with gradients {1e6 * twice:.1f} µs ({twice / floor(name, size, True):.2f} times the floor)",
+                    flush=True,
+                )
+            if way != default or uniform:
+                continue
+            if name != "b":
+                yield Figure(
+                    f"cuda.{label}.{kind}.forward",
+                    once / floor(name, size),
+                    3 if size == 4 else 2.5,
+                    "x",
+                )
+            if plain:
+                yield Figure(
+                    f"cuda.{label}.{kind}.forward_backward", plain / twice, 2, "x", least=True
+                )
+
 
 def gpu() -> list[Figure]:
     "All shapes on a GPU, two of them looking anywhere too; nothing where there is none."
-    if not torch.cuda.is_available(): print('no GPU: nothing measured there'); return []
-    peak = torch.empty(1 << 28, device='cuda'); copied = torch.empty_like(peak)
-    print(f'{torch.cuda.get_device_name()}: copies at {2 * peak.nbytes / gpu_time([lambda: copied.copy_(peak)]) / 1e12:.2f} TB/s; floors take {COPY / 1e12} TB/s', flush=True)
+    if not torch.cuda.is_available():
+        print("no GPU: nothing measured there")
+        return []
+    peak = torch.empty(1 << 28, device="cuda")
+    copied = torch.empty_like(peak)
+    print(
+        f"{torch.cuda.get_device_name()}: copies at {2 * peak.nbytes / gpu_time([lambda: copied.copy_(peak)]) / 1e12:.2f} TB/s; floors take {COPY / 1e12} TB/s",
+        flush=True,
+    )
     del peak, copied
-    return [f for name, uniform in [*((s, False) for s in SHAPES), ('a5', True), ('c', True)] for f in gpu_shape(name, uniform)]
+    return [
+        f
+        for name, uniform in [*((s, False) for s in SHAPES), ("a5", True), ("c", True)]
+        for f in gpu_shape(name, uniform)
+    ]
+
 
 def figures() -> list[Figure]:
     "All of it; about a minute on a CPU."

@@ -35,24 +35,45 @@ from ..predict import full_masks, full_size, save_candidates
 # %% ../../nbs/10e_bench.fuse.ipynb #a71774de
 SIZE, FRAMES, EXPRESSIONS = (360, 640), 25, 4
 
+
 def logits(
-    member: int, video: int, expression: int,
+    member: int,
+    video: int,
+    expression: int,
     frames: int = FRAMES,
-    size: tuple[int, int] = SIZE, # (H, W) of the frames
-) -> np.ndarray:                  # (T, H/4, W/4) float32
+    size: tuple[int, int] = SIZE,  # (H, W) of the frames
+) -> np.ndarray:  # (T, H/4, W/4) float32
     "What a member thinks of a sentence."
     import torch
-    y, x = np.mgrid[1.5:size[0]:4, 1.5:size[1]:4].astype(np.float32)
+
+    y, x = np.mgrid[1.5 : size[0] : 4, 1.5 : size[1] : 4].astype(np.float32)
     t = np.arange(frames, dtype=np.float32)[:, None, None]
     far = np.hypot(x - (150 + 70 * (video % 4) + 8 * t), y - (120 + 30 * (expression // 2) + 2 * t))
-    noise = torch.from_numpy(np.random.default_rng([member, video, expression]).normal(0, 1, (1, 1, 5, 9, 16)).astype(np.float32))
-    return np.clip((70 - far) / 6 + 1.2 * torch.nn.functional.interpolate(noise, size=(frames, *y.shape), mode='trilinear')[0, 0].numpy(), -20, 20)
+    noise = torch.from_numpy(
+        np.random.default_rng([member, video, expression])
+        .normal(0, 1, (1, 1, 5, 9, 16))
+        .astype(np.float32)
+    )
+    return np.clip(
+        (70 - far) / 6
+        + 1.2
+        * torch.nn.functional.interpolate(noise, size=(frames, *y.shape), mode="trilinear")[
+            0, 0
+        ].numpy(),
+        -20,
+        20,
+    )
 
 # %% ../../nbs/10e_bench.fuse.ipynb #0e4a1450
 def _link(folder: Path, name: str, copy: str):
     "The files below `folder`/name also below `folder`/copy."
-    for f in (folder/name).rglob('*'):
-        if f.is_file(): (new := folder/copy/f.relative_to(folder/name)).parent.mkdir(parents=True, exist_ok=True); os.link(f, new)
+    for f in (folder / name).rglob("*"):
+        if f.is_file():
+            (new := folder / copy / f.relative_to(folder / name)).parent.mkdir(
+                parents=True, exist_ok=True
+            )
+            os.link(f, new)
+
 
 def write_members(
     root: Path,
@@ -64,193 +85,373 @@ def write_members(
 ):
     "Write `root`/data, `root`/m0, …, and `root`/m0-0.pth, …."
     import torch
-    names, listed, tables = [f'{5 * t:05d}' for t in range(frames)], [f'v{i:04d}' for i in range(videos)], {str(e): dict(exp=f'thing {e}') for e in range(EXPRESSIONS)}
-    write_json(root/'data/meta_expressions/valid/meta_expressions.json', dict(videos={v: dict(expressions=tables, frames=names) for v in listed}))
-    pictures = root/'data/valid/JPEGImages'; (pictures/listed[0]).mkdir(parents=True)
-    for f in names: Image.new('RGB', size[::-1]).save(pictures/listed[0]/f'{f}.jpg')
-    for v in listed[1:]: _link(pictures, listed[0], v)
+
+    names, listed, tables = (
+        [f"{5 * t:05d}" for t in range(frames)],
+        [f"v{i:04d}" for i in range(videos)],
+        {str(e): {"exp": f"thing {e}"} for e in range(EXPRESSIONS)},
+    )
+    write_json(
+        root / "data/meta_expressions/valid/meta_expressions.json",
+        {"videos": {v: {"expressions": tables, "frames": names} for v in listed}},
+    )
+    pictures = root / "data/valid/JPEGImages"
+    (pictures / listed[0]).mkdir(parents=True)
+    for f in names:
+        Image.new("RGB", size[::-1]).save(pictures / listed[0] / f"{f}.jpg")
+    for v in listed[1:]:
+        _link(pictures, listed[0], v)
     for m in range(members):
-        run, shard = root/f'm{m}', {}
+        run, shard = root / f"m{m}", {}
         for v, e in ((v, e) for v in range(min(4, videos)) for e in range(EXPRESSIONS)):
-            small, scores = logits(m, v, e, frames, size), np.random.default_rng([m, v, e, 1]).random(frames)
-            save_candidates(run/'candidates'/listed[v]/f'{e}.safetensors', small, scores, np.zeros((frames, 4)), dict(kind='logit', size=list(size), model='made up', frames=names))
-            with whole_folder(run/'Annotations'/listed[v]/str(e)) as folder: write_tree(folder, names, full_masks(small, size))
-            if shards: shard.setdefault(listed[v], {})[str(e)] = dict(mask_logits=torch.from_numpy(full_size(small, size)), class_info=scores.tolist())
+            small, scores = (
+                logits(m, v, e, frames, size),
+                np.random.default_rng([m, v, e, 1]).random(frames),
+            )
+            save_candidates(
+                run / "candidates" / listed[v] / f"{e}.safetensors",
+                small,
+                scores,
+                np.zeros((frames, 4)),
+                {"kind": "logit", "size": list(size), "model": "made up", "frames": names},
+            )
+            with whole_folder(run / "Annotations" / listed[v] / str(e)) as folder:
+                write_tree(folder, names, full_masks(small, size))
+            if shards:
+                shard.setdefault(listed[v], {})[str(e)] = {
+                    "mask_logits": torch.from_numpy(full_size(small, size)),
+                    "class_info": scores.tolist(),
+                }
         for i in range(4, videos):
-            for kept in (run/'candidates', run/'Annotations'): _link(kept, listed[i % 4], listed[i])
-        write_json(run/'run.json', dict(stage='predict', params={}, units={}))
-        (root/f'soft{m}').mkdir(); (root/f'soft{m}'/'candidates').symlink_to(run/'candidates'); os.link(run/'run.json', root/f'soft{m}'/'run.json')
-        if shards: torch.save(shard, root/f'm{m}-0.pth')
-        for i in range(1, -(-videos // 4) if shards else 0): os.link(root/f'm{m}-0.pth', root/f'm{m}-{i}.pth')
+            for kept in (run / "candidates", run / "Annotations"):
+                _link(kept, listed[i % 4], listed[i])
+        write_json(run / "run.json", {"stage": "predict", "params": {}, "units": {}})
+        (root / f"soft{m}").mkdir()
+        (root / f"soft{m}" / "candidates").symlink_to(run / "candidates")
+        os.link(run / "run.json", root / f"soft{m}" / "run.json")
+        if shards:
+            torch.save(shard, root / f"m{m}-0.pth")
+        for i in range(1, -(-videos // 4) if shards else 0):
+            os.link(root / f"m{m}-0.pth", root / f"m{m}-{i}.pth")
 
 # %% ../../nbs/10e_bench.fuse.ipynb #9741ccb2
 def plain_votes(root: Path, out: Path, members: int = 3):
     "Round one as published, over `root`/m0-0.pth, …"
     import torch
-    key_frames, shards = {}, len(list(root.glob('m0-*.pth')))
+
+    key_frames, shards = {}, len(list(root.glob("m0-*.pth")))
     for s in range(shards):
-        models = [torch.load(root/f'm{m}-{s}.pth', map_location='cpu', weights_only=True) for m in range(members)]
+        models = [
+            torch.load(root / f"m{m}-{s}.pth", map_location="cpu", weights_only=True)
+            for m in range(members)
+        ]
         for n, name in enumerate(models[0]):
-            video = f'v{4 * s + n:04d}' # a shard is the same file under each of its names
+            video = f"v{4 * s + n:04d}"  # a shard is the same file under each of its names
             ids = list(models[0][name])
             for pair in zip(ids[::2], ids[1::2]):
-                counted = sum((model[name][e]['mask_logits'].sigmoid() > .5).float() for model in models for e in pair)
+                counted = sum(
+                    (model[name][e]["mask_logits"].sigmoid() > 0.5).float()
+                    for model in models
+                    for e in pair
+                )
                 fused = (counted >= members).float().numpy()
                 for e in pair:
-                    key_frames.setdefault(video, {})[e] = {'index_info': {'class_index': int(np.argmax(models[0][name][e]['class_info']))}}
-                    (out/'Annotations'/video/e).mkdir(parents=True)
-                    for t, mask in enumerate(fused): Image.fromarray((mask * 255).astype(np.uint8)).convert('L').save(out/'Annotations'/video/e/f'{5 * t:05d}.png')
-    write_json(out/'key_frame.json', key_frames)
+                    key_frames.setdefault(video, {})[e] = {
+                        "index_info": {
+                            "class_index": int(np.argmax(models[0][name][e]["class_info"]))
+                        }
+                    }
+                    (out / "Annotations" / video / e).mkdir(parents=True)
+                    for t, mask in enumerate(fused):
+                        Image.fromarray((mask * 255).astype(np.uint8)).convert("L").save(
+                            out / "Annotations" / video / e / f"{5 * t:05d}.png"
+                        )
+    write_json(out / "key_frame.json", key_frames)
 
-def differences(a: Path, b: Path) -> tuple[int, int]: # pixels that differ, masks compared
+
+def differences(a: Path, b: Path) -> tuple[int, int]:  # pixels that differ, masks compared
     "Compare all masks of two results."
-    files = sorted(p.relative_to(a) for p in (a/'Annotations').rglob('*.png'))
-    return sum(int((read_mask(a/f) != read_mask(b/f)).sum()) for f in files), len(files)
+    files = sorted(p.relative_to(a) for p in (a / "Annotations").rglob("*.png"))
+    return sum(int((read_mask(a / f) != read_mask(b / f)).sum()) for f in files), len(files)
 
 # %% ../../nbs/10e_bench.fuse.ipynb #36d46473
 def here(
-    load: Callable, # returns the work: a function without arguments
-) -> float:         # seconds
+    load: Callable,  # returns the work: a function without arguments
+) -> float:  # seconds
     "CPU time of the work that `load` returns, in this process."
     return seconds(load())
 
+
 def apart(
-    load: Callable, # as for `here`; what can be pickled
-) -> float:         # seconds
+    load: Callable,  # as for `here`; what can be pickled
+) -> float:  # seconds
     "CPU time of the work that `load` returns, in a fresh process."
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: return pool.submit(here, load).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(here, load).result()
+
 
 def race(
-    works: dict[str, Callable],     # name -> load
+    works: dict[str, Callable],  # name -> load
     rounds: int,
-    clock: Callable = apart,        # load -> seconds
-) -> dict[str, list[float]]:        # seconds of every round
+    clock: Callable = apart,  # load -> seconds
+) -> dict[str, list[float]]:  # seconds of every round
     "Run all of them in turn."
     spent = {name: [] for name in works}
     for _ in range(rounds):
-        for name, load in works.items(): spent[name].append(clock(load))
-    for name, s in spent.items(): print(f'  {name}: {min(s):.2f} s of CPU at least, {median(s):.2f} in the median of {rounds}', flush=True)
+        for name, load in works.items():
+            spent[name].append(clock(load))
+    for name, s in spent.items():
+        print(
+            f"  {name}: {min(s):.2f} s of CPU at least, {median(s):.2f} in the median of {rounds}",
+            flush=True,
+        )
     return spent
+
 
 def _one_thread():
     import torch
-    torch.set_num_threads(1); cv2.setNumThreads(1)
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
 
 def plainly(root: Path, work: Callable) -> Callable:
     "The plain way into `root`/plain, anew each time."
-    _one_thread(); shutil.rmtree(root/'plain', ignore_errors=True)
-    return partial(work, root, root/'plain')
+    _one_thread()
+    shutil.rmtree(root / "plain", ignore_errors=True)
+    return partial(work, root, root / "plain")
+
 
 def ours(root: Path, members: list[str], name: str, **how) -> Callable:
     "Fusion of `root`/MEMBER, … into `root`/NAME, anew each time."
-    _one_thread(); shutil.rmtree(root/name, ignore_errors=True)
-    return lambda: fuse(root/'data', [root/m for m in members], root/name, groups='pairs', leftover='first', **how).check()
+    _one_thread()
+    shutil.rmtree(root / name, ignore_errors=True)
+    return lambda: fuse(
+        root / "data",
+        [root / m for m in members],
+        root / name,
+        groups="pairs",
+        leftover="first",
+        **how,
+    ).check()
 
 # %% ../../nbs/10e_bench.fuse.ipynb #2fcec28f
-FORMS = {'runs': 'm{}', 'logits': 'soft{}'} # runs as `predict` leaves them, of which a vote reads the masks; candidates alone
+FORMS = {
+    "runs": "m{}",
+    "logits": "soft{}",
+}  # runs as `predict` leaves them, of which a vote reads the masks; candidates alone
 
-def _trio(form: str) -> list[str]: return [form.format(m) for m in range(3)]
+
+def _trio(form: str) -> list[str]:
+    return [form.format(m) for m in range(3)]
+
 
 def round1(
     videos: int = 20,
     rounds: int = 5,
     clock: Callable = apart,
-    **small, # sizes, see `write_members`
+    **small,  # sizes, see `write_members`
 ) -> list[Figure]:
     "CPU time against the plain way for runs, for candidates and for published files, and pixels that differ."
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        root = Path(folder); write_members(root, videos, **small); _few(root)
-        print(f'round one, {videos} videos:', flush=True)
-        spent = race({'plain': partial(plainly, root, plain_votes)} | {k: partial(ours, root, _trio(f), k) for k, f in FORMS.items()}, rounds, clock)
-        part = race({'.pth, 4 videos': partial(ours, root/'few', _trio('m{}-0.pth'), 'pth')}, min(rounds, 3), clock)
-        wrong = [differences(root/'plain', root/k)[0] for k in FORMS]
-        faster = {k: min(spent['plain']) / min(spent[k]) for k in FORMS} | {'pth': min(spent['plain']) * min(4, videos) / videos / min(*part.values())}
-    return [*(Figure(f'fuse.round1.{k}.speed', x, 5, 'x', least=True) for k, x in faster.items()),
-            Figure('fuse.round1.differences', sum(wrong), 0, ' pixels')]
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        root = Path(folder)
+        write_members(root, videos, **small)
+        _few(root)
+        print(f"round one, {videos} videos:", flush=True)
+        spent = race(
+            {"plain": partial(plainly, root, plain_votes)}
+            | {k: partial(ours, root, _trio(f), k) for k, f in FORMS.items()},
+            rounds,
+            clock,
+        )
+        part = race(
+            {".pth, 4 videos": partial(ours, root / "few", _trio("m{}-0.pth"), "pth")},
+            min(rounds, 3),
+            clock,
+        )
+        wrong = [differences(root / "plain", root / k)[0] for k in FORMS]
+        faster = {k: min(spent["plain"]) / min(spent[k]) for k in FORMS} | {
+            "pth": min(spent["plain"]) * min(4, videos) / videos / min(*part.values())
+        }
+    return [
+        *(Figure(f"fuse.round1.{k}.speed", x, 5, "x", least=True) for k, x in faster.items()),
+        Figure("fuse.round1.differences", sum(wrong), 0, " pixels"),
+    ]
+
 
 def _few(root: Path):
     "The four different videos of `root` as a data set of their own, `root`/few."
-    listing = 'data/meta_expressions/valid/meta_expressions.json'
-    table = dict(list(read_json(root/listing)['videos'].items())[:4])
-    write_json(root/'few'/listing, dict(videos=table))
-    (root/'few/data/valid').mkdir(); (root/'few/data/valid/JPEGImages').symlink_to(root/'data/valid/JPEGImages')
-    for m in range(3): os.link(root/f'm{m}-0.pth', root/'few'/f'm{m}-0.pth')
+    listing = "data/meta_expressions/valid/meta_expressions.json"
+    table = dict(list(read_json(root / listing)["videos"].items())[:4])
+    write_json(root / "few" / listing, {"videos": table})
+    (root / "few/data/valid").mkdir()
+    (root / "few/data/valid/JPEGImages").symlink_to(root / "data/valid/JPEGImages")
+    for m in range(3):
+        os.link(root / f"m{m}-0.pth", root / "few" / f"m{m}-0.pth")
 
 # %% ../../nbs/10e_bench.fuse.ipynb #02326ba6
 def memory(
     videos: tuple[int, int] = (20, 200),
-    peak: Callable = peak_memory, # load -> bytes
-    **small, # sizes, see `write_members`
+    peak: Callable = peak_memory,  # load -> bytes
+    **small,  # sizes, see `write_members`
 ) -> list[Figure]:
     "Peak memory of fusing runs at two numbers of videos, of fusing candidates and published files, and of the plain way."
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        peaks, few = [], Path(folder)/str(videos[0])
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        peaks, few = [], Path(folder) / str(videos[0])
         for n in videos:
-            root = Path(folder)/str(n); write_members(root, n, shards=n == videos[0], **small)
-            peaks.append(peak(partial(ours, root, _trio('m{}'), 'runs')) / 2**20)
+            root = Path(folder) / str(n)
+            write_members(root, n, shards=n == videos[0], **small)
+            peaks.append(peak(partial(ours, root, _trio("m{}"), "runs")) / 2**20)
         _few(few)
-        soft, pth, plain = (peak(w) / 2**20 for w in (partial(ours, few, _trio('soft{}'), 'logits'), partial(ours, few/'few', _trio('m{}-0.pth'), 'pth'), partial(plainly, few, plain_votes)))
-    return [*(Figure(f'fuse.memory.{n}_videos', p, 250, 'MB') for n, p in zip(videos, peaks)), Figure('fuse.memory.each_video', (peaks[1] - peaks[0]) / (videos[1] - videos[0]), 0.1, 'MB'),
-            Figure('fuse.memory.logits', soft, 250, 'MB'), Figure('fuse.memory.pth', pth, 250, 'MB'), Figure('fuse.memory.plain', plain, unit='MB')]
+        soft, pth, plain = (
+            peak(w) / 2**20
+            for w in (
+                partial(ours, few, _trio("soft{}"), "logits"),
+                partial(ours, few / "few", _trio("m{}-0.pth"), "pth"),
+                partial(plainly, few, plain_votes),
+            )
+        )
+    return [
+        *(Figure(f"fuse.memory.{n}_videos", p, 250, "MB") for n, p in zip(videos, peaks)),
+        Figure(
+            "fuse.memory.each_video", (peaks[1] - peaks[0]) / (videos[1] - videos[0]), 0.1, "MB"
+        ),
+        Figure("fuse.memory.logits", soft, 250, "MB"),
+        Figure("fuse.memory.pth", pth, 250, "MB"),
+        Figure("fuse.memory.plain", plain, unit="MB"),
+    ]
 
 # %% ../../nbs/10e_bench.fuse.ipynb #b975780c
 def plain_trees(root: Path, out: Path, members: int = 4):
     "Round two as published, over `root`/m0, …"
-    def read(folder): return np.stack([(np.asarray(Image.open(p).convert('P')) == 255).astype(np.float32) for p in sorted(folder.glob('*.png'))])
-    for video, about in read_json(root/'data/meta_expressions/valid/meta_expressions.json')['videos'].items():
-        ids = list(about['expressions'])
+
+    def read(folder):
+        return np.stack(
+            [
+                (np.asarray(Image.open(p).convert("P")) == 255).astype(np.float32)
+                for p in sorted(folder.glob("*.png"))
+            ]
+        )
+
+    for video, about in read_json(root / "data/meta_expressions/valid/meta_expressions.json")[
+        "videos"
+    ].items():
+        ids = list(about["expressions"])
         for pair in zip(ids[::2], ids[1::2]):
-            counted = sum(read(root/f'm{m}/Annotations'/video/e) for m in range(members) for e in pair)
+            counted = sum(
+                read(root / f"m{m}/Annotations" / video / e) for m in range(members) for e in pair
+            )
             fused = (counted >= members).astype(np.float32)
             for e in pair:
-                (out/'Annotations'/video/e).mkdir(parents=True)
-                for name, mask in zip(about['frames'], fused): Image.fromarray((mask * 255).astype(np.uint8)).convert('L').save(out/'Annotations'/video/e/f'{name}.png')
+                (out / "Annotations" / video / e).mkdir(parents=True)
+                for name, mask in zip(about["frames"], fused):
+                    Image.fromarray((mask * 255).astype(np.uint8)).convert("L").save(
+                        out / "Annotations" / video / e / f"{name}.png"
+                    )
+
 
 def by_pillow(root: Path):
     "Write every PNG below `root` again with Pillow."
     done = set()
-    for p in root.rglob('*.png'):
-        if (file := p.stat().st_ino) not in done: done.add(file); picture = Image.fromarray(read_mask(p).view(np.uint8) * np.uint8(255)); buffer = io.BytesIO(); picture.save(buffer, 'PNG'); p.write_bytes(buffer.getvalue())
+    for p in root.rglob("*.png"):
+        if (file := p.stat().st_ino) not in done:
+            done.add(file)
+            picture = Image.fromarray(read_mask(p).view(np.uint8) * np.uint8(255))
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            p.write_bytes(buffer.getvalue())
+
 
 def round2(
     videos: int = 20,
     rounds: int = 4,
     clock: Callable = apart,
-    **small, # sizes, see `write_members`
+    **small,  # sizes, see `write_members`
 ) -> list[Figure]:
     "CPU time for each mask against Pillow one by one, over our trees and over Pillow's, and pixels that differ."
     found = []
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        root = Path(folder); write_members(root, videos, members=4, shards=False, **small)
-        for name, goal in (('ours', 3), ('pillow', None)):
-            if name == 'pillow': by_pillow(root)
-            print(f'round two, {videos} videos, trees written by {name}:', flush=True)
-            spent = race({'plain': partial(plainly, root, plain_trees), 'ours': partial(ours, root, [f'm{m}/Annotations' for m in range(4)], 'fused')}, rounds if goal else min(rounds, 2), clock)
-            wrong, masks = differences(root/'plain', root/'fused')
-            found += [Figure(f'fuse.round2.{name}.speed', min(spent['plain']) / min(spent['ours']), goal, 'x', least=True),
-                      Figure(f'fuse.round2.{name}.mask', 1e3 * min(spent['ours']) / masks, unit='ms'), Figure(f'fuse.round2.{name}.differences', wrong, 0, ' pixels')]
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        root = Path(folder)
+        write_members(root, videos, members=4, shards=False, **small)
+        for name, goal in (("ours", 3), ("pillow", None)):
+            if name == "pillow":
+                by_pillow(root)
+            print(f"round two, {videos} videos, trees written by {name}:", flush=True)
+            spent = race(
+                {
+                    "plain": partial(plainly, root, plain_trees),
+                    "ours": partial(ours, root, [f"m{m}/Annotations" for m in range(4)], "fused"),
+                },
+                rounds if goal else min(rounds, 2),
+                clock,
+            )
+            wrong, masks = differences(root / "plain", root / "fused")
+            found += [
+                Figure(
+                    f"fuse.round2.{name}.speed",
+                    min(spent["plain"]) / min(spent["ours"]),
+                    goal,
+                    "x",
+                    least=True,
+                ),
+                Figure(f"fuse.round2.{name}.mask", 1e3 * min(spent["ours"]) / masks, unit="ms"),
+                Figure(f"fuse.round2.{name}.differences", wrong, 0, " pixels"),
+            ]
     return found
 
 # %% ../../nbs/10e_bench.fuse.ipynb #6f18bfe9
 def store_forms(
-    x: np.ndarray,         # (h, w) float32 logits at the model's size
-    size: tuple[int, int], # (H, W) of the frames
-) -> dict[str, tuple[Callable, Callable]]: # name -> () -> bytes, and bytes -> (H, W) bool
+    x: np.ndarray,  # (h, w) float32 logits at the model's size
+    size: tuple[int, int],  # (H, W) of the frames
+) -> dict[str, tuple[Callable, Callable]]:  # name -> () -> bytes, and bytes -> (H, W) bool
     "How to write and to read one mask in every form."
     full, mask = full_size(x[None], size)[0], votes(x[None], size)[0]
-    array = lambda b, kind, shape: np.frombuffer(b, kind).reshape(shape)
-    bits = lambda b: np.unpackbits(np.frombuffer(b, np.uint8), count=mask.size).reshape(size).view(bool)
-    def bilevel(): buffer = io.BytesIO(); Image.fromarray(mask).save(buffer, 'PNG'); return buffer.getvalue()
-    return {'float32, full size': (full.tobytes, lambda b: foreground(array(b, np.float32, size), 'logit')),
-            'float16, full size': (lambda: full.astype(np.float16).tobytes(), lambda b: foreground(array(b, np.float16, size).astype(np.float32), 'logit')),
-            '8-bit probability': (lambda: levels(full, 'logit').tobytes(), lambda b: array(b, np.uint8, size) >= 128),
-            'packed bits': (lambda: np.packbits(mask).tobytes(), bits),
-            'packed bits, zlib 6': (lambda: zlib.compress(np.packbits(mask).tobytes(), 6), lambda b: bits(zlib.decompress(b))),
-            'PNG, 0 and 255': (lambda: encode_mask(mask), lambda b: read_mask(io.BytesIO(b))),
-            'PNG, 1 bit': (bilevel, lambda b: read_mask(io.BytesIO(b))),
-            'COCO run lengths': (lambda: rle_encode(mask)['counts'], lambda b: rle_decode(dict(size=list(size), counts=b))),
-            'float32, model size': (x.tobytes, lambda b: votes(array(b, np.float32, (1, *x.shape)), size)[0]),
-            'float16, model size': (lambda: x.astype(np.float16).tobytes(), lambda b: votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0])}
+
+    def array(b, kind, shape):
+        return np.frombuffer(b, kind).reshape(shape)
+
+    def bits(b):
+        return np.unpackbits(np.frombuffer(b, np.uint8), count=mask.size).reshape(size).view(bool)
+
+    def bilevel():
+        buffer = io.BytesIO()
+        Image.fromarray(mask).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return {
+        "float32, full size": (
+            full.tobytes,
+            lambda b: foreground(array(b, np.float32, size), "logit"),
+        ),
+        "float16, full size": (
+            lambda: full.astype(np.float16).tobytes(),
+            lambda b: foreground(array(b, np.float16, size).astype(np.float32), "logit"),
+        ),
+        "8-bit probability": (
+            lambda: levels(full, "logit").tobytes(),
+            lambda b: array(b, np.uint8, size) >= 128,
+        ),
+        "packed bits": (lambda: np.packbits(mask).tobytes(), bits),
+        "packed bits, zlib 6": (
+            lambda: zlib.compress(np.packbits(mask).tobytes(), 6),
+            lambda b: bits(zlib.decompress(b)),
+        ),
+        "PNG, 0 and 255": (lambda: encode_mask(mask), lambda b: read_mask(io.BytesIO(b))),
+        "PNG, 1 bit": (bilevel, lambda b: read_mask(io.BytesIO(b))),
+        "COCO run lengths": (
+            lambda: rle_encode(mask)["counts"],
+            lambda b: rle_decode({"size": list(size), "counts": b}),
+        ),
+        "float32, model size": (
+            x.tobytes,
+            lambda b: votes(array(b, np.float32, (1, *x.shape)), size)[0],
+        ),
+        "float16, model size": (
+            lambda: x.astype(np.float16).tobytes(),
+            lambda b: votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0],
+        ),
+    }
+
 
 def store(
     frames: int = FRAMES,
@@ -258,49 +459,103 @@ def store(
 ) -> list[Figure]:
     "Print the table; bytes of the kept form, and differing pixels of those that claim to be exact."
     clip, rows = logits(0, 0, 0, frames, SIZE), {}
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         for x in clip:
-            true, path = full_masks(x[None], size)[0], Path(folder)/'mask'
+            true, path = full_masks(x[None], size)[0], Path(folder) / "mask"
             for name, (write, read) in store_forms(x, size).items():
-                start = time.process_time(); path.write_bytes(write()); half = time.process_time(); mask = read(path.read_bytes()); end = time.process_time()
-                rows.setdefault(name, []).append((path.stat().st_size, 1e3 * (half - start), 1e3 * (end - half), int((mask != true).sum())))
+                start = time.process_time()
+                path.write_bytes(write())
+                half = time.process_time()
+                mask = read(path.read_bytes())
+                end = time.process_time()
+                rows.setdefault(name, []).append(
+                    (
+                        path.stat().st_size,
+                        1e3 * (half - start),
+                        1e3 * (end - half),
+                        int((mask != true).sum()),
+                    )
+                )
     print(f"{'form':22}{'bytes':>10}{'write ms':>10}{'read ms':>10}{'pixels wrong':>14}")
-    for name, r in rows.items(): print(f'{name:22}{np.mean([k[0] for k in r]):10.0f}{min(k[1] for k in r):10.2f}{min(k[2] for k in r):10.2f}{sum(k[3] for k in r):14d}', flush=True)
-    exact = [n for n in rows if not n.startswith('float16')]
-    return [Figure('store.model_size.bytes', np.mean([k[0] for k in rows['float32, model size']]), 60_000, ' bytes'), Figure('store.differences', sum(k[3] for n in exact for k in rows[n]), 0, ' pixels')]
+    for name, r in rows.items():
+        print(
+            f"{name:22}{np.mean([k[0] for k in r]):10.0f}{min(k[1] for k in r):10.2f}{min(k[2] for k in r):10.2f}{sum(k[3] for k in r):14d}",
+            flush=True,
+        )
+    exact = [n for n in rows if not n.startswith("float16")]
+    return [
+        Figure(
+            "store.model_size.bytes",
+            np.mean([k[0] for k in rows["float32, model size"]]),
+            60_000,
+            " bytes",
+        ),
+        Figure("store.differences", sum(k[3] for n in exact for k in rows[n]), 0, " pixels"),
+    ]
 
 # %% ../../nbs/10e_bench.fuse.ipynb #795f5729
 def exactness(frames: int = 2000) -> list[Figure]:
     "Pixels of random frames in which votes from model-size logits differ from the published way over full-size logits."
     import torch
+
     rng, wrong = np.random.default_rng(0), 0
     for trial in range(frames // 4):
         (h, w), times = rng.integers(2, 90, 2), 2 ** rng.integers(0, 4, 2)
         x = rng.normal(0, 10.0 ** rng.integers(-8, 3), (4, h, w)).astype(np.float32)
-        if trial % 3 == 1: x = np.stack([cv2.blur(f, (7, 7)) for f in x])
-        if trial % 3 == 2: x[rng.random(x.shape) < .3] = rng.choice(np.float32([0, 8.9e-8, 9e-8, 1e-7]))
-        size = tuple(int(k) for k in ((h, w) * times if trial % 5 else (h + rng.integers(0, 90), w + rng.integers(0, 90))))
-        full = torch.nn.functional.interpolate(torch.from_numpy(x)[None], size=size, mode='bilinear', align_corners=False)[0]
-        wrong += int((votes(x, size) != (full.sigmoid() > .5).numpy()).sum())
-    return [Figure('fuse.exact', wrong, 0, f' pixels of {frames} frames')]
+        if trial % 3 == 1:
+            x = np.stack([cv2.blur(f, (7, 7)) for f in x])
+        if trial % 3 == 2:
+            x[rng.random(x.shape) < 0.3] = rng.choice(np.float32([0, 8.9e-8, 9e-8, 1e-7]))
+        size = tuple(
+            int(k)
+            for k in (
+                (h, w) * times if trial % 5 else (h + rng.integers(0, 90), w + rng.integers(0, 90))
+            )
+        )
+        full = torch.nn.functional.interpolate(
+            torch.from_numpy(x)[None], size=size, mode="bilinear", align_corners=False
+        )[0]
+        wrong += int((votes(x, size) != (full.sigmoid() > 0.5).numpy()).sum())
+    return [Figure("fuse.exact", wrong, 0, f" pixels of {frames} frames")]
 
 # %% ../../nbs/10e_bench.fuse.ipynb #260ef743
 def processes(
     videos: int = 150,
     rounds: int = 2,
-    **small, # sizes, see `write_members`
+    **small,  # sizes, see `write_members`
 ) -> list[Figure]:
     "Throughput of two worker processes over that of one."
     spent = {1: [], 2: []}
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        root = Path(folder); write_members(root, videos, shards=False, **small)
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        root = Path(folder)
+        write_members(root, videos, shards=False, **small)
         for n in [1, 2] * rounds:
-            work, before, start = ours(root, _trio('m{}'), f'by{n}', executor=f'processes:{n}'), os.times(), time.perf_counter()
-            work(); after = os.times()
-            spent[n].append((time.perf_counter() - start, after.children_user + after.children_system - before.children_user - before.children_system))
+            work, before, start = (
+                ours(root, _trio("m{}"), f"by{n}", executor=f"processes:{n}"),
+                os.times(),
+                time.perf_counter(),
+            )
+            work()
+            after = os.times()
+            spent[n].append(
+                (
+                    time.perf_counter() - start,
+                    after.children_user
+                    + after.children_system
+                    - before.children_user
+                    - before.children_system,
+                )
+            )
     (wall1, cpu1), (wall2, cpu2) = (np.min(spent[n], axis=0) for n in (1, 2))
-    print(f'{videos} videos: {wall1:.1f} s by one process ({cpu1:.1f} s of CPU), {wall2:.1f} s by two ({cpu2:.1f})', flush=True)
-    return [Figure('fuse.processes.speed', wall1 / wall2, 1.7, 'x', least=True), Figure('fuse.processes.cpu', cpu2 / cpu1, unit='x')]
+    print(
+        f"{videos} videos: {wall1:.1f} s by one process ({cpu1:.1f} s of CPU), {wall2:.1f} s by two ({cpu2:.1f})",
+        flush=True,
+    )
+    return [
+        Figure("fuse.processes.speed", wall1 / wall2, 1.7, "x", least=True),
+        Figure("fuse.processes.cpu", cpu2 / cpu1, unit="x"),
+    ]
+
 
 def figures() -> list[Figure]:
     "All of it; about six minutes."

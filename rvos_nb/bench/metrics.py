@@ -33,13 +33,14 @@ from ..metrics import j_and_f
 # %% ../../nbs/10d_bench.metrics.ipynb #bad528c9
 FRAME = 480, 854
 
+
 def film(
     frames: int = 200,
-    ripple: float = 8,                # pixels
-    size: tuple[int, int] = FRAME,    # (H, W)
-) -> Iterator[tuple[np.ndarray, np.ndarray]]: # annotation and prediction, (H, W) bool
+    ripple: float = 8,  # pixels
+    size: tuple[int, int] = FRAME,  # (H, W)
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # annotation and prediction, (H, W) bool
     "The frames, made one at a time."
-    y, x = np.mgrid[:size[0], :size[1]].astype(np.float32)
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     for t in range(frames):
         dx, dy = x - (200 + 2 * t), y - (240 + 60 * math.sin(t / 15))
         a, far = np.arctan2(dy, dx), np.hypot(dx, dy)
@@ -48,12 +49,13 @@ def film(
 
 # %% ../../nbs/10d_bench.metrics.ipynb #39cbd570
 def plain_j(
-    gt: np.ndarray,   # (T, H, W) bool
-    pred: np.ndarray, # the same
-) -> np.ndarray:      # (T,) float64
+    gt: np.ndarray,  # (T, H, W) bool
+    pred: np.ndarray,  # the same
+) -> np.ndarray:  # (T,) float64
     "Region similarity, as the formula reads."
     common, union = (gt & pred).sum((1, 2)), (gt | pred).sum((1, 2))
     return np.divide(common, union, out=np.ones(len(gt)), where=union > 0)
+
 
 def _plain_boundary(mask: np.ndarray) -> np.ndarray:
     b = np.zeros_like(mask)
@@ -62,10 +64,11 @@ def _plain_boundary(mask: np.ndarray) -> np.ndarray:
     b[:-1, :-1] |= mask[:-1, :-1] ^ mask[1:, 1:]
     return b
 
+
 def plain_f(
-    gt: np.ndarray,   # (T, H, W) bool
-    pred: np.ndarray, # the same
-) -> np.ndarray:      # (T,) float64
+    gt: np.ndarray,  # (T, H, W) bool
+    pred: np.ndarray,  # the same
+) -> np.ndarray:  # (T,) float64
     "Contour accuracy, as the formula reads."
     r, found = math.ceil(0.008 * math.hypot(*gt.shape[1:])), []
     d = np.arange(-r, r + 1) ** 2
@@ -74,7 +77,9 @@ def plain_f(
         a, s = _plain_boundary(a), _plain_boundary(s)
         near_a, near_s = (cv2.dilate(b.astype(np.uint8), disk).astype(bool) for b in (a, s))
         na, ns = a.sum(), s.sum()
-        if not na or not ns: found.append(float(na == ns)); continue
+        if not na or not ns:
+            found.append(float(na == ns))
+            continue
         p, q = (s & near_a).sum() / ns, (a & near_s).sum() / na
         found.append(2 * p * q / (p + q) if p + q else 0.0)
     return np.array(found)
@@ -88,14 +93,27 @@ def speed(
     figures, threads = [], cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        for name, ripple in (('small', 8), ('large', 30)):
+        for name, ripple in (("small", 8), ("large", 30)):
             gt, pred = map(np.stack, zip(*film(frames, ripple)))
             ours, plain = j_and_f(gt, pred), (plain_j(gt, pred), plain_f(gt, pred))
-            race = in_turn(partial(j_and_f, gt, pred), lambda: (plain_j(gt, pred), plain_f(gt, pred)), rounds)
-            print(f'ripple {name}: mean J {ours[0].mean():.4f}, mean F {ours[1].mean():.4f}; {1e3 * min(race.thing) / frames:.2f} ms of CPU a frame, plainly {1e3 * min(race.yardstick) / frames:.2f}', flush=True)
-            figures += [Figure(f'metrics.{name}.speed', race.ratio, 8, 'x', least=True),
-                        Figure(f'metrics.{name}.differences', int(sum((a != b).sum() for a, b in zip(ours, plain))), 0, ' values')]
-    finally: cv2.setNumThreads(threads)
+            race = in_turn(
+                partial(j_and_f, gt, pred), lambda: (plain_j(gt, pred), plain_f(gt, pred)), rounds
+            )
+            print(
+                f"ripple {name}: mean J {ours[0].mean():.4f}, mean F {ours[1].mean():.4f}; {1e3 * min(race.thing) / frames:.2f} ms of CPU a frame, plainly {1e3 * min(race.yardstick) / frames:.2f}",
+                flush=True,
+            )
+            figures += [
+                Figure(f"metrics.{name}.speed", race.ratio, 8, "x", least=True),
+                Figure(
+                    f"metrics.{name}.differences",
+                    int(sum((a != b).sum() for a, b in zip(ours, plain))),
+                    0,
+                    " values",
+                ),
+            ]
+    finally:
+        cv2.setNumThreads(threads)
     return figures
 
 # %% ../../nbs/10d_bench.metrics.ipynb #e6f93e18
@@ -103,9 +121,10 @@ def stream(frames: int) -> Callable:
     "Work that measures frame after frame."
     return lambda: [j_and_f(gt, pred) for gt, pred in film(frames)]
 
+
 def memory(frames: int = 200) -> list[Figure]:
     "Peak memory of J and F frame by frame, above what importing takes."
-    return [Figure('metrics.memory', peak_memory(partial(stream, frames)) / 2**20, 120, 'MB')]
+    return [Figure("metrics.memory", peak_memory(partial(stream, frames)) / 2**20, 120, "MB")]
 
 # %% ../../nbs/10d_bench.metrics.ipynb #8b2078dd
 def tree(
@@ -116,68 +135,113 @@ def tree(
     expressions: int = 4,
 ) -> None:
     "Write `root`/data and `root`/run."
-    data, run, listing = root/'data', root/'run'/'Annotations', root/'data'/'meta_expressions'/'valid'/'meta_expressions.json'
-    refshapes.write(data, 'valid', 'easy', videos=1, seed=3, frames=frames, size=size)
-    found, meta = json.loads(listing.read_text()), json.loads((data/'valid'/'meta.json').read_text())
-    (first, about), = found['videos'].items()
-    about['expressions'] = dict(list(about['expressions'].items())[:expressions])
+    data, run, listing = (
+        root / "data",
+        root / "run" / "Annotations",
+        root / "data" / "meta_expressions" / "valid" / "meta_expressions.json",
+    )
+    refshapes.write(data, "valid", "easy", videos=1, seed=3, frames=frames, size=size)
+    found, meta = (
+        json.loads(listing.read_text()),
+        json.loads((data / "valid" / "meta.json").read_text()),
+    )
+    ((first, about),) = found["videos"].items()
+    about["expressions"] = dict(list(about["expressions"].items())[:expressions])
     listing.write_text(json.dumps(found))
-    written = open_dataset(data, 'valid')
+    written = open_dataset(data, "valid")
     for e in written.expressions[first]:
-        with whole_folder(run/first/e.id) as folder: write_tree(folder, about['frames'], np.roll(written.masks(e), 6, 2))
-    folders = [data/'valid'/'JPEGImages', data/'valid'/'Annotations', run]
-    for name in (f'copy-{n:03d}' for n in range(1, videos)):
-        found['videos'][name], meta['videos'][name] = about, meta['videos'][first]
-        for file in (f for top in folders for f in (top/first).rglob('*') if f.is_file()):
+        with whole_folder(run / first / e.id) as folder:
+            write_tree(folder, about["frames"], np.roll(written.masks(e), 6, 2))
+    folders = [data / "valid" / "JPEGImages", data / "valid" / "Annotations", run]
+    for name in (f"copy-{n:03d}" for n in range(1, videos)):
+        found["videos"][name], meta["videos"][name] = about, meta["videos"][first]
+        for file in (f for top in folders for f in (top / first).rglob("*") if f.is_file()):
             top = next(t for t in folders if t in file.parents)
-            copy = top/name/file.relative_to(top/first)
-            copy.parent.mkdir(parents=True, exist_ok=True); os.link(file, copy)
-    listing.write_text(json.dumps(found)); (data/'valid'/'meta.json').write_text(json.dumps(meta))
+            copy = top / name / file.relative_to(top / first)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, copy)
+    listing.write_text(json.dumps(found))
+    (data / "valid" / "meta.json").write_text(json.dumps(meta))
 
 # %% ../../nbs/10d_bench.metrics.ipynb #84310ee9
-def _evaluation(root: Path) -> Callable: return partial(evaluate, root/'data', root/'run')
+def _evaluation(root: Path) -> Callable:
+    return partial(evaluate, root / "data", root / "run")
 
-def _timed(root: Path, cores: int) -> tuple[float, float]: # seconds of wall time and of CPU time
+
+def _timed(root: Path, cores: int) -> tuple[float, float]:  # seconds of wall time and of CPU time
     "Evaluate on some of the cores; for a process of its own."
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    start = time.perf_counter(); cpu = seconds(_evaluation(root))
+    start = time.perf_counter()
+    cpu = seconds(_evaluation(root))
     return time.perf_counter() - start, cpu
+
 
 def _parts(root: Path, most: int = 20) -> dict[str, float]:
     "Seconds of CPU time for a mask, for reading truth, reading masks, J and F, each alone; over at most so many videos."
-    data, spent, masks = open_dataset(root/'data', 'valid'), dict.fromkeys(('truth', 'masks', 'J and F'), 0.0), 0
+    data, spent, masks = (
+        open_dataset(root / "data", "valid"),
+        dict.fromkeys(("truth", "masks", "J and F"), 0.0),
+        0,
+    )
     for v, expressions in list(data.expressions.items())[:most]:
         known, held = None, {}
         for e in expressions:
-            if e.object_id != known: known = e.object_id; spent['truth'] += seconds(lambda: held.update(truth=data.masks(e)))
-            folder = root/'run'/'Annotations'/v/e.id; masks += len(data.videos[v].frames)
-            spent['masks'] += seconds(lambda: held.update(masks=[read_mask(folder/f'{f}.png') for f in data.videos[v].frames]))
-            spent['J and F'] += seconds(lambda: [j_and_f(*p) for p in zip(held['truth'], held['masks'])])
+            if e.object_id != known:
+                known = e.object_id
+                spent["truth"] += seconds(lambda: held.update(truth=data.masks(e)))
+            folder = root / "run" / "Annotations" / v / e.id
+            masks += len(data.videos[v].frames)
+            spent["masks"] += seconds(
+                lambda: held.update(
+                    masks=[read_mask(folder / f"{f}.png") for f in data.videos[v].frames]
+                )
+            )
+            spent["J and F"] += seconds(
+                lambda: [j_and_f(*p) for p in zip(held["truth"], held["masks"])]
+            )
     return {k: s / masks for k, s in spent.items()}
 
 # %% ../../nbs/10d_bench.metrics.ipynb #ffb19024
 def throughput(
-    videos: tuple[int, int] = (20, 200),    # the second is the full size
+    videos: tuple[int, int] = (20, 200),  # the second is the full size
     frames: int = 27,
     size: tuple[int, int] = (720, 1280),
 ) -> list[Figure]:
     "Frames per second of `evaluate` on one core and on two, the share of each part, and peak memory for two numbers of videos. A frame is one mask of one sentence."
     peaks, spent = [], {}
     for n in videos:
-        with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
+        with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
             root, masks = Path(folder), n * frames * 4
             tree(root, n, frames, size)
             peaks.append(peak_memory(partial(_evaluation, root)) / 2**20)
-            if n != max(videos): continue
+            if n != max(videos):
+                continue
             for cores in (1, 2):
-                with ProcessPoolExecutor(1, get_context('spawn')) as pool: spent[cores] = pool.submit(_timed, root, cores).result()
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    spent[cores] = pool.submit(_timed, root, cores).result()
             parts = _parts(root)
     each = spent[1][1] / masks
-    print(f'{n} videos × 4 expressions × {frames} frames of {size[0]} × {size[1]}, {masks} masks: ' + '; '.join(f'cores {c}: {wall:.1f} s, {cpu:.1f} s of CPU' for c, (wall, cpu) in spent.items()) +
-          f'; {1e3 * each:.2f} ms of CPU a mask, of which alone ' + ', '.join(f'{k} {1e3 * s:.2f}' for k, s in parts.items()), flush=True)
-    return [*(Figure(f'tree.speed.{c}_core{"s" * (c > 1)}', masks / wall, unit=' frames/s') for c, (wall, _) in spent.items()),
-            *(Figure(f'tree.{k.replace(" ", "_")}.share', 100 * s / each, unit='%') for k, s in parts.items()),
-            *(Figure(f'tree.memory.{n}_videos', p, unit='MB') for n, p in zip(videos, peaks)), Figure('tree.memory.growth', peaks[-1] / peaks[0], 1.1, 'x')]
+    print(
+        f"{n} videos × 4 expressions × {frames} frames of {size[0]} × {size[1]}, {masks} masks: "
+        + "; ".join(
+            f"cores {c}: {wall:.1f} s, {cpu:.1f} s of CPU" for c, (wall, cpu) in spent.items()
+        )
+        + f"; {1e3 * each:.2f} ms of CPU a mask, of which alone "
+        + ", ".join(f"{k} {1e3 * s:.2f}" for k, s in parts.items()),
+        flush=True,
+    )
+    return [
+        *(
+            Figure(f"tree.speed.{c}_core{'s' * (c > 1)}", masks / wall, unit=" frames/s")
+            for c, (wall, _) in spent.items()
+        ),
+        *(
+            Figure(f"tree.{k.replace(' ', '_')}.share", 100 * s / each, unit="%")
+            for k, s in parts.items()
+        ),
+        *(Figure(f"tree.memory.{n}_videos", p, unit="MB") for n, p in zip(videos, peaks)),
+        Figure("tree.memory.growth", peaks[-1] / peaks[0], 1.1, "x"),
+    ]
 
 # %% ../../nbs/10d_bench.metrics.ipynb #45aa4dca
 def listing(
@@ -187,23 +251,39 @@ def listing(
     frames: int = 27,
 ) -> None:
     "Write a training split without pictures: the list and the folders."
-    entries, names = {}, [f'{5 * t:05d}' for t in range(frames)]
+    entries, names = {}, [f"{5 * t:05d}" for t in range(frames)]
     for n in range(videos):
         said = expressions // videos + (n < expressions % videos)
-        entries[f'{n:010x}'] = dict(expressions={str(i): dict(exp=f'the animal number {i} that walks to the left', obj_id=str(i // 2 + 1)) for i in range(said)}, frames=names)
-        (root/'train'/'JPEGImages'/f'{n:010x}').mkdir(parents=True)
-    write_json(root/'meta_expressions'/'train'/'meta_expressions.json', dict(videos=entries), None)
+        entries[f"{n:010x}"] = {
+            "expressions": {
+                str(i): {
+                    "exp": f"the animal number {i} that walks to the left",
+                    "obj_id": str(i // 2 + 1),
+                }
+                for i in range(said)
+            },
+            "frames": names,
+        }
+        (root / "train" / "JPEGImages" / f"{n:010x}").mkdir(parents=True)
+    write_json(
+        root / "meta_expressions" / "train" / "meta_expressions.json", {"videos": entries}, None
+    )
+
 
 def indexing(
     videos: int = 3471,
     expressions: int = 12913,
 ) -> list[Figure]:
     "Seconds until the training split of Ref-YouTube-VOS is open, wall time of the first try."
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         listing(Path(folder), videos, expressions)
-        start = time.perf_counter(); data = open_dataset(folder, 'train'); wall = time.perf_counter() - start
-    print(f'{len(data.videos)} videos, {len(data)} sentences, {len(data.faults)} faults', flush=True)
-    return [Figure('index.seconds', wall, 2, 's')]
+        start = time.perf_counter()
+        data = open_dataset(folder, "train")
+        wall = time.perf_counter() - start
+    print(
+        f"{len(data.videos)} videos, {len(data)} sentences, {len(data.faults)} faults", flush=True
+    )
+    return [Figure("index.seconds", wall, 2, "s")]
 
 # %% ../../nbs/10d_bench.metrics.ipynb #b1d720a2
 def mask_dict(
@@ -211,39 +291,72 @@ def mask_dict(
     megabytes: int = 300,
     frames: int = 50,
     size: tuple[int, int] = (720, 1280),
-) -> int: # annotations
+) -> int:  # annotations
     "Write split `valid_u` of MeViS with a sentence for each annotation and four annotations a video."
-    split, path = root/'valid_u', root/'valid_u'/'mask_dict.json'
-    codes = [json.dumps(dict(size=code['size'], counts=code['counts'].decode())) for _, pred in film(20, size=size) for code in [rle_encode(pred)]]
-    split.mkdir(parents=True); Image.new('RGB', size[::-1]).save(split/'00000.jpg')
-    entries, n, names = {}, 0, [f'{t:05d}' for t in range(frames)]
-    with open(path, 'w') as f:
+    split, path = root / "valid_u", root / "valid_u" / "mask_dict.json"
+    codes = [
+        json.dumps({"size": code["size"], "counts": code["counts"].decode()})
+        for _, pred in film(20, size=size)
+        for code in [rle_encode(pred)]
+    ]
+    split.mkdir(parents=True)
+    Image.new("RGB", size[::-1]).save(split / "00000.jpg")
+    entries, n, names = {}, 0, [f"{t:05d}" for t in range(frames)]
+    with open(path, "w") as f:
         while f.tell() < megabytes * 1_000_000:
-            f.write(f'{"{" if n == 0 else ", "}"{n}": [' + ', '.join('null' if (n + t) % 10 == 0 else codes[(n + t) % len(codes)] for t in range(frames)) + ']')
-            entries.setdefault(f'{n // 4:08x}', dict(frames=names, expressions={}))['expressions'][str(n % 4)] = dict(exp='the one that moves', obj_id=[0], anno_id=[n])
+            f.write(
+                f'{"{" if n == 0 else ", "}"{n}": ['
+                + ", ".join(
+                    "null" if (n + t) % 10 == 0 else codes[(n + t) % len(codes)]
+                    for t in range(frames)
+                )
+                + "]"
+            )
+            entries.setdefault(f"{n // 4:08x}", {"frames": names, "expressions": {}})[
+                "expressions"
+            ][str(n % 4)] = {"exp": "the one that moves", "obj_id": [0], "anno_id": [n]}
             n += 1
-        f.write('}')
+        f.write("}")
     for id in entries:
-        (folder := split/'JPEGImages'/id).mkdir(parents=True); os.link(split/'00000.jpg', folder/'00000.jpg')
-    write_json(split/'meta_expressions.json', dict(videos=entries), None)
+        (folder := split / "JPEGImages" / id).mkdir(parents=True)
+        os.link(split / "00000.jpg", folder / "00000.jpg")
+    write_json(split / "meta_expressions.json", {"videos": entries}, None)
     return n
 
 # %% ../../nbs/10d_bench.metrics.ipynb #e1b7a016
-def _ask(root: Path) -> int: # pixels of the first and the last sentence's masks
+def _ask(root: Path) -> int:  # pixels of the first and the last sentence's masks
     "Open the split and its file of masks, and read two sentences' masks."
-    data = open_dataset(root, 'valid_u'); annotation_spans(data.union.path); asked = list(data)
+    data = open_dataset(root, "valid_u")
+    annotation_spans(data.union.path)
+    asked = list(data)
     return sum(int(data.masks(e).sum()) for e in (asked[0], asked[-1]))
 
-def _asking(root: Path) -> Callable: return partial(_ask, root)
+
+def _asking(root: Path) -> Callable:
+    return partial(_ask, root)
+
 
 def mevis(megabytes: int = 300) -> list[Figure]:
     "Seconds to open a mask_dict.json for the first and for the second time, and peak memory of opening it and reading two sentences' masks."
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        root = Path(folder); n = mask_dict(root, megabytes); path = root/'valid_u'/'mask_dict.json'
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        root = Path(folder)
+        n = mask_dict(root, megabytes)
+        path = root / "valid_u" / "mask_dict.json"
         peak, spent, found = peak_memory(partial(_asking, root)) / 2**20, [], []
-        for _ in range(2): start = time.perf_counter(); found.append(len(annotation_spans(path))); spent.append(time.perf_counter() - start)
-        print(f'mask_dict.json of {path.stat().st_size / 1e6:.0f} MB: {found[0]} of {n} annotations found', flush=True)
-    return [Figure('mevis.first.seconds', spent[0], unit='s'), Figure('mevis.second.seconds', spent[1], 0.01, 's'), Figure('mevis.memory', peak, 1536, 'MB')]
+        for _ in range(2):
+            start = time.perf_counter()
+            found.append(len(annotation_spans(path)))
+            spent.append(time.perf_counter() - start)
+        print(
+            f"mask_dict.json of {path.stat().st_size / 1e6:.0f} MB: {found[0]} of {n} annotations found",
+            flush=True,
+        )
+    return [
+        Figure("mevis.first.seconds", spent[0], unit="s"),
+        Figure("mevis.second.seconds", spent[1], 0.01, "s"),
+        Figure("mevis.memory", peak, 1536, "MB"),
+    ]
+
 
 def figures() -> list[Figure]:
     "All of it; some four minutes."

@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from ..benchmarks import Figure, Race, in_turn, peak_memory, seconds
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTEngine, ConvGN, LocalActivation, ResNet50Encoder, SelfAttention
-from ..vos.attention import LongTermAttention, NearbySearch, ShortTermAttention, window_outside
+from rvos_nb.vos.attention import (
+    LongTermAttention,
+    NearbySearch,
+    ShortTermAttention,
+    window_outside,
+)
 from ..vos.deaot import DeAOT, DepthWise, GatedLongTerm, GatedSelf, GatedShortTerm
 from ..vos.propagator import AOTPropagator
 
@@ -33,139 +38,228 @@ def written_out(
     q: Tensor,  # (B, P, C)
     k: Tensor,  # (B, S, C)
     v: Tensor,  # (B, S, D)
-    heads: int, # H, a divisor of C and D
-) -> Tensor:    # (B, P, D)
+    heads: int,  # H, a divisor of C and D
+) -> Tensor:  # (B, P, D)
     "Attention whose weights exist as a whole."
-    q, k, v = (rearrange(x, 'b s (n d) -> b n s d', n=heads) for x in (q, k, v))
-    return rearrange((q * q.shape[-1] ** -.5 @ k.mT).softmax(-1) @ v, 'b n s d -> b s (n d)')
+    q, k, v = (rearrange(x, "b s (n d) -> b n s d", n=heads) for x in (q, k, v))
+    return rearrange((q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v, "b n s d -> b s (n d)")
+
 
 class PublishedSelf(SelfAttention):
-    def forward(self, x, pos): return self.projection(written_out(self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads))
+    def forward(self, x, pos):
+        return self.projection(
+            written_out(
+                self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads
+            )
+        )
+
 
 class PublishedLongTerm(LongTermAttention):
-    def forward(self, q, k, v): return self.projection(written_out(q, k, v, self.heads))
+    def forward(self, q, k, v):
+        return self.projection(written_out(q, k, v, self.heads))
+
 
 class PublishedGatedLongTerm(GatedLongTerm):
-    def forward(self, q, k, v, gate, size): return self.gated(written_out(q, k, v, 1), gate, size)
+    def forward(self, q, k, v, gate, size):
+        return self.gated(written_out(q, k, v, 1), gate, size)
+
 
 class PublishedGatedSelf(GatedSelf):
     def forward(self, t, u, size):
         q = self.linear_QK(torch.cat([t, u], -1))
-        values, gate = (F.silu(torch.cat([a(t), b(u)], -1)) for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2)))
+        values, gate = (
+            F.silu(torch.cat([a(t), b(u)], -1))
+            for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2))
+        )
         return self.gated(written_out(q, q, values, 1), gate, size)
 
 # %% ../../nbs/10c_bench.propagate.ipynb #3fd06559
 @lru_cache
-def window_mask(h: int, w: int, r: int) -> Tensor: # (h*w, (h+2r)*(w+2r)) bool
+def window_mask(h: int, w: int, r: int) -> Tensor:  # (h*w, (h+2r)*(w+2r)) bool
     "Which places of the padded map lie in the window of which pixel."
+
     def axis(n):
         o = torch.arange(n + 2 * r) - torch.arange(n)[:, None]
         return (o >= 0) & (o <= 2 * r)
+
     return (axis(h)[:, None, :, None] & axis(w)[None, :, None, :]).reshape(h * w, -1)
+
 
 class Published(NearbySearch):
     "The window by a mask over all pairs, or with `unfold` by a copy of the keys for each offset. A mixin."
+
     unfold = False
 
     def search(self, q, k, v, size, offsets=None):
         (h, w), r, n = size, self.reach, self.side
-        def padded(x): return F.pad(rearrange(x, 'b (h w) (n d) -> b n d h w', h=h, n=self.heads), (r,) * 4).flatten(3) # (B, H, d, S)
-        mask, q_map = window_mask(h, w, r).to(q.device), rearrange(q, 'b (h w) c -> b c h w', h=h)
-        heads = rearrange(q, 'b p (n d) -> b n p d', n=self.heads) * (q.shape[-1] // self.heads) ** -.5
+
+        def padded(x):
+            return F.pad(
+                rearrange(x, "b (h w) (n d) -> b n d h w", h=h, n=self.heads), (r,) * 4
+            ).flatten(3)  # (B, H, d, S)
+
+        mask, q_map = window_mask(h, w, r).to(q.device), rearrange(q, "b (h w) c -> b c h w", h=h)
+        heads = (
+            rearrange(q, "b p (n d) -> b n p d", n=self.heads) * (q.shape[-1] // self.heads) ** -0.5
+        )
         if self.unfold:
-            copies = F.unfold(rearrange(k, 'b (h w) c -> b c h w', h=h), n, padding=r).unflatten(1, (self.heads, -1, n * n)) # (B, H, d, n*n, h*w)
+            copies = F.unfold(rearrange(k, "b (h w) c -> b c h w", h=h), n, padding=r).unflatten(
+                1, (self.heads, -1, n * n)
+            )  # (B, H, d, n*n, h*w)
             near = (heads.mT[:, :, :, None] * copies).sum(2).mT
-        else: near = (heads @ padded(k))[:, :, mask].unflatten(-1, (h * w, n * n))
-        near = near + rearrange(self.relative_emb_k(q_map), 'b (n o) h w -> b n (h w) o', n=self.heads)
+        else:
+            near = (heads @ padded(k))[:, :, mask].unflatten(-1, (h * w, n * n))
+        near = near + rearrange(
+            self.relative_emb_k(q_map), "b (n o) h w -> b n (h w) o", n=self.heads
+        )
         near = near.masked_fill(window_outside(h, w, r, q.device)[:, None], -1e8).softmax(-1)
         full = near.new_zeros(*near.shape[:3], (h + 2 * r) * (w + 2 * r))
         full[:, :, mask] = near.flatten(2)
         y = full @ padded(v).mT
-        if offsets is not None: y = y + torch.einsum('bnpo,ndo->bnpd', near, offsets)
-        return rearrange(y, 'b n p d -> b p (n d)')
+        if offsets is not None:
+            y = y + torch.einsum("bnpo,ndo->bnpd", near, offsets)
+        return rearrange(y, "b n p d -> b p (n d)")
 
-class PublishedShortTerm(Published, ShortTermAttention): pass
-class PublishedGatedShortTerm(Published, GatedShortTerm): unfold = True
-class UnfoldedShortTerm(Published, ShortTermAttention): unfold = True
+
+class PublishedShortTerm(Published, ShortTermAttention):
+    pass
+
+
+class PublishedGatedShortTerm(Published, GatedShortTerm):
+    unfold = True
+
+
+class UnfoldedShortTerm(Published, ShortTermAttention):
+    unfold = True
 
 # %% ../../nbs/10c_bench.propagate.ipynb #8f6a2e8e
 class PublishedResNet50(ResNet50Encoder):
-    def block(self, b, x): return b(x)
+    def block(self, b, x):
+        return b(x)
+
     def forward(self, x):
         x, maps = self.maxpool(F.relu(self.bn1(self.conv1(x)))), []
-        for stage in (self.layer1, self.layer2, self.layer3): maps.append(x := stage(x))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            maps.append(x := stage(x))
         return [*maps, x]
 
+
 class PublishedConvGN(ConvGN):
-    def forward(self, x): return self.gn(self.conv(x)).relu()
+    def forward(self, x):
+        return self.gn(self.conv(x)).relu()
+
 
 class PublishedActivation(LocalActivation):
-    def forward(self, x, size): return self.conv(F.gelu(self.gn(rearrange(x, 'b (h w) c -> b c h w', h=size[0])))).flatten(2).mT
+    def forward(self, x, size):
+        return (
+            self.conv(F.gelu(self.gn(rearrange(x, "b (h w) c -> b c h w", h=size[0]))))
+            .flatten(2)
+            .mT
+        )
+
 
 class PublishedDepthWise(DepthWise):
-    def forward(self, x, size): return self.conv(rearrange(x, 'b (h w) c -> b c h w', h=size[0])).flatten(2).mT
+    def forward(self, x, size):
+        return self.conv(rearrange(x, "b (h w) c -> b c h w", h=size[0])).flatten(2).mT
 
-PUBLISHED = {base: form for form in (PublishedSelf, PublishedLongTerm, PublishedGatedLongTerm, PublishedGatedSelf, PublishedResNet50, PublishedConvGN, PublishedActivation,
-             PublishedDepthWise) for base in form.__bases__} | {ShortTermAttention: PublishedShortTerm, GatedShortTerm: PublishedGatedShortTerm}
+
+PUBLISHED = {
+    base: form
+    for form in (
+        PublishedSelf,
+        PublishedLongTerm,
+        PublishedGatedLongTerm,
+        PublishedGatedSelf,
+        PublishedResNet50,
+        PublishedConvGN,
+        PublishedActivation,
+        PublishedDepthWise,
+    )
+    for base in form.__bases__
+} | {ShortTermAttention: PublishedShortTerm, GatedShortTerm: PublishedGatedShortTerm}
+
 
 def as_published(
-    model: AOT, # changed in place; its weights stay
+    model: AOT,  # changed in place; its weights stay
 ) -> AOT:
     "Compute a model the way the published code does."
-    for m in model.modules(): m.__class__ = PUBLISHED.get(type(m), type(m))
+    for m in model.modules():
+        m.__class__ = PUBLISHED.get(type(m), type(m))
     return model
 
 # %% ../../nbs/10c_bench.propagate.ipynb #5ab0d436
-SIZE, MODELS = (480, 854), {'R50-AOTL': (AOT, 'r50_aotl', 2.), 'R50-DeAOTL': (DeAOT, 'r50_deaotl', 1.6)}
+SIZE, MODELS = (
+    (480, 854),
+    {"R50-AOTL": (AOT, "r50_aotl", 2.0), "R50-DeAOTL": (DeAOT, "r50_deaotl", 1.6)},
+)
+
 
 def clip(
     frames: int,
     size: tuple[int, int] = SIZE,
     objects: int = 3,
-) -> tuple[np.ndarray, np.ndarray]: # (T, H, W, 3) uint8, (T, H, W) uint8
+) -> tuple[np.ndarray, np.ndarray]:  # (T, H, W, 3) uint8, (T, H, W) uint8
     "Discs that drift over noise."
     rng, (h, w) = np.random.default_rng(0), size
-    film, labels = rng.integers(0, 255, (frames, h, w, 3), np.uint8), np.zeros((frames, h, w), np.uint8)
+    film, labels = (
+        rng.integers(0, 255, (frames, h, w, 3), np.uint8),
+        np.zeros((frames, h, w), np.uint8),
+    )
     y, x = np.mgrid[:h, :w]
     for i in range(objects):
         for t in range(frames):
-            disc = (y - h * (.3 + .4 * (i % 2))) ** 2 + (x - w * ((i + 1) / (objects + 1) + .002 * t)) ** 2 < (h / 6) ** 2
+            disc = (y - h * (0.3 + 0.4 * (i % 2))) ** 2 + (
+                x - w * ((i + 1) / (objects + 1) + 0.002 * t)
+            ) ** 2 < (h / 6) ** 2
             film[t, disc], labels[t, disc] = film[t, disc] // 4 + 60 * (i % 3 + 1), i + 1
     return film, labels
 
+
 def walker(
-    cls: type,          # AOT or DeAOT
-    name: str,          # of a variant
+    cls: type,  # AOT or DeAOT
+    name: str,  # of a variant
     published: bool,
     max_memory_frames: int | None = None,
-    **changes,          # to the variant
+    **changes,  # to the variant
 ) -> AOTPropagator:
     "A propagator with drawn weights."
     torch.manual_seed(0)
     model = cls(replace((aot.VARIANTS | deaot.VARIANTS)[name], **changes)).eval()
-    return AOTPropagator(as_published(model) if published else model, max_memory_frames=max_memory_frames)
+    return AOTPropagator(
+        as_published(model) if published else model, max_memory_frames=max_memory_frames
+    )
 
 # %% ../../nbs/10c_bench.propagate.ipynb #baaf2c0a
 def race(
     ours: AOTPropagator,
     theirs: AOTPropagator,
-    film: np.ndarray,   # (T, H, W, 3) uint8
-    labels: np.ndarray, # (T, H, W) uint8
-) -> tuple[Race, float]: # seconds of each frame but the first two; the largest difference of a logit
+    film: np.ndarray,  # (T, H, W, 3) uint8
+    labels: np.ndarray,  # (T, H, W) uint8
+) -> tuple[
+    Race, float
+]:  # seconds of each frame but the first two; the largest difference of a logit
     "Walk a clip both ways at once."
-    times, worst = [], 0.
-    for walk in (ours, theirs): walk.start(film.shape[1:3]); walk.remember(film[0], labels[0])
+    times, worst = [], 0.0
+    for walk in (ours, theirs):
+        walk.start(film.shape[1:3])
+        walk.remember(film[0], labels[0])
     for frame, truth in zip(film[1:], labels[1:]):
         times.append(tuple(seconds(lambda: walk.step(frame)) for walk in (ours, theirs)))
         a, b = (walk.engine.logits(truth.shape) for walk in (ours, theirs))
         worst = max(worst, (a - b).abs().max().item())
-        for walk in (ours, theirs): walk.amend(truth)
+        for walk in (ours, theirs):
+            walk.amend(truth)
     return Race(*zip(*times[1:])), worst
+
 
 def whole_walk(walk: AOTPropagator, film: np.ndarray, labels: np.ndarray):
     "A clip, walked by one way."
-    walk.start(film.shape[1:3]); walk.remember(film[0], labels[0])
-    for frame, truth in zip(film[1:], labels[1:]): walk.step(frame); walk.amend(truth)
+    walk.start(film.shape[1:3])
+    walk.remember(film[0], labels[0])
+    for frame, truth in zip(film[1:], labels[1:]):
+        walk.step(frame)
+        walk.amend(truth)
+
 
 def load_walk(frames: int, size: tuple[int, int], **options) -> Callable:
     "For `peak_memory`: load a model and a clip, and let the libraries load what they need."
@@ -173,38 +267,73 @@ def load_walk(frames: int, size: tuple[int, int], **options) -> Callable:
     whole_walk(walk, *small)
     return partial(whole_walk, walk, *clip(frames, size))
 
+
 def models() -> list[Figure]:
     "The published size, both ways."
     found = []
     for title, (cls, name, goal) in MODELS.items():
         times, worst = race(walker(cls, name, False), walker(cls, name, True), *clip(20))
-        ours, theirs = (peak_memory(partial(load_walk, 20, SIZE, cls=cls, name=name, published=p)) / 2**20 for p in (False, True))
-        print(f'{title}: {np.mean(times.thing):.2f} s a frame, published way {np.mean(times.yardstick):.2f} s; peak above the weights {ours:.0f} and {theirs:.0f} MB', flush=True)
-        found += [Figure(f'{title}.logits', worst, 1e-3), Figure(f'{title}.speed', sum(times.yardstick) / sum(times.thing), goal, 'x', least=True),
-                  Figure(f'{title}.memory', ours / theirs, .5, 'x')]
+        ours, theirs = (
+            peak_memory(partial(load_walk, 20, SIZE, cls=cls, name=name, published=p)) / 2**20
+            for p in (False, True)
+        )
+        print(
+            f"{title}: {np.mean(times.thing):.2f} s a frame, published way {np.mean(times.yardstick):.2f} s; peak above the weights {ours:.0f} and {theirs:.0f} MB",
+            flush=True,
+        )
+        found += [
+            Figure(f"{title}.logits", worst, 1e-3),
+            Figure(
+                f"{title}.speed", sum(times.yardstick) / sum(times.thing), goal, "x", least=True
+            ),
+            Figure(f"{title}.memory", ours / theirs, 0.5, "x"),
+        ]
     return found
 
 # %% ../../nbs/10c_bench.propagate.ipynb #b6a127c2
-def window_work(form: str, heads: int) -> Callable: # form: 'strips', 'unfolded' or 'dense'
+def window_work(form: str, heads: int) -> Callable:  # form: 'strips', 'unfolded' or 'dense'
     "One search of the window, ready to be called."
     torch.manual_seed(0)
     dim, wide = (256, 256) if heads == 8 else (128, 1024)
-    cls = {'strips': NearbySearch, 'unfolded': type('Unfolded', (Published,), dict(unfold=True)), 'dense': Published}[form]
-    layer, (q, k), v = cls(dim, heads, 7).eval(), torch.randn(2, 1, 31 * 54, dim), torch.randn(1, 31 * 54, wide)
+    cls = {
+        "strips": NearbySearch,
+        "unfolded": type("Unfolded", (Published,), {"unfold": True}),
+        "dense": Published,
+    }[form]
+    layer, (q, k), v = (
+        cls(dim, heads, 7).eval(),
+        torch.randn(2, 1, 31 * 54, dim),
+        torch.randn(1, 31 * 54, wide),
+    )
     offsets = torch.randn(heads, wide // heads, 225) if heads == 8 else None
     work = torch.inference_mode()(partial(layer.search, q, k, v, (31, 54), offsets))
-    NearbySearch.search(layer, q[:, :9], k[:, :9], v[:, :9], (3, 3), offsets) # let the libraries load
+    NearbySearch.search(
+        layer, q[:, :9], k[:, :9], v[:, :9], (3, 3), offsets
+    )  # let the libraries load
     return work
+
 
 def windows() -> list[Figure]:
     "Time and memory of the three forms."
     found = []
     for heads in (8, 1):
-        ours, peak = window_work('strips', heads), peak_memory(partial(window_work, 'strips', heads)) / 2**20
-        for form in ('unfolded', 'dense'):
-            times, theirs = in_turn(ours, window_work(form, heads), rounds=5), peak_memory(partial(window_work, form, heads)) / 2**20
-            print(f'window, {heads} heads: {1000 * median(times.thing):.0f} ms, {form} {1000 * median(times.yardstick):.0f} ms; peak {peak:.0f} and {theirs:.0f} MB', flush=True)
-            found += [Figure(f'window.{heads}.{form}.speed', times.ratio, 2, 'x', least=True), Figure(f'window.{heads}.{form}.memory', peak / theirs, 1, 'x')]
+        ours, peak = (
+            window_work("strips", heads),
+            peak_memory(partial(window_work, "strips", heads)) / 2**20,
+        )
+        for form in ("unfolded", "dense"):
+            times, theirs = (
+                in_turn(ours, window_work(form, heads), rounds=5),
+                peak_memory(partial(window_work, form, heads)) / 2**20,
+            )
+            print(
+                f"window, {heads} heads: {1000 * median(times.thing):.0f} ms, {form} {1000 * median(times.yardstick):.0f} ms; peak {peak:.0f} and {theirs:.0f} MB",
+                flush=True,
+            )
+            found += [
+                Figure(f"window.{heads}.{form}.speed", times.ratio, 2, "x", least=True),
+                Figure(f"window.{heads}.{form}.memory", peak / theirs, 1, "x"),
+            ]
     return found
 
 # %% ../../nbs/10c_bench.propagate.ipynb #2fa1f17d
@@ -221,55 +350,88 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
             for n in frames:
                 long = [tuple(x.repeat(1, n, 1) for x in layer) for layer in own]
                 cost[n] = min(seconds(lambda: model(f, long, own)) for _ in range(3))
-        print(f'{title}: ' + ', '.join(f'{n} frames {t:.2f} s' for n, t in cost.items()), flush=True)
-        found.append(Figure(f'{title}.doubling', max(cost[2 * n] / cost[n] for n in frames[:-1]), 2.1, 'x'))
+        print(
+            f"{title}: " + ", ".join(f"{n} frames {t:.2f} s" for n, t in cost.items()), flush=True
+        )
+        found.append(
+            Figure(f"{title}.doubling", max(cost[2 * n] / cost[n] for n in frames[:-1]), 2.1, "x")
+        )
     return found
+
 
 def long_clip(frames: int = 600, size: tuple[int, int] = (129, 225)) -> list[Figure]:
     "A clip with room for eight frames: the last hundred steps against the hundred after warming up; the peak against that of a sixth of the clip."
-    small = dict(cls=AOT, name='aott', published=False, gap=1, max_memory_frames=8)
+    small = {"cls": AOT, "name": "aott", "published": False, "gap": 1, "max_memory_frames": 8}
     walk, (film, labels), times, part = walker(**small), clip(frames, size), [], frames // 6
-    walk.start(size); walk.remember(film[0], labels[0])
-    for frame, truth in zip(film[1:], labels[1:]): times.append(seconds(lambda: walk.step(frame))); walk.amend(truth)
-    short, whole = (peak_memory(partial(load_walk, n, size, **small)) / 2**20 for n in (part, frames))
-    print(f'{frames} frames with room for 8: {1000 * median(times[20:part]):.0f} ms a frame at first, {1000 * median(times[-part:]):.0f} ms in the end; '
-          f'peak {whole:.0f} MB, of the first {part} frames {short:.0f} MB', flush=True)
-    return [Figure('long_clip.slowing', median(times[-part:]) / median(times[20:part]), 1.1, 'x'), Figure('long_clip.memory', whole / short, 1.1, 'x')]
+    walk.start(size)
+    walk.remember(film[0], labels[0])
+    for frame, truth in zip(film[1:], labels[1:]):
+        times.append(seconds(lambda: walk.step(frame)))
+        walk.amend(truth)
+    short, whole = (
+        peak_memory(partial(load_walk, n, size, **small)) / 2**20 for n in (part, frames)
+    )
+    print(
+        f"{frames} frames with room for 8: {1000 * median(times[20:part]):.0f} ms a frame at first, {1000 * median(times[-part:]):.0f} ms in the end; "
+        f"peak {whole:.0f} MB, of the first {part} frames {short:.0f} MB",
+        flush=True,
+    )
+    return [
+        Figure("long_clip.slowing", median(times[-part:]) / median(times[20:part]), 1.1, "x"),
+        Figure("long_clip.memory", whole / short, 1.1, "x"),
+    ]
 
 # %% ../../nbs/10c_bench.propagate.ipynb #2a6e87c8
 def sentences(frames: int = 3, count: int = 3, size: tuple[int, int] = SIZE) -> list[Figure]:
     "R50-AOTL for several sentences at once: every walk from pixels against walks that share what is seen."
-    (film, labels), walks = clip(frames, size), [walker(AOT, 'r50_aotl', False)]
+    (film, labels), walks = clip(frames, size), [walker(AOT, "r50_aotl", False)]
     walks += [walks[0].fork() for _ in range(count - 1)]
+
     def run(shared: bool):
-        for walk in walks: walk.start(size); walk.remember(film[0], labels[0])
+        for walk in walks:
+            walk.start(size)
+            walk.remember(film[0], labels[0])
         for frame in film[1:]:
             seen = walks[0].see(frame) if shared else frame
-            for walk in walks: walk.step(seen)
+            for walk in walks:
+                walk.step(seen)
+
     ratio = in_turn(partial(run, True), partial(run, False), rounds=2).ratio
-    print(f'{count} sentences: {ratio:.2f} times the speed of separate walks', flush=True)
-    return [Figure('sentences.speed', ratio, 1.1, 'x', least=True)]
+    print(f"{count} sentences: {ratio:.2f} times the speed of separate walks", flush=True)
+    return [Figure("sentences.speed", ratio, 1.1, "x", least=True)]
 
 # %% ../../nbs/10c_bench.propagate.ipynb #0732e229
-ZOO_FPS = {'r50_aotl': 14.9, 'r50_deaotl': 22.4, 'swinb_deaotl': 11.9}
+ZOO_FPS = {"r50_aotl": 14.9, "r50_deaotl": 22.4, "swinb_deaotl": 11.9}
+
 
 def gpu(frames: int = 60) -> list[Figure]:
     "Prints a table; a line where there is no GPU."
-    if not torch.cuda.is_available(): print('no GPU here: frames per second not measured'); return []
+    if not torch.cuda.is_available():
+        print("no GPU here: frames per second not measured")
+        return []
     found = []
     for name, published in ZOO_FPS.items():
-        walk = walker(DeAOT if 'deaot' in name else AOT, name, False)
+        walk = walker(DeAOT if "deaot" in name else AOT, name, False)
         walk.model.cuda()
         for objects in (1, 10):
             film, labels = clip(frames, objects=objects)
             for half in (False, True):
-                with torch.autocast('cuda', torch.float16, enabled=half):
-                    walk.start(SIZE); walk.remember(film[0], labels[0])
-                    for frame in film[1:10]: walk.step(frame)
-                    spent = seconds(lambda: [walk.step(frame) for frame in film[10:]], 'cuda')
-                found.append(Figure(f"{name}.{objects}.{'half' if half else 'float32'}", (frames - 10) / spent, unit=' fps'))
-                print(f'{found[-1]}; model zoo {published}', flush=True)
+                with torch.autocast("cuda", torch.float16, enabled=half):
+                    walk.start(SIZE)
+                    walk.remember(film[0], labels[0])
+                    for frame in film[1:10]:
+                        walk.step(frame)
+                    spent = seconds(lambda: [walk.step(frame) for frame in film[10:]], "cuda")
+                found.append(
+                    Figure(
+                        f"{name}.{objects}.{'half' if half else 'float32'}",
+                        (frames - 10) / spent,
+                        unit=" fps",
+                    )
+                )
+                print(f"{found[-1]}; model zoo {published}", flush=True)
     return found
+
 
 def figures() -> list[Figure]:
     "All of it; some ten minutes on two cores."

@@ -27,34 +27,66 @@ from torch import Tensor
 
 from ..benchmarks import Figure, in_turn, peak_memory, seconds
 from ..models import crossmodal, heads, referformer, video_swin
-from ..models.referformer import Candidates, ReferFormer, ReferFormerConfig, best_query, tiny_config
+from rvos_nb.models.referformer import (
+    Candidates,
+    ReferFormer,
+    ReferFormerConfig,
+    best_query,
+    tiny_config,
+)
 from ..models.text import make_tokenizer
 from ..ops import deform_attn
 
 # %% ../../nbs/10b_bench.referformer.ipynb #f303186c
 def naive_attention(
     self: crossmodal.Attention,
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None,   # as for `Attention.forward`
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None = None,  # as for `Attention.forward`
 ) -> Tensor:
     "`Attention.forward` with its weights made and thrown away; sequence first, one copy of a video for each sentence."
     n = max(len(query), len(key))
     q, k, v = (x.expand(n, -1, -1).transpose(0, 1) for x in (query, key, value))
-    out, _ = F.multi_head_attention_forward(q, k, v, q.shape[-1], self.heads, self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0,
-                                            self.out_proj.weight, self.out_proj.bias, training=False, key_padding_mask=padding, need_weights=True)
+    out, _ = F.multi_head_attention_forward(
+        q,
+        k,
+        v,
+        q.shape[-1],
+        self.heads,
+        self.in_proj_weight,
+        self.in_proj_bias,
+        None,
+        None,
+        False,
+        0.0,
+        self.out_proj.weight,
+        self.out_proj.bias,
+        training=False,
+        key_padding_mask=padding,
+        need_weights=True,
+    )
     return out.transpose(0, 1)
 
 # %% ../../nbs/10b_bench.referformer.ipynb #961d7377
 @lru_cache(maxsize=64)
 def window_mask(
-    whole: tuple, window: tuple, shift: tuple,   # (T, h, w) of the padded map, of a window, of the shift
+    whole: tuple,
+    window: tuple,
+    shift: tuple,  # (T, h, w) of the padded map, of a window, of the shift
     device: torch.device,
-) -> Tensor:                                     # (windows, n, n) 0 or −100
+) -> Tensor:  # (windows, n, n) 0 or −100
     "Which tokens of each window came from the two ends of the rolled clip."
     region = torch.zeros(1, *whole, 1, device=device)
-    sides = [(slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),) for w, s in zip(window, shift)]
-    for i, (t, h, w) in enumerate((t, h, w) for t in sides[0] for h in sides[1] for w in sides[2]): region[:, t, h, w] = i
+    sides = [
+        (slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),)
+        for w, s in zip(window, shift)
+    ]
+    for i, (t, h, w) in enumerate((t, h, w) for t in sides[0] for h in sides[1] for w in sides[2]):
+        region[:, t, h, w] = i
     region = windows(region, window)[..., 0]
     return (region[:, None] != region[:, :, None]) * -100.0
+
 
 def windows(x: Tensor, window: tuple) -> Tensor:
     "Cut (B, T, h, w, C) into (B·windows, tokens, C)."
@@ -62,53 +94,101 @@ def windows(x: Tensor, window: tuple) -> Tensor:
     x = x.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, math.prod(window), c)
 
+
 def naive_block(
     self: video_swin.Block,
-    x: Tensor,   # (B, T, h, w, C)
-) -> Tensor:     # the same
+    x: Tensor,  # (B, T, h, w, C)
+) -> Tensor:  # the same
     "`Block.forward` with all weights of all windows at once."
     size = tuple(x.shape[1:4])
     window, shift = video_swin.fit_window(size, self.window, self.shifted, self.shrinks)
-    y = F.pad(self.norm1(x), [n for s, k in reversed(list(zip((*size, 0), (*window, 1)))) for n in (0, -s % k)])
-    if any(shift): y = y.roll([-s for s in shift], (1, 2, 3))
+    y = F.pad(
+        self.norm1(x),
+        [n for s, k in reversed(list(zip((*size, 0), (*window, 1)))) for n in (0, -s % k)],
+    )
+    if any(shift):
+        y = y.roll([-s for s in shift], (1, 2, 3))
     (b, *whole, c), n, heads_ = y.shape, math.prod(window), self.attn.heads
-    q, k, v = self.attn.qkv(windows(y, window)).reshape(-1, n, 3, heads_, c // heads_).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        self.attn.qkv(windows(y, window))
+        .reshape(-1, n, 3, heads_, c // heads_)
+        .permute(2, 0, 3, 1, 4)
+    )
     weights = (q * (c // heads_) ** -0.5) @ k.transpose(-2, -1)
     index = self.attn.relative_position_index[:n, :n]
-    weights = weights + self.attn.relative_position_bias_table[index.flatten()].view(n, n, -1).permute(2, 0, 1)[None]
-    if any(shift): weights = (weights.unflatten(0, (b, -1)) + window_mask(tuple(whole), window, shift, x.device)[None, :, None]).flatten(0, 1)
+    weights = (
+        weights
+        + self.attn.relative_position_bias_table[index.flatten()]
+        .view(n, n, -1)
+        .permute(2, 0, 1)[None]
+    )
+    if any(shift):
+        weights = (
+            weights.unflatten(0, (b, -1))
+            + window_mask(tuple(whole), window, shift, x.device)[None, :, None]
+        ).flatten(0, 1)
     y = self.attn.proj((weights.softmax(-1) @ v).transpose(1, 2).flatten(2))
     grid = [a // k for a, k in zip(whole, window)]
     y = y.view(b, *grid, *window, c).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *whole, c)
-    if any(shift): y = y.roll(shift, (1, 2, 3))
-    x = x + y[:, :size[0], :size[1], :size[2]]
-    return x + self.mlp['fc2'](F.gelu(self.mlp['fc1'](self.norm2(x))))
+    if any(shift):
+        y = y.roll(shift, (1, 2, 3))
+    x = x + y[:, : size[0], : size[1], : size[2]]
+    return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 # %% ../../nbs/10b_bench.referformer.ipynb #519b8db7
 def naive_deform_attn(
-    value: Tensor, shapes: list, locations: Tensor, weights: Tensor, reference: Tensor | None = None, softmax: bool = False,   # as for `ms_deform_attn`
+    value: Tensor,
+    shapes: list,
+    locations: Tensor,
+    weights: Tensor,
+    reference: Tensor | None = None,
+    softmax: bool = False,  # as for `ms_deform_attn`
 ) -> Tensor:
     "`ms_deform_attn` with all readings kept until the end."
     locations, weights = deform_attn.spelled_out(shapes, locations, weights, reference, softmax)
     n, _, m, d = value.shape
-    read = [F.grid_sample(v.flatten(2).transpose(1, 2).reshape(n * m, d, h, w), (2 * locations[:, :, :, l] - 1).transpose(1, 2).flatten(0, 1), align_corners=False)
-            for l, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes))]
+    read = [
+        F.grid_sample(
+            v.flatten(2).transpose(1, 2).reshape(n * m, d, h, w),
+            (2 * locations[:, :, :, l] - 1).transpose(1, 2).flatten(0, 1),
+            align_corners=False,
+        )
+        for l, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes))
+    ]
     weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]
-    return (torch.stack(read, -2).flatten(-2) * weights).sum(-1).view(n, m * d, -1).transpose(1, 2).contiguous()
+    return (
+        (torch.stack(read, -2).flatten(-2) * weights)
+        .sum(-1)
+        .view(n, m * d, -1)
+        .transpose(1, 2)
+        .contiguous()
+    )
+
 
 def naive_mask_head(
-    features: Tensor, params: Tensor, reference: Tensor, sizes: Tensor, channels: int = 8, layers: int = 3, conv=None,   # as for `dynamic_mask_head`
+    features: Tensor,
+    params: Tensor,
+    reference: Tensor,
+    sizes: Tensor,
+    channels: int = 8,
+    layers: int = 3,
+    conv=None,  # as for `dynamic_mask_head`
 ) -> Tensor:
     "`dynamic_mask_head` with features and coordinates copied for each query."
     (b, t, c, h, w), q = features.shape, params.shape[2]
-    centre = torch.stack(torch.meshgrid(*heads.pixel_centres(h, w, device=features.device), indexing='xy'))
+    centre = torch.stack(
+        torch.meshgrid(*heads.pixel_centres(h, w, device=features.device), indexing="xy")
+    )
     away = (reference * sizes.to(reference)[:, None, None].flip(-1))[..., None, None] - centre
-    x = torch.cat([features[:, :, None].expand(-1, -1, q, -1, -1, -1), away], 3).reshape(1, -1, h, w)
+    x = torch.cat([features[:, :, None].expand(-1, -1, q, -1, -1, -1), away], 3).reshape(
+        1, -1, h, w
+    )
     shapes, n = heads.dynamic_shapes(c + 2, channels, layers), b * t * q
     parts = params.flatten(0, 2).split([o * i for o, i in shapes] + [o for o, _ in shapes], -1)
     for k, (o, i) in enumerate(shapes):
         x = F.conv2d(x, parts[k].reshape(n * o, i, 1, 1), parts[layers + k].flatten(), groups=n)
-        if k < layers - 1: x = F.relu(x)
+        if k < layers - 1:
+            x = F.relu(x)
     return x.view(b, t, q, h, w)
 
 # %% ../../nbs/10b_bench.referformer.ipynb #be9fd969
@@ -116,50 +196,88 @@ def naive_mask_head(
 def naive(model: ReferFormer):
     "While this runs, modules work the naive way."
     with ExitStack() as stack:
-        for where, name, new in ((crossmodal.Attention, 'forward', naive_attention), (video_swin.Block, 'forward', naive_block),
-                                 (deform_attn, 'ms_deform_attn', naive_deform_attn), (referformer, 'dynamic_mask_head', naive_mask_head),
-                                 (crossmodal, 'piece_size', lambda device: 1 << 40)): stack.enter_context(patch.object(where, name, new))
+        for where, name, new in (
+            (crossmodal.Attention, "forward", naive_attention),
+            (video_swin.Block, "forward", naive_block),
+            (deform_attn, "ms_deform_attn", naive_deform_attn),
+            (referformer, "dynamic_mask_head", naive_mask_head),
+            (crossmodal, "piece_size", lambda device: 1 << 40),
+        ):
+            stack.enter_context(patch.object(where, name, new))
         before = model.text_encoder.config._attn_implementation
-        model.text_encoder.set_attn_implementation('eager')
-        try: yield
-        finally: model.text_encoder.set_attn_implementation(before)
+        model.text_encoder.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.text_encoder.set_attn_implementation(before)
 
 # %% ../../nbs/10b_bench.referformer.ipynb #d73c1bf5
 @torch.inference_mode()
 def naive_refer(
     model: ReferFormer,
-    frames,             # (T, H, W, 3) uint8
-    texts: list[str],   # E sentences
+    frames,  # (T, H, W, 3) uint8
+    texts: list[str],  # E sentences
 ) -> Candidates:
     "What `model.refer(model.see(frames), texts)` says, found the naive way."
     found = []
     with naive(model):
         for text in texts:
             out = model(model.prepare(frames)[None], None, *model.encode([text]), aux=True)
-            q = best_query(out['pred_logits'])[0]
-            found.append((out['pred_masks'][0, :, q], out['pred_logits'][0, :, q, 0].sigmoid(), out['pred_boxes'][0, :, q]))
+            q = best_query(out["pred_logits"])[0]
+            found.append(
+                (
+                    out["pred_masks"][0, :, q],
+                    out["pred_logits"][0, :, q, 0].sigmoid(),
+                    out["pred_boxes"][0, :, q],
+                )
+            )
     return Candidates(*(torch.stack(x) for x in zip(*found)), tuple(frames.shape[1:3]))
 
 # %% ../../nbs/10b_bench.referformer.ipynb #e12faadf
-TEXTS = ['a person in a red shirt', 'the large brown dog that runs to the left', 'the ball', 'the second horse from the left behind the fence']
+TEXTS = [
+    "a person in a red shirt",
+    "the large brown dog that runs to the left",
+    "the ball",
+    "the second horse from the left behind the fence",
+]
+
 
 def published(
-    backbone: str = 'video_swin_t_p4w7',
-    device: str = 'cpu',
-    quick: bool = False,   # narrow, but for its backbone
+    backbone: str = "video_swin_t_p4w7",
+    device: str = "cpu",
+    quick: bool = False,  # narrow, but for its backbone
 ) -> ReferFormer:
     "A ReferFormer of the published size with random weights and a tokenizer for `TEXTS`."
     torch.manual_seed(0)
     tokenizer = make_tokenizer(TEXTS)
-    model = ReferFormer(tiny_config(len(tokenizer), backbone=backbone) if quick else ReferFormerConfig(backbone=backbone), tokenizer).eval()
-    for layer in (*model.transformer.encoder.layers, *model.transformer.decoder.layers):   # as trained ones do, points leave the compass
-        torch.nn.init.normal_(getattr(layer, 'self_attn' if hasattr(layer.self_attn, 'sampling_offsets') else 'cross_attn').sampling_offsets.weight, std=0.01)
+    model = ReferFormer(
+        tiny_config(len(tokenizer), backbone=backbone)
+        if quick
+        else ReferFormerConfig(backbone=backbone),
+        tokenizer,
+    ).eval()
+    for layer in (
+        *model.transformer.encoder.layers,
+        *model.transformer.decoder.layers,
+    ):  # as trained ones do, points leave the compass
+        torch.nn.init.normal_(
+            getattr(
+                layer, "self_attn" if hasattr(layer.self_attn, "sampling_offsets") else "cross_attn"
+            ).sampling_offsets.weight,
+            std=0.01,
+        )
     return model.to(device)
 
-def some_frames(frames: int = 8, size: tuple[int, int] = (360, 640)) -> Tensor:   # (T, H, W, 3) uint8
+
+def some_frames(
+    frames: int = 8, size: tuple[int, int] = (360, 640)
+) -> Tensor:  # (T, H, W, 3) uint8
     "Noise, enlarged so that it has structure."
-    coarse = torch.rand(frames, 3, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(0))
-    return (F.interpolate(coarse, size, mode='bilinear') * 255).byte().permute(0, 2, 3, 1)
+    coarse = torch.rand(
+        frames, 3, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(0)
+    )
+    return (F.interpolate(coarse, size, mode="bilinear") * 255).byte().permute(0, 2, 3, 1)
+
 
 def difference(a: Candidates, b: Candidates) -> float:
     "Largest difference of the logits, relative to the largest logit."
@@ -170,37 +288,71 @@ def answer(model: ReferFormer, frames: Tensor, sentences: int) -> Callable:
     "The work of asking that many sentences of a clip, our way."
     return lambda: model.refer(model.see(frames), TEXTS[:sentences])
 
+
 def time_figures(
     backbone: str,
-    goals: dict[int, float],   # sentences -> ratio to reach
-    frames: Tensor,            # (T, H, W, 3) uint8
+    goals: dict[int, float],  # sentences -> ratio to reach
+    frames: Tensor,  # (T, H, W, 3) uint8
     rounds: int = 3,
-    quick: bool = False,       # see `published`
+    quick: bool = False,  # see `published`
 ) -> list[Figure]:
     "How many times less CPU time ours takes, and how far the answers differ."
     model = published(backbone, quick=quick)
-    figures = [Figure(f'{backbone}.difference', difference(answer(model, frames, 1)(), naive_refer(model, frames, TEXTS[:1])), 1e-3)]
+    figures = [
+        Figure(
+            f"{backbone}.difference",
+            difference(answer(model, frames, 1)(), naive_refer(model, frames, TEXTS[:1])),
+            1e-3,
+        )
+    ]
     for n, goal in goals.items():
-        race = in_turn(answer(model, frames, n), partial(naive_refer, model, frames, TEXTS[:1]), rounds, warm=False)
-        print(f'{backbone}, {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, {n} sentences: {min(race.thing):.1f} s of CPU time, naively {n * min(race.yardstick):.1f} s', flush=True)
-        figures.append(Figure(f'{backbone}.{n}_sentences', n * race.ratio, goal, 'x', least=True))
+        race = in_turn(
+            answer(model, frames, n),
+            partial(naive_refer, model, frames, TEXTS[:1]),
+            rounds,
+            warm=False,
+        )
+        print(
+            f"{backbone}, {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, {n} sentences: {min(race.thing):.1f} s of CPU time, naively {n * min(race.yardstick):.1f} s",
+            flush=True,
+        )
+        figures.append(Figure(f"{backbone}.{n}_sentences", n * race.ratio, goal, "x", least=True))
     return figures
 
 # %% ../../nbs/10b_bench.referformer.ipynb #2ea031dc
-def load(way: str, backbone: str, frames: int, size: tuple[int, int], sentences: int, device: str = 'cpu') -> Callable:
+def load(
+    way: str, backbone: str, frames: int, size: tuple[int, int], sentences: int, device: str = "cpu"
+) -> Callable:
     "The work of one way, with its weights loaded; for `peak_memory`."
     model, clip = published(backbone, device), some_frames(frames, size)
-    return answer(model, clip, sentences) if way == 'ours' else partial(naive_refer, model, clip, TEXTS[:sentences])
+    return (
+        answer(model, clip, sentences)
+        if way == "ours"
+        else partial(naive_refer, model, clip, TEXTS[:sentences])
+    )
+
 
 def memory_figures(
-    backbone: str, frames: int, size: tuple[int, int], sentences: int,
+    backbone: str,
+    frames: int,
+    size: tuple[int, int],
+    sentences: int,
 ) -> list[Figure]:
     "Peaks of both ways, their ratio, and the bound."
-    ours, theirs = (peak_memory(partial(load, way, backbone, frames, size, n)) for way, n in (('ours', sentences), ('naive', 1)))
+    ours, theirs = (
+        peak_memory(partial(load, way, backbone, frames, size, n))
+        for way, n in (("ours", sentences), ("naive", 1))
+    )
     bound = published(backbone).memory_needed(frames, size, sentences)
-    name = f'{backbone}.memory.{sentences}_sentences'
-    print(f'{name}: {ours / 1e6:.0f} MB above the weights, naively {theirs / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB', flush=True)
-    return [Figure(f'{name}.naive', theirs / ours, 3, 'x', least=True), Figure(f'{name}.bound', ours / 1e6, bound / 1e6, 'MB')]
+    name = f"{backbone}.memory.{sentences}_sentences"
+    print(
+        f"{name}: {ours / 1e6:.0f} MB above the weights, naively {theirs / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB",
+        flush=True,
+    )
+    return [
+        Figure(f"{name}.naive", theirs / ours, 3, "x", least=True),
+        Figure(f"{name}.bound", ours / 1e6, bound / 1e6, "MB"),
+    ]
 
 # %% ../../nbs/10b_bench.referformer.ipynb #146a26de
 ARRIVED = """
@@ -215,29 +367,56 @@ except Arrived: pass
 else: raise SystemExit('no frame arrived')
 """
 
+
 def start_up(
-    model: str,                     # a checkpoint folder or a shipped name
-    frames: Tensor,                 # (T, H, W, 3) uint8
-) -> tuple[float, float]:           # seconds on the clock, seconds of CPU time
+    model: str,  # a checkpoint folder or a shipped name
+    frames: Tensor,  # (T, H, W, 3) uint8
+) -> tuple[float, float]:  # seconds on the clock, seconds of CPU time
     "From `rvos predict` to the first frame in the model, in a process of its own."
     from PIL import Image
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        (Path(folder)/'clip').mkdir()
-        for i, frame in enumerate(frames): Image.fromarray(frame.numpy()).save(Path(folder)/'clip'/f'{i:05}.jpg')
+
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        (Path(folder) / "clip").mkdir()
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame.numpy()).save(Path(folder) / "clip" / f"{i:05}.jpg")
         clock, before = time.perf_counter(), os.times()
-        done = subprocess.run([sys.executable, '-c', ARRIVED, 'predict', f'{folder}/clip', TEXTS[0], '--model', model, '--out', f'{folder}/out'], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                ARRIVED,
+                "predict",
+                f"{folder}/clip",
+                TEXTS[0],
+                "--model",
+                model,
+                "--out",
+                f"{folder}/out",
+            ],
+            capture_output=True,
+            text=True,
+        )
         wall, after = time.perf_counter() - clock, os.times()
-    if done.returncode: raise RuntimeError(done.stderr)
-    return wall, after.children_user + after.children_system - before.children_user - before.children_system
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return (
+        wall,
+        after.children_user + after.children_system - before.children_user - before.children_system,
+    )
+
 
 def start_figures() -> list[Figure]:
     "Start-up with a checkpoint of the published size; the disk has been read before."
     from rvos_nb.models import zoo
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        zoo.save(published(), Path(folder)/'model', {})
-        wall, cpu = min(start_up(f'{folder}/model', some_frames(8)) for _ in range(3))
-    print(f'rvos predict: {wall:.1f} s from the command to the first frame, {cpu:.1f} s of CPU time', flush=True)
-    return [Figure('start.seconds', wall, 8, 's')]
+
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        zoo.save(published(), Path(folder) / "model", {})
+        wall, cpu = min(start_up(f"{folder}/model", some_frames(8)) for _ in range(3))
+    print(
+        f"rvos predict: {wall:.1f} s from the command to the first frame, {cpu:.1f} s of CPU time",
+        flush=True,
+    )
+    return [Figure("start.seconds", wall, 8, "s")]
 
 # %% ../../nbs/10b_bench.referformer.ipynb #70470ba1
 def score(data: str, **options) -> float:
@@ -245,77 +424,122 @@ def score(data: str, **options) -> float:
     from rvos_nb.evaluate import evaluate
     from rvos_nb.models import zoo
     from rvos_nb.predict import predict
-    model = zoo.load('referformer-tiny').optimise(**{k: options.pop(k) for k in ('precision', 'compile', 'channels_last') if k in options})
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        predict(data, Path(folder)/'run', model, **options).check()
-        return evaluate(data, Path(folder)/'run', Path(folder)/'evaluation')['J&F']
+
+    model = zoo.load("referformer-tiny").optimise(
+        **{k: options.pop(k) for k in ("precision", "compile", "channels_last") if k in options}
+    )
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        predict(data, Path(folder) / "run", model, **options).check()
+        return evaluate(data, Path(folder) / "run", Path(folder) / "evaluation")["J&F"]
+
 
 def option_figures(
-    frames: Tensor,                         # (T, H, W, 3) uint8
+    frames: Tensor,  # (T, H, W, 3) uint8
     videos: int = 20,
-    backbone: str = 'video_swin_t_p4w7',
+    backbone: str = "video_swin_t_p4w7",
 ) -> list[Figure]:
     "Time and difference of every option on the CPU; J&F of the tiny model with it."
     from rvos_nb.data import refshapes
+
     plain, figures = published(backbone), []
     told = answer(plain, frames, 1)()
-    with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-        refshapes.write(folder, 'valid', 'easy', videos=videos, seed=1)
+    with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+        refshapes.write(folder, "valid", "easy", videos=videos, seed=1)
         base = score(folder)
-        for name, option in dict(bfloat16=dict(precision='bfloat16'), channels_last=dict(channels_last=True), compile=dict(compile=True)).items():
+        for name, option in {
+            "bfloat16": {"precision": "bfloat16"},
+            "channels_last": {"channels_last": True},
+            "compile": {"compile": True},
+        }.items():
             model = published(backbone).optimise(**option)
             race = in_turn(answer(model, frames, 1), answer(plain, frames, 1), 1)
             jf = score(folder, **option)
-            print(f'{name}: {race.ratio:.2f} times as fast as float32, logits differ by {difference(answer(model, frames, 1)(), told):.1e}; referformer-tiny J&F {jf:.1f} (float32 {base:.1f})', flush=True)
-            figures.append(Figure(f'{name}.J&F', jf, base - 0.5, '', least=True))
+            print(
+                f"{name}: {race.ratio:.2f} times as fast as float32, logits differ by {difference(answer(model, frames, 1)(), told):.1e}; referformer-tiny J&F {jf:.1f} (float32 {base:.1f})",
+                flush=True,
+            )
+            figures.append(Figure(f"{name}.J&F", jf, base - 0.5, "", least=True))
     return figures
 
 # %% ../../nbs/10b_bench.referformer.ipynb #8d739ed2
 def cutting(
-    videos: int,                                # of each level
-    lengths: tuple[int, ...] = (12, 6, 3, 1),   # frames of a part
-    levels: tuple[str, ...] = ('easy', 'medium'),
-) -> dict[str, list[float]]:                    # level -> J&F at each length
+    videos: int,  # of each level
+    lengths: tuple[int, ...] = (12, 6, 3, 1),  # frames of a part
+    levels: tuple[str, ...] = ("easy", "medium"),
+) -> dict[str, list[float]]:  # level -> J&F at each length
     "J&F of the shipped tiny ReferFormer with clips cut into parts."
     from rvos_nb.data import refshapes
+
     found = {}
     for level in levels:
-        with tempfile.TemporaryDirectory(prefix='rvos-bench-') as folder:
-            refshapes.write(folder, 'valid', level, videos=videos, seed=1)
+        with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
+            refshapes.write(folder, "valid", level, videos=videos, seed=1)
             found[level] = [score(folder, clip_length=n) for n in lengths]
     return found
 
 # %% ../../nbs/10b_bench.referformer.ipynb #001ef3e9
-FLOORS = {('video_swin_t_p4w7', 'float32'): 112, ('video_swin_b_p4w7', 'float32'): 182, ('video_swin_t_p4w7', 'bfloat16'): 9.5, ('video_swin_b_p4w7', 'bfloat16'): 15.4}   # ms
+FLOORS = {
+    ("video_swin_t_p4w7", "float32"): 112,
+    ("video_swin_b_p4w7", "float32"): 182,
+    ("video_swin_t_p4w7", "bfloat16"): 9.5,
+    ("video_swin_b_p4w7", "bfloat16"): 15.4,
+}  # ms
+
 
 def gpu_figures(
-    frames: int = 36, size: tuple[int, int] = (360, 640),
+    frames: int = 36,
+    size: tuple[int, int] = (360, 640),
 ) -> list[Figure]:
     "Time for each sentence and peak memory on the GPU, beside the floors; none where there is no GPU."
-    if not torch.cuda.is_available(): print('no GPU is at hand: its figures were not measured', flush=True); return []
+    if not torch.cuda.is_available():
+        print("no GPU is at hand: its figures were not measured", flush=True)
+        return []
     figures, clip = [], some_frames(frames, size)
-    for backbone in ('video_swin_t_p4w7', 'video_swin_b_p4w7'):
-        model = published(backbone, 'cuda')
-        for mode in ('float32', 'tf32', 'bfloat16'):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode == 'tf32'
-            model.optimise(precision='bfloat16' if mode == 'bfloat16' else 'float32')
+    for backbone in ("video_swin_t_p4w7", "video_swin_b_p4w7"):
+        model = published(backbone, "cuda")
+        for mode in ("float32", "tf32", "bfloat16"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mode == "tf32"
+            model.optimise(precision="bfloat16" if mode == "bfloat16" else "float32")
             for n in (1, 4):
                 work = answer(model, clip, n)
-                work(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-                spent = 1000 * sorted(seconds(work, 'cuda') for _ in range(7))[3] / n
-                name, floor = f'{backbone}.{mode}.{n}_sentences', FLOORS.get((backbone, mode)) if n == 1 else None
-                figures += [Figure(f'{name}.per_sentence', spent, None, 'ms'), Figure(f'{name}.memory', (torch.cuda.max_memory_allocated() - before) / 1e6, None, 'MB')]
-                if floor: print(f'{name}: {spent:.0f} ms, floor {floor} ms', flush=True)
+                work()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                spent = 1000 * sorted(seconds(work, "cuda") for _ in range(7))[3] / n
+                name, floor = (
+                    f"{backbone}.{mode}.{n}_sentences",
+                    FLOORS.get((backbone, mode)) if n == 1 else None,
+                )
+                figures += [
+                    Figure(f"{name}.per_sentence", spent, None, "ms"),
+                    Figure(
+                        f"{name}.memory",
+                        (torch.cuda.max_memory_allocated() - before) / 1e6,
+                        None,
+                        "MB",
+                    ),
+                ]
+                if floor:
+                    print(f"{name}: {spent:.0f} ms, floor {floor} ms", flush=True)
     return figures
 
 # %% ../../nbs/10b_bench.referformer.ipynb #48414fc5
 def figures(
-    quick: bool = False,   # toy sizes and no goals that depend on size
+    quick: bool = False,  # toy sizes and no goals that depend on size
 ) -> list[Figure]:
     "Same answers, less time, less memory, quick start; options and the GPU where there is one."
     clip = some_frames(2, (64, 96)) if quick else some_frames()
-    goals = {'video_swin_t_p4w7': {1: 1.35, 4: 1.7}, 'video_swin_b_p4w7': {4: 2.2}}
-    if quick: return time_figures('video_swin_t_p4w7', {1: 0.0}, clip, rounds=1, quick=True)
-    return [*(f for backbone, goal in goals.items() for f in time_figures(backbone, goal, clip, rounds=2)),
-            *(f for n in (1, 4) for f in memory_figures('video_swin_t_p4w7', len(clip), (360, 640), n)),
-            *start_figures(), *option_figures(clip[:2]), *gpu_figures()]
+    goals = {"video_swin_t_p4w7": {1: 1.35, 4: 1.7}, "video_swin_b_p4w7": {4: 2.2}}
+    if quick:
+        return time_figures("video_swin_t_p4w7", {1: 0.0}, clip, rounds=1, quick=True)
+    return [
+        *(
+            f
+            for backbone, goal in goals.items()
+            for f in time_figures(backbone, goal, clip, rounds=2)
+        ),
+        *(f for n in (1, 4) for f in memory_figures("video_swin_t_p4w7", len(clip), (360, 640), n)),
+        *start_figures(),
+        *option_figures(clip[:2]),
+        *gpu_figures(),
+    ]

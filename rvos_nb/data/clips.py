@@ -9,8 +9,10 @@ __all__ = ['Draw', 'generator', 'draw_scene', 'jitter', 'ReferBatch', 'boxes_of'
 # %% ../../nbs/01e_data.clips.ipynb #331f27c0
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
 import cv2
 import numpy as np
+
 from ..core import Problem
 from .masks import mask_box
 from .refshapes import Scene, Sentence, scene
@@ -19,35 +21,60 @@ from .refshapes import Scene, Sentence, scene
 @dataclass(frozen=True)
 class Draw:
     "What the batches of one training stage are made of."
-    steps: int                                  # how many batches
-    frames: int = 1                             # T
-    clips: int = 8                              # clips per batch
-    sentences: int = 1                          # sentences per clip, at most
-    size: Sequence[int] = (64, 96)              # (H, W) in pixels
-    levels: dict = field(default_factory=lambda: {'easy': 1.})  # level of RefShapes -> share of the clips
-    kinds: Sequence[str] | None = None          # kinds of sentence to use; None: all
-    span: int = 0                               # frames of the scene from which `frames` are taken; 0: just as many
-    objects: int = 5                            # at most so many identities in a sequence for propagation
+
+    steps: int  # how many batches
+    frames: int = 1  # T
+    clips: int = 8  # clips per batch
+    sentences: int = 1  # sentences per clip, at most
+    size: Sequence[int] = (64, 96)  # (H, W) in pixels
+    levels: dict = field(
+        default_factory=lambda: {"easy": 1.0}
+    )  # level of RefShapes -> share of the clips
+    kinds: Sequence[str] | None = None  # kinds of sentence to use; None: all
+    span: int = 0  # frames of the scene from which `frames` are taken; 0: just as many
+    objects: int = 5  # at most so many identities in a sequence for propagation
 
     def __post_init__(self):
-        for name in ('steps', 'frames', 'clips', 'sentences', 'objects'):
+        for name in ("steps", "frames", "clips", "sentences", "objects"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise Problem(f'training stage, {name}', repr(getattr(self, name)), 'a whole number above 0', 'correct it in the recipe')
-        if any(s < 32 or s % 8 for s in self.size): raise Problem('training stage, size', str(self.size), 'height and width of at least 32, divisible by 8', 'correct it in the recipe')
-        if not self.levels or set(self.levels) - {'easy', 'medium', 'hard'}:
-            raise Problem('training stage, levels', str(self.levels), 'shares of easy, medium and hard', 'correct it in the recipe')
+                raise Problem(
+                    f"training stage, {name}",
+                    repr(getattr(self, name)),
+                    "a whole number above 0",
+                    "correct it in the recipe",
+                )
+        if any(s < 32 or s % 8 for s in self.size):
+            raise Problem(
+                "training stage, size",
+                str(self.size),
+                "height and width of at least 32, divisible by 8",
+                "correct it in the recipe",
+            )
+        if not self.levels or set(self.levels) - {"easy", "medium", "hard"}:
+            raise Problem(
+                "training stage, levels",
+                str(self.levels),
+                "shares of easy, medium and hard",
+                "correct it in the recipe",
+            )
         if self.span and self.span < self.frames:
-            raise Problem('training stage, span', str(self.span), f'0, or at least its {self.frames} frames', 'correct it in the recipe')
+            raise Problem(
+                "training stage, span",
+                str(self.span),
+                f"0, or at least its {self.frames} frames",
+                "correct it in the recipe",
+            )
 
 # %% ../../nbs/01e_data.clips.ipynb #fa1c7826
 def generator(seed: int, step: int) -> np.random.Generator:
     "The source of everything random in batch `step`."
     return np.random.default_rng([seed, step])
 
+
 def draw_scene(
     rng: np.random.Generator,
     draw: Draw,
-) -> tuple[Scene, np.ndarray]: # the scene; (T,) which of its frames to use
+) -> tuple[Scene, np.ndarray]:  # the scene; (T,) which of its frames to use
     "One scene of a stage: level by share, frames evenly spread over part of its span."
     names = sorted(draw.levels)
     share = np.array([draw.levels[n] for n in names], float)
@@ -60,64 +87,89 @@ def draw_scene(
 
 # %% ../../nbs/01e_data.clips.ipynb #0267d860
 def jitter(
-    frames: np.ndarray, # (T, H, W, 3) uint8 RGB
+    frames: np.ndarray,  # (T, H, W, 3) uint8 RGB
     rng: np.random.Generator,
-) -> np.ndarray:        # (T, H, W, 3) uint8
+) -> np.ndarray:  # (T, H, W, 3) uint8
     "Light gain and offset for the whole clip; JPEG at quality 70 to 97 for every other clip."
-    gain, offset, quality, coded = rng.uniform(.85, 1.15), rng.uniform(-12, 12), int(rng.integers(70, 98)), rng.random() < .5
+    gain, offset, quality, coded = (
+        rng.uniform(0.85, 1.15),
+        rng.uniform(-12, 12),
+        int(rng.integers(70, 98)),
+        rng.random() < 0.5,
+    )
     table = (np.arange(256) * gain + offset).clip(0, 255).astype(np.uint8)
     frames = cv2.LUT(frames.reshape(-1, frames.shape[-2], 3), table).reshape(frames.shape)
-    if not coded: return frames
+    if not coded:
+        return frames
     code = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    return np.stack([cv2.imdecode(cv2.imencode('.jpg', f, code)[1], cv2.IMREAD_COLOR) for f in frames])
+    return np.stack(
+        [cv2.imdecode(cv2.imencode(".jpg", f, code)[1], cv2.IMREAD_COLOR) for f in frames]
+    )
 
 # %% ../../nbs/01e_data.clips.ipynb #a216ea1b
 @dataclass
 class ReferBatch:
     "B clips and E sentences about them."
+
     frames: np.ndarray  # (B, T, H, W, 3) uint8 RGB
-    clip: np.ndarray    # (E,) int64, the clip of each sentence, ascending
-    texts: list[str]    # E
-    kinds: list[str]    # E
-    masks: np.ndarray   # (E, T, H, W) bool, visible pixels of the referent
+    clip: np.ndarray  # (E,) int64, the clip of each sentence, ascending
+    texts: list[str]  # E
+    kinds: list[str]  # E
+    masks: np.ndarray  # (E, T, H, W) bool, visible pixels of the referent
     others: np.ndarray  # (B, T, H, W) uint8, labels of all objects
-    boxes: np.ndarray   # (E, T, 4) float32 cxcywh in [0, 1]
-    valid: np.ndarray   # (E, T) bool
+    boxes: np.ndarray  # (E, T, 4) float32 cxcywh in [0, 1]
+    valid: np.ndarray  # (E, T) bool
+
 
 def boxes_of(
     masks: np.ndarray,  # (T, H, W) bool
-) -> np.ndarray:        # (T, 4) float32 cxcywh in [0, 1], zeros for an empty mask
+) -> np.ndarray:  # (T, 4) float32 cxcywh in [0, 1], zeros for an empty mask
     "The published box of each mask: x2 and y2 are the last pixel, without + 1."
     h, w = masks.shape[1:]
     x1, y1, x2, y2 = np.array([mask_box(m) for m in masks], np.float32).reshape(-1, 4).T
-    return np.stack([(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h], 1).astype(np.float32)
+    return np.stack([(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h], 1).astype(
+        np.float32
+    )
 
 # %% ../../nbs/01e_data.clips.ipynb #1e34fa89
 def askable(
     s: Scene,
-    at: np.ndarray, # (T,) frames in use
+    at: np.ndarray,  # (T,) frames in use
     draw: Draw,
 ) -> list[Sentence]:
     "The sentences of the wanted kinds whose object can be seen in at least one frame in use."
     seen = set(np.unique(s.labels[at]).tolist())
-    return [e for e in s.expressions if e.object_id in seen and (draw.kinds is None or e.kind in draw.kinds)]
+    return [
+        e
+        for e in s.expressions
+        if e.object_id in seen and (draw.kinds is None or e.kind in draw.kinds)
+    ]
+
 
 def draw_asked(
     rng: np.random.Generator,
     draw: Draw,
-) -> tuple[Scene, np.ndarray, list[Sentence]]: # the scene; (T,) frames in use; the sentences to ask, in random order
+) -> tuple[
+    Scene, np.ndarray, list[Sentence]
+]:  # the scene; (T,) frames in use; the sentences to ask, in random order
     "The first of up to 100 scenes that has a sentence to ask; Problem where none has."
     for _ in range(100):
         s, at = draw_scene(rng, draw)
-        if can := askable(s, at, draw): return s, at, [can[i] for i in rng.permutation(len(can))[:draw.sentences]]
-    raise Problem('training stage, kinds', f'{draw.kinds}, which no scene of {sorted(draw.levels)} offers', 'kinds that RefShapes knows', 'correct it in the recipe')
+        if can := askable(s, at, draw):
+            return s, at, [can[i] for i in rng.permutation(len(can))[: draw.sentences]]
+    raise Problem(
+        "training stage, kinds",
+        f"{draw.kinds}, which no scene of {sorted(draw.levels)} offers",
+        "kinds that RefShapes knows",
+        "correct it in the recipe",
+    )
 
 # %% ../../nbs/01e_data.clips.ipynb #9581a50a
 def refer_batch(
     seed: int,
     step: int,
     draw: Draw,
-    worn: bool = True, # apply `jitter`; off for validation
+    worn: bool = True,  # apply `jitter`; off for validation
 ) -> ReferBatch:
     "Batch number `step` of a stage: the same arguments give the same bytes."
     rng = generator(seed, step)
@@ -125,66 +177,98 @@ def refer_batch(
     for b in range(draw.clips):
         s, at, chosen = draw_asked(rng, draw)
         frames.append(jitter(s.frames[at], rng) if worn else s.frames[at])
-        others.append(s.labels[at]); asked += chosen; clip += [b] * len(chosen)
+        others.append(s.labels[at])
+        asked += chosen
+        clip += [b] * len(chosen)
         masks += [s.labels[at] == e.object_id for e in chosen]
     boxes, masks = np.stack([boxes_of(m) for m in masks]), np.stack(masks)
-    return ReferBatch(np.stack(frames), np.array(clip), [e.text for e in asked], [e.kind for e in asked], masks,
-                      np.stack(others).astype(np.uint8), boxes, masks.any((2, 3)))
+    return ReferBatch(
+        np.stack(frames),
+        np.array(clip),
+        [e.text for e in asked],
+        [e.kind for e in asked],
+        masks,
+        np.stack(others).astype(np.uint8),
+        boxes,
+        masks.any((2, 3)),
+    )
 
 # %% ../../nbs/01e_data.clips.ipynb #2670638b
 @dataclass
 class SequenceBatch:
     "B sequences with their labels."
+
     frames: np.ndarray  # (T, B, H, W, 3) uint8 RGB
     labels: np.ndarray  # (T, B, H, W) uint8, 0 background, 1 .. objects[b]
-    objects: np.ndarray # (B,) int64
+    objects: np.ndarray  # (B,) int64
+
 
 def renumber(
-    labels: np.ndarray, # (T, H, W) uint8
-    limit: int,         # objects at most
+    labels: np.ndarray,  # (T, H, W) uint8
+    limit: int,  # objects at most
     rng: np.random.Generator,
-) -> tuple[np.ndarray, int]: # (T, H, W) uint8 with ids 1..n; n, zero if the first frame shows nothing of 16 pixels
+) -> tuple[
+    np.ndarray, int
+]:  # (T, H, W) uint8 with ids 1..n; n, zero if the first frame shows nothing of 16 pixels
     "Keep a random subset of the objects of the first frame, in random order."
     area = np.bincount(labels[0].ravel(), minlength=256)
     ids = rng.permutation(np.flatnonzero(area[1:] >= 16) + 1)
-    ids = ids[:rng.integers(1, min(limit, len(ids)) + 1)] if len(ids) else ids
-    table = np.zeros(256, np.uint8); table[ids] = np.arange(1, len(ids) + 1)
+    ids = ids[: rng.integers(1, min(limit, len(ids)) + 1)] if len(ids) else ids
+    table = np.zeros(256, np.uint8)
+    table[ids] = np.arange(1, len(ids) + 1)
     return table[labels], len(ids)
+
 
 def sequence_batch(
     seed: int,
     step: int,
     draw: Draw,
-    worn: bool = True, # apply `jitter`; off for validation
+    worn: bool = True,  # apply `jitter`; off for validation
 ) -> SequenceBatch:
     "Batch number `step` of a stage for propagation: the same arguments give the same bytes."
     rng, frames, labels, objects = generator(seed, step), [], [], []
     while len(frames) < draw.clips:
         s, at = draw_scene(rng, draw)
-        if rng.random() < .5: at = at[::-1]
+        if rng.random() < 0.5:
+            at = at[::-1]
         y, n = renumber(s.labels[at], draw.objects, rng)
-        if not n: continue
-        frames.append(jitter(s.frames[at], rng) if worn else s.frames[at]); labels.append(y); objects.append(n)
+        if not n:
+            continue
+        frames.append(jitter(s.frames[at], rng) if worn else s.frames[at])
+        labels.append(y)
+        objects.append(n)
     return SequenceBatch(np.stack(frames, 1), np.stack(labels, 1), np.array(objects))
 
 # %% ../../nbs/01e_data.clips.ipynb #433643ab
 class Stream:
     "All batches of a training in order; `stream[step]` draws one."
-    def __init__(self,
-        kind: str,             # 'refer' or 'sequence'
+
+    def __init__(
+        self,
+        kind: str,  # 'refer' or 'sequence'
         seed: int,
-        stages: Sequence,      # of Draw, or of anything with `steps` and `batch(seed, step)`
+        stages: Sequence,  # of Draw, or of anything with `steps` and `batch(seed, step)`
     ):
-        make = dict(refer=refer_batch, sequence=sequence_batch)
-        if kind not in make: raise Problem('training batches', repr(kind), "'refer' or 'sequence'", 'correct the recipe')
+        make = {"refer": refer_batch, "sequence": sequence_batch}
+        if kind not in make:
+            raise Problem(
+                "training batches", repr(kind), "'refer' or 'sequence'", "correct the recipe"
+            )
         self.make, self.seed, self.stages = make[kind], seed, list(stages)
         self.ends = np.cumsum([s.steps for s in self.stages])
 
-    def __len__(self) -> int: return int(self.ends[-1])
+    def __len__(self) -> int:
+        return int(self.ends[-1])
 
-    def stage(self, step: int) -> int: return int(np.searchsorted(self.ends, step, side='right'))
+    def stage(self, step: int) -> int:
+        return int(np.searchsorted(self.ends, step, side="right"))
 
     def __getitem__(self, step: int):
-        if not 0 <= step < len(self): raise IndexError(step)
+        if not 0 <= step < len(self):
+            raise IndexError(step)
         stage = self.stages[self.stage(step)]
-        return self.make(self.seed, step, stage) if isinstance(stage, Draw) else stage.batch(self.seed, step)
+        return (
+            self.make(self.seed, step, stage)
+            if isinstance(stage, Draw)
+            else stage.batch(self.seed, step)
+        )

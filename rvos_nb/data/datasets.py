@@ -29,157 +29,295 @@ from .video import Expression, Video, frame_path, open_clip, read_frame
 
 # %% ../../nbs/01d_data.datasets.ipynb #c40acca3
 class _Twice:
-    def __repr__(self): return 'two entries'
+    def __repr__(self):
+        return "two entries"
 
-TWICE = _Twice() # in place of the value of a key that stands twice
+
+TWICE = _Twice()  # in place of the value of a key that stands twice
+
 
 def each_once(pairs: list[tuple]) -> dict:
     "For `read_json`: the object, with `TWICE` at the keys that stand in it more than once."
     found = dict(pairs)
-    return found if len(found) == len(pairs) else found | {k: TWICE for k, n in Counter(k for k, _ in pairs).items() if n > 1}
+    return (
+        found
+        if len(found) == len(pairs)
+        else found | {k: TWICE for k, n in Counter(k for k, _ in pairs).items() if n > 1}
+    )
 
-def _kind_of(value) -> str: return {dict: 'an object', list: 'a list', str: 'text', type(None): 'null'}.get(type(value)) or brief(value)
 
-def want(value, kind: type, name: str, where, mend='correct that entry'):
+def _kind_of(value) -> str:
+    return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(
+        type(value)
+    ) or brief(value)
+
+
+def want(value, kind: type, name: str, where, mend="correct that entry"):
     "The value itself if it is of `kind` and was given once; `Problem` otherwise."
-    if value is TWICE: raise Problem(where, f'{name} twice', f'{name} once', 'remove one of the two, or give it another id')
-    if not isinstance(value, kind): raise Problem(where, f'{name} is {_kind_of(value)}', f'{name} as {_kind_of(kind())}', mend)
+    if value is TWICE:
+        raise Problem(
+            where, f"{name} twice", f"{name} once", "remove one of the two, or give it another id"
+        )
+    if not isinstance(value, kind):
+        raise Problem(where, f"{name} is {_kind_of(value)}", f"{name} as {_kind_of(kind())}", mend)
     return value
 
-def whole_number(value, least: int = 0, most: int = 2 ** 31) -> int | None:
+
+def whole_number(value, least: int = 0, most: int = 2**31) -> int | None:
     "A whole number in these bounds, also as text; None for anything else."
-    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ''
+    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
     return int(text) if text.isdecimal() and len(text) < 20 and least <= int(text) <= most else None
 
-def sentence(value, where, name: str = 'the sentence') -> str:
+
+def sentence(value, where, name: str = "the sentence") -> str:
     "The text itself if there is a word in it; `Problem` otherwise."
-    if not want(value, str, name, where).strip(): raise Problem(where, 'an empty sentence', f'at least one word as {name}', 'write the sentence, or remove the entry')
-    if not value.isascii() and any('\ud800' <= c < '\ue000' for c in value): raise Problem(where, f'{brief(value)}, which holds half a character', 'Unicode text', 'correct that entry')
+    if not want(value, str, name, where).strip():
+        raise Problem(
+            where,
+            "an empty sentence",
+            f"at least one word as {name}",
+            "write the sentence, or remove the entry",
+        )
+    if not value.isascii() and any("\ud800" <= c < "\ue000" for c in value):
+        raise Problem(
+            where,
+            f"{brief(value)}, which holds half a character",
+            "Unicode text",
+            "correct that entry",
+        )
     return value
 
 # %% ../../nbs/01d_data.datasets.ipynb #7b327cef
 def read_expression(
-    video: str, id: str, # checked by the caller: `video`; here: `id`
-    entry,               # {"exp": str, "obj_id": str, "kind": str}; only "exp" must be there
-    where,               # the file, for the message
+    video: str,
+    id: str,  # checked by the caller: `video`; here: `id`
+    entry,  # {"exp": str, "obj_id": str, "kind": str}; only "exp" must be there
+    where,  # the file, for the message
 ) -> Expression:
     "One sentence. Raises `Problem` for an id that is no path component, an empty sentence or a wrong type."
-    check_id(id, where); where = f'{where}, video {video}, expression {id}'
-    entry = want(entry, dict, 'the expression', where)
-    if 'exp' not in entry: raise Problem(where, 'no "exp"', 'the sentence under "exp"', 'add the sentence, or remove the expression')
-    text, object_id, kind = sentence(entry['exp'], where, '"exp"'), entry.get('obj_id'), entry.get('kind')
+    check_id(id, where)
+    where = f"{where}, video {video}, expression {id}"
+    entry = want(entry, dict, "the expression", where)
+    if "exp" not in entry:
+        raise Problem(
+            where,
+            'no "exp"',
+            'the sentence under "exp"',
+            "add the sentence, or remove the expression",
+        )
+    text, object_id, kind = (
+        sentence(entry["exp"], where, '"exp"'),
+        entry.get("obj_id"),
+        entry.get("kind"),
+    )
     if object_id is not None:
         number = whole_number(object_id, 1, 255)
-        if number is None: raise Problem(where, f'"obj_id" {brief(object_id)}', 'a whole number from 1 to 255, as text', 'correct the object id')
+        if number is None:
+            raise Problem(
+                where,
+                f'"obj_id" {brief(object_id)}',
+                "a whole number from 1 to 255, as text",
+                "correct the object id",
+            )
         object_id = str(number)
     return Expression(video, id, text, object_id, kind if isinstance(kind, str) else None)
 
 # %% ../../nbs/01d_data.datasets.ipynb #8726fd07
 def read_entry(
     id: str,
-    entry,        # {"expressions": {…}, "frames": […]}
-    folder: Path, # where JPEGImages lies
-    where,        # the file, for the message
-) -> tuple[Video, dict]: # the video and its unread expressions
+    entry,  # {"expressions": {…}, "frames": […]}
+    folder: Path,  # where JPEGImages lies
+    where,  # the file, for the message
+) -> tuple[Video, dict]:  # the video and its unread expressions
     "One video's entry. Raises `Problem` where the whole video is unusable."
-    check_id(id, where); where = f'{where}, video {id}'
-    entry = want(entry, dict, 'the video', where)
-    for key, kind in (('expressions', dict), ('frames', list)):
-        if key not in entry: raise Problem(where, f'no "{key}"', '"expressions" and "frames"', 'add it, or remove the video')
+    check_id(id, where)
+    where = f"{where}, video {id}"
+    entry = want(entry, dict, "the video", where)
+    for key, kind in (("expressions", dict), ("frames", list)):
+        if key not in entry:
+            raise Problem(
+                where, f'no "{key}"', '"expressions" and "frames"', "add it, or remove the video"
+            )
         want(entry[key], kind, f'"{key}"', where)
-    frames = entry['frames']
-    for name in frames: check_id(name, f'{where}, "frames"')
-    if not frames: raise Problem(where, 'no frames', 'at least one frame name', 'list the frames, or remove the video')
-    if len(set(frames)) < len(frames): raise Problem(where, 'a frame listed twice', 'each frame name once', 'remove the repetition')
-    pictures = folder/'JPEGImages'/id
-    if not pictures.is_dir(): raise Problem(pictures, 'no such folder', f'the {len(frames)} frames of the video', 'copy the frames, or remove the video from the list')
-    return Video(id, tuple(frames), pictures), entry['expressions']
+    frames = entry["frames"]
+    for name in frames:
+        check_id(name, f'{where}, "frames"')
+    if not frames:
+        raise Problem(
+            where, "no frames", "at least one frame name", "list the frames, or remove the video"
+        )
+    if len(set(frames)) < len(frames):
+        raise Problem(
+            where, "a frame listed twice", "each frame name once", "remove the repetition"
+        )
+    pictures = folder / "JPEGImages" / id
+    if not pictures.is_dir():
+        raise Problem(
+            pictures,
+            "no such folder",
+            f"the {len(frames)} frames of the video",
+            "copy the frames, or remove the video from the list",
+        )
+    return Video(id, tuple(frames), pictures), entry["expressions"]
 
 # %% ../../nbs/01d_data.datasets.ipynb #2c248259
-def frame_size(video: Video) -> tuple[int, int]: # (H, W)
+def frame_size(video: Video) -> tuple[int, int]:  # (H, W)
     "The size of the first frame, from its header. Raises `Problem` where it is missing or no picture."
     path = frame_path(video, video.frames[0])
     try:
-        with Image.open(path) as im: return im.height, im.width
-    except OSError: return read_frame(path).shape[:2] # says what is wrong
+        with Image.open(path) as im:
+            return im.height, im.width
+    except OSError:
+        return read_frame(path).shape[:2]  # says what is wrong
 
 # %% ../../nbs/01d_data.datasets.ipynb #536aa30a
 @dataclass
 class Dataset:
     "An index of a split: what there is, what is unusable, and the true masks where they are known."
+
     root: Path
     split: str
     videos: dict[str, Video] = field(default_factory=dict)
-    expressions: dict[str, list[Expression]] = field(default_factory=dict) # by video
-    faults: dict[str, str] = field(default_factory=dict)                   # 'VIDEO', 'VIDEO/EXP' or 'entry N' -> reason
-    layout: str = 'ref-youtube-vos'                                        # one of `LAYOUTS`
-    truth: object = None                                                   # a CocoTruth, H5Truth or MatTruth, which read the masks of single frames
-    union: object = None                                                   # a UnionTruth, which reads the masks of videos that lie in one file
+    expressions: dict[str, list[Expression]] = field(default_factory=dict)  # by video
+    faults: dict[str, str] = field(
+        default_factory=dict
+    )  # 'VIDEO', 'VIDEO/EXP' or 'entry N' -> reason
+    layout: str = "ref-youtube-vos"  # one of `LAYOUTS`
+    truth: object = None  # a CocoTruth, H5Truth or MatTruth, which read the masks of single frames
+    union: object = None  # a UnionTruth, which reads the masks of videos that lie in one file
 
-    def __iter__(self) -> Iterator[Expression]: return (e for es in self.expressions.values() for e in es)
-    def __len__(self) -> int: return sum(map(len, self.expressions.values()))
+    def __iter__(self) -> Iterator[Expression]:
+        return (e for es in self.expressions.values() for e in es)
 
-    def labels(self, video: str) -> np.ndarray | None: # (T, H, W) uint8
+    def __len__(self) -> int:
+        return sum(map(len, self.expressions.values()))
+
+    def labels(self, video: str) -> np.ndarray | None:  # (T, H, W) uint8
         "Object ids per pixel; None without annotation. Raises `Problem` for a missing or wrongly sized picture."
-        if (kept := self.__dict__.get('_kept', ('', None)))[0] == video: return kept[1]
-        v, folder = self.videos[video], self.videos[video].folder.parents[1]/'Annotations'/video
-        paths = [folder/f'{name}.png' for name in v.frames]
+        if (kept := self.__dict__.get("_kept", ("", None)))[0] == video:
+            return kept[1]
+        v, folder = self.videos[video], self.videos[video].folder.parents[1] / "Annotations" / video
+        paths = [folder / f"{name}.png" for name in v.frames]
         public = any(p.exists() for p in paths[1:]) or (len(paths) == 1 and paths[0].exists())
         size = frame_size(v) if public else None
         out = np.stack([read_labels(p, size) for p in paths]) if public else None
-        self._kept = video, out # the sentences of one video come one after the other
+        self._kept = video, out  # the sentences of one video come one after the other
         return out
 
     def sample_id(self, expression: Expression) -> str | int:
         "The published name of a sample that is one frame: v_VIDEO_f_FRAME[_i_INSTANCE], or a whole number in RefCOCO."
-        return int(expression.id) if self.layout == 'refcoco' else f'v_{expression.video}_{expression.id}'
+        return (
+            int(expression.id)
+            if self.layout == "refcoco"
+            else f"v_{expression.video}_{expression.id}"
+        )
 
-    def masks(self, expression: Expression) -> np.ndarray | None: # (T, H, W) bool; T = 1 where one frame is annotated
+    def masks(
+        self, expression: Expression
+    ) -> np.ndarray | None:  # (T, H, W) bool; T = 1 where one frame is annotated
         "The true masks of an expression; None where they are not known. Raises `Problem` for a file that cannot be read."
-        if self.truth is not None: return self.truth.mask(self.videos[expression.video], expression, self.sample_id(expression))[None]
-        if expression.object_id is None: return None
-        if self.union is not None: return self.union.masks(self.videos[expression.video], expression)
+        if self.truth is not None:
+            return self.truth.mask(
+                self.videos[expression.video], expression, self.sample_id(expression)
+            )[None]
+        if expression.object_id is None:
+            return None
+        if self.union is not None:
+            return self.union.masks(self.videos[expression.video], expression)
         labels = self.labels(expression.video)
         return None if labels is None else labels == int(expression.object_id)
 
 # %% ../../nbs/01d_data.datasets.ipynb #379867ae
-def read_videos(path: Path, split: str) -> dict: # video -> its unread entry
+def read_videos(path: Path, split: str) -> dict:  # video -> its unread entry
     "A JSON of videos. Raises `Problem` where it is missing or not the layout."
-    if not path.exists(): raise Problem(path, 'no such file', "the split's sentences", f'check the data folder and the split {split!r}')
-    layout = 'is this a meta_expressions.json?'
-    listing = want(read_json(path, each_once), dict, 'the whole file', path, layout)
-    if 'videos' not in listing: raise Problem(path, 'no "videos"', '{"videos": {VIDEO: {"expressions": …, "frames": …}}}', layout)
-    return want(listing['videos'], dict, '"videos"', path, layout)
+    if not path.exists():
+        raise Problem(
+            path,
+            "no such file",
+            "the split's sentences",
+            f"check the data folder and the split {split!r}",
+        )
+    layout = "is this a meta_expressions.json?"
+    listing = want(read_json(path, each_once), dict, "the whole file", path, layout)
+    if "videos" not in listing:
+        raise Problem(
+            path, 'no "videos"', '{"videos": {VIDEO: {"expressions": …, "frames": …}}}', layout
+        )
+    return want(listing["videos"], dict, '"videos"', path, layout)
 
-def _unit(*ids: str) -> str: return '/'.join(ids)[:200].encode(errors='replace').decode() # a name for a fault, whatever the ids are
+
+def _unit(*ids: str) -> str:
+    return (
+        "/".join(ids)[:200].encode(errors="replace").decode()
+    )  # a name for a fault, whatever the ids are
+
 
 def _fill(data: Dataset, path: Path, listing: dict, folder: Callable, read: Callable) -> Dataset:
     "Put the videos of a JSON into the index; `folder(id)` holds JPEGImages, `read(video, id, entry, where)` reads a sentence."
-    if not listing: raise Problem(path, 'no videos', 'at least one video', 'copy the list from the archive again, or remove it where there is no such split')
+    if not listing:
+        raise Problem(
+            path,
+            "no videos",
+            "at least one video",
+            "copy the list from the archive again, or remove it where there is no such split",
+        )
     for id, entry in listing.items():
-        try: video, sentences = read_entry(id, entry, folder(check_id(id, path)), path)
-        except Problem as e: data.faults[_unit(id)] = str(e); continue
+        try:
+            video, sentences = read_entry(id, entry, folder(check_id(id, path)), path)
+        except Problem as e:
+            data.faults[_unit(id)] = str(e)
+            continue
         good = []
         for key, unread in sentences.items():
-            try: good.append(read(id, key, unread, path))
-            except Problem as e: data.faults[_unit(id, key)] = str(e)
-        if good: data.videos[id], data.expressions[id] = video, good
-        elif not sentences: data.faults[id] = str(Problem(f'{path}, video {id}', 'no expressions', 'at least one sentence', 'add one, or remove the video'))
+            try:
+                good.append(read(id, key, unread, path))
+            except Problem as e:
+                data.faults[_unit(id, key)] = str(e)
+        if good:
+            data.videos[id], data.expressions[id] = video, good
+        elif not sentences:
+            data.faults[id] = str(
+                Problem(
+                    f"{path}, video {id}",
+                    "no expressions",
+                    "at least one sentence",
+                    "add one, or remove the video",
+                )
+            )
     return data
 
+
 def open_videos(
-    root: Path,    # the folder that holds meta_expressions/
-    split: str,    # train, valid or test
-    layout: str = 'ref-youtube-vos', # or ref-davis17
+    root: Path,  # the folder that holds meta_expressions/
+    split: str,  # train, valid or test
+    layout: str = "ref-youtube-vos",  # or ref-davis17
 ) -> Dataset:
     "Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout; smaller faults are collected."
-    meta = root/'meta_expressions'; path, test = (meta/s/'meta_expressions.json' for s in (split, 'test'))
+    meta = root / "meta_expressions"
+    path, test = (meta / s / "meta_expressions.json" for s in (split, "test"))
     listing = read_videos(path, split)
-    if split == 'valid' and test.exists():
-        others = read_videos(test, 'test'); own = {k: v for k, v in listing.items() if k not in others}
-        if listing and not own: raise Problem(path, 'no video beside those of test', 'the videos of both splits, or of valid alone', 'copy both lists from the archive again')
+    if split == "valid" and test.exists():
+        others = read_videos(test, "test")
+        own = {k: v for k, v in listing.items() if k not in others}
+        if listing and not own:
+            raise Problem(
+                path,
+                "no video beside those of test",
+                "the videos of both splits, or of valid alone",
+                "copy both lists from the archive again",
+            )
         listing = own
-    def folder(id): return next((f for f in (root/split, root/'valid') if split == 'test' and (f/'JPEGImages'/id).is_dir()), root/split)
+
+    def folder(id):
+        return next(
+            (
+                f
+                for f in (root / split, root / "valid")
+                if split == "test" and (f / "JPEGImages" / id).is_dir()
+            ),
+            root / split,
+        )
+
     return _fill(Dataset(root, split, layout=layout), path, listing, folder, read_expression)
 
 # %% ../../nbs/01d_data.datasets.ipynb #6fc650ec
@@ -188,228 +326,452 @@ def four_each(data: Dataset) -> bool:
     for expressions in data.expressions.values():
         objects: dict = {}
         for e in expressions:
-            if not e.id.isdecimal() or e.object_id is None or objects.setdefault(int(e.id) // 4, e.object_id) != e.object_id: return False
-        if len(set(objects.values())) < len(objects) or (max(int(e.id) for e in expressions) + 1) % 4: return False
+            if (
+                not e.id.isdecimal()
+                or e.object_id is None
+                or objects.setdefault(int(e.id) // 4, e.object_id) != e.object_id
+            ):
+                return False
+        if (
+            len(set(objects.values())) < len(objects)
+            or (max(int(e.id) for e in expressions) + 1) % 4
+        ):
+            return False
     return bool(data.expressions)
 
 # %% ../../nbs/01d_data.datasets.ipynb #777a0d8f
 def read_rle(
-    code,                 # polygons [[x, y, …], …], or run lengths {"size": [H, W], "counts": text or numbers}
-    size: tuple[int, int], # (H, W) that the mask must have
-    where,                # for messages
-) -> dict:                # COCO's compressed form, of exactly H * W pixels
+    code,  # polygons [[x, y, …], …], or run lengths {"size": [H, W], "counts": text or numbers}
+    size: tuple[int, int],  # (H, W) that the mask must have
+    where,  # for messages
+) -> dict:  # COCO's compressed form, of exactly H * W pixels
     "A mask in one of COCO's forms, not decoded. Raises `Problem` where it cannot be read or has another size."
     from pycocotools import mask as coco
-    def need(ok, found): 
-        if not ok: raise Problem(where, found, f'polygons or a run-length code of {size[0]}x{size[1]} pixels', 'derive the file again')
-    need(0 < size[0] * size[1] < 2 ** 28, f'a picture of {size[0]}x{size[1]} pixels')
+
+    def need(ok, found):
+        if not ok:
+            raise Problem(
+                where,
+                found,
+                f"polygons or a run-length code of {size[0]}x{size[1]} pixels",
+                "derive the file again",
+            )
+
+    need(0 < size[0] * size[1] < 2**28, f"a picture of {size[0]}x{size[1]} pixels")
     try:
         if isinstance(code, list):
-            xy = np.concatenate([np.asarray(p, np.float64).ravel() for p in code] or [np.array([np.nan])])
-            need((abs(xy) <= 2 * max(size)).all() and all(len(p) % 2 == 0 for p in code) and max(map(len, code)) > 5, 'polygons of less than three points, or far out of the picture')
+            xy = np.concatenate(
+                [np.asarray(p, np.float64).ravel() for p in code] or [np.array([np.nan])]
+            )
+            need(
+                (abs(xy) <= 2 * max(size)).all()
+                and all(len(p) % 2 == 0 for p in code)
+                and max(map(len, code)) > 5,
+                "polygons of less than three points, or far out of the picture",
+            )
             return coco.merge(coco.frPyObjects(code, *size))
-        need(list(code['size']) == list(size), f"a mask of size {brief(code['size'])}")
-        if isinstance(code['counts'], list): code = coco.frPyObjects(code, *size)
-        need(run_pixels(code['counts']) == size[0] * size[1], 'run lengths that do not fill the mask')
-        return dict(size=list(size), counts=code['counts'])
-    except Problem: raise
-    except Exception as e: raise Problem(where, f'a segmentation that cannot be read ({type(e).__name__}: {e})', 'polygons or a run-length code', 'derive the file again') from None
+        need(list(code["size"]) == list(size), f"a mask of size {brief(code['size'])}")
+        if isinstance(code["counts"], list):
+            code = coco.frPyObjects(code, *size)
+        need(
+            run_pixels(code["counts"]) == size[0] * size[1], "run lengths that do not fill the mask"
+        )
+        return {"size": list(size), "counts": code["counts"]}
+    except Problem:
+        raise
+    except Exception as e:
+        raise Problem(
+            where,
+            f"a segmentation that cannot be read ({type(e).__name__}: {e})",
+            "polygons or a run-length code",
+            "derive the file again",
+        ) from None
 
-def read_code(code, size: tuple[int, int], where) -> np.ndarray: # (H, W) bool
+
+def read_code(code, size: tuple[int, int], where) -> np.ndarray:  # (H, W) bool
     "The mask itself; arguments and errors as `read_rle`."
     return rle_decode(read_rle(code, size, where))
 
 # %% ../../nbs/01d_data.datasets.ipynb #c67155a9
 _KEY = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(?=\[\s*[n{\]])')
 
-def _stamp(path: Path, expected: str = 'the true masks', remedy: str = 'copy the file from the archive') -> tuple[int, int]: # its size, and when it was changed
+
+def _stamp(
+    path: Path, expected: str = "the true masks", remedy: str = "copy the file from the archive"
+) -> tuple[int, int]:  # its size, and when it was changed
     "What tells a file from another one of its name, for what is kept in memory. Raises `Problem` where there is none."
-    try: stat = path.stat()
-    except OSError: raise Problem(path, 'no such file', expected, remedy) from None
+    try:
+        stat = path.stat()
+    except OSError:
+        raise Problem(path, "no such file", expected, remedy) from None
     return stat.st_size, stat.st_mtime_ns
+
 
 @lru_cache(maxsize=4)
 def _spans(path: Path, stamp) -> dict[str, tuple[int, int] | None]:
     "Where each annotation lies in the file."
     try:
-        with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text: found, end = [(m[1].decode(), m.start(), m.end()) for m in _KEY.finditer(text)], len(text)
-    except (OSError, ValueError) as e: raise Problem(path, f'a file that cannot be read ({e})', 'mask_dict.json of MeViS', 'copy the file again') from None
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            found, end = (
+                [(m[1].decode(), m.start(), m.end()) for m in _KEY.finditer(text)],
+                len(text),
+            )
+    except (OSError, ValueError) as e:
+        raise Problem(
+            path,
+            f"a file that cannot be read ({e})",
+            "mask_dict.json of MeViS",
+            "copy the file again",
+        ) from None
     ends = [start for _, start, _ in found[1:]] + [end]
     return each_once([(key, (begin, stop)) for (key, _, begin), stop in zip(found, ends)])
 
-def annotation_spans(path: Path) -> dict[str, tuple[int, int]]: # id -> first byte of its list, first byte behind it; `TWICE` for an id given twice
+
+def annotation_spans(
+    path: Path,
+) -> dict[
+    str, tuple[int, int]
+]:  # id -> first byte of its list, first byte behind it; `TWICE` for an id given twice
     "The index of a mask_dict.json. Raises `Problem` where there is none."
-    return _spans(path, _stamp(path, 'mask_dict.json with the true masks'))
+    return _spans(path, _stamp(path, "mask_dict.json with the true masks"))
+
 
 def annotation(
-    path: Path, # mask_dict.json
-    id: str,    # an annotation id
-) -> list:      # one entry a frame: a run-length code, or None where the object is absent
+    path: Path,  # mask_dict.json
+    id: str,  # an annotation id
+) -> list:  # one entry a frame: a run-length code, or None where the object is absent
     "One annotation, parsed. Raises `Problem` for a file that is cut off or another, and for an unknown id."
     spans = annotation_spans(path)
-    if id not in spans: raise Problem(path, f'no annotation {id}', f'one of its {len(spans)} annotations', 'copy the file and meta_expressions.json from the same release')
-    where = f'{path}, annotation {id}'
-    begin, end = want(spans[id], tuple, 'the annotation', where)
-    with open(path, 'rb') as f: f.seek(begin); text = f.read(end - begin)
+    if id not in spans:
+        raise Problem(
+            path,
+            f"no annotation {id}",
+            f"one of its {len(spans)} annotations",
+            "copy the file and meta_expressions.json from the same release",
+        )
+    where = f"{path}, annotation {id}"
+    begin, end = want(spans[id], tuple, "the annotation", where)
+    with open(path, "rb") as f:
+        f.seek(begin)
+        text = f.read(end - begin)
     try:
         found, stop = json.JSONDecoder().raw_decode(text := text.decode())
-        if text[stop:].lstrip()[:1] not in (',', '}'): raise ValueError('it is cut off')
+        if text[stop:].lstrip()[:1] not in (",", "}"):
+            raise ValueError("it is cut off")
         return found
-    except (ValueError, RecursionError) as e: raise Problem(where, f'text that is not JSON ({e})', 'a list of run lengths', 'copy the file again') from None
+    except (ValueError, RecursionError) as e:
+        raise Problem(
+            where, f"text that is not JSON ({e})", "a list of run lengths", "copy the file again"
+        ) from None
 
 # %% ../../nbs/01d_data.datasets.ipynb #673aa515
 @dataclass(frozen=True)
 class UnionTruth:
     "Masks of MeViS: the union of the annotations that a sentence names."
-    path: Path                                        # mask_dict.json
-    named: dict[tuple[str, str], tuple[str, ...]]     # (video, expression) -> annotation ids
 
-    def codes(self, video: Video, id: str, size: tuple[int, int]) -> list[dict | None]: # one for each frame, as `read_rle` gives it
+    path: Path  # mask_dict.json
+    named: dict[tuple[str, str], tuple[str, ...]]  # (video, expression) -> annotation ids
+
+    def codes(
+        self, video: Video, id: str, size: tuple[int, int]
+    ) -> list[dict | None]:  # one for each frame, as `read_rle` gives it
         "One annotation. Raises `Problem` for what cannot be read, and for another size or number of frames than the video has."
-        found, where = annotation(self.path, id), f'{self.path}, annotation {id}'
-        if len(found) != len(video.frames): raise Problem(where, f'{len(found)} frames', f'{len(video.frames)}, as video {video.id} has', 'copy the file and meta_expressions.json from the same release')
-        return [code if code is None else read_rle(code, size, f'{where}, position {t}') for t, code in enumerate(found)]
+        found, where = annotation(self.path, id), f"{self.path}, annotation {id}"
+        if len(found) != len(video.frames):
+            raise Problem(
+                where,
+                f"{len(found)} frames",
+                f"{len(video.frames)}, as video {video.id} has",
+                "copy the file and meta_expressions.json from the same release",
+            )
+        return [
+            code if code is None else read_rle(code, size, f"{where}, position {t}")
+            for t, code in enumerate(found)
+        ]
 
-    def masks(self, video: Video, expression: Expression) -> np.ndarray: # (T, H, W) bool
+    def masks(self, video: Video, expression: Expression) -> np.ndarray:  # (T, H, W) bool
         "The true masks; raises as `codes` does."
         out = np.zeros((len(video.frames), *frame_size(video)), bool)
         for id in self.named[video.id, expression.id]:
             for t, code in enumerate(self.codes(video, id, out.shape[1:])):
-                if code is not None: out[t] |= rle_decode(code)
+                if code is not None:
+                    out[t] |= rle_decode(code)
         return out
 
 # %% ../../nbs/01d_data.datasets.ipynb #8d7454d8
-def read_targets(video: str, id: str, entry, where) -> tuple[Expression, tuple[str, ...]]: # the sentence, and its annotation ids
+def read_targets(
+    video: str, id: str, entry, where
+) -> tuple[Expression, tuple[str, ...]]:  # the sentence, and its annotation ids
     "One sentence of MeViS. Raises `Problem` as `read_expression` does, and for lists that are none or of two lengths."
-    listed = dict(want(entry, dict, 'the expression', f'{where}, video {video}, expression {id}'))
-    objects, named = listed.pop('obj_id', None), listed.pop('anno_id', None)
-    e = read_expression(video, id, listed, where); where = f'{where}, video {video}, expression {id}'
-    if objects is None and named is None: return e, ()
-    for key, ids in (('obj_id', objects), ('anno_id', named)):
+    listed = dict(want(entry, dict, "the expression", f"{where}, video {video}, expression {id}"))
+    objects, named = listed.pop("obj_id", None), listed.pop("anno_id", None)
+    e = read_expression(video, id, listed, where)
+    where = f"{where}, video {video}, expression {id}"
+    if objects is None and named is None:
+        return e, ()
+    for key, ids in (("obj_id", objects), ("anno_id", named)):
         if not isinstance(ids, list) or any(whole_number(i) is None for i in ids):
-            raise Problem(where, f'"{key}" {brief(ids)}', 'a list of whole numbers, perhaps empty', 'correct the list')
-    if len(objects) != len(named): raise Problem(where, f'{len(objects)} objects and {len(named)} annotations', 'one annotation for each object', 'correct the lists')
+            raise Problem(
+                where,
+                f'"{key}" {brief(ids)}',
+                "a list of whole numbers, perhaps empty",
+                "correct the list",
+            )
+    if len(objects) != len(named):
+        raise Problem(
+            where,
+            f"{len(objects)} objects and {len(named)} annotations",
+            "one annotation for each object",
+            "correct the lists",
+        )
     pairs = sorted(zip(map(int, objects), map(str, named)))
-    return replace(e, object_id='+'.join(str(o) for o, _ in pairs) or 'none'), tuple(n for _, n in pairs)
+    return replace(e, object_id="+".join(str(o) for o, _ in pairs) or "none"), tuple(
+        n for _, n in pairs
+    )
+
 
 def open_mevis(root: Path, split: str) -> Dataset:
     "Index a split of MeViS. Raises `Problem` where its list is missing or another; smaller faults are collected."
-    path, named = root/split/'meta_expressions.json', {}
+    path, named = root / split / "meta_expressions.json", {}
+
     def read(video, id, entry, where):
         e, named[video, id] = read_targets(video, id, entry, where)
         return e
-    data = _fill(Dataset(root, split, layout='mevis'), path, read_videos(path, split), lambda id: root/split, read)
-    data.union = UnionTruth(root/split/'mask_dict.json', named)
+
+    data = _fill(
+        Dataset(root, split, layout="mevis"),
+        path,
+        read_videos(path, split),
+        lambda id: root / split,
+        read,
+    )
+    data.union = UnionTruth(root / split / "mask_dict.json", named)
     return data
 
 # %% ../../nbs/01d_data.datasets.ipynb #e4f30882
 def collect(
-    data: Dataset,           # still empty
-    rows: Iterable,          # the entries of its list
-    sample: Callable,        # (row, where) -> (Expression, function that makes its Video), or None for a row that is left out on purpose
-    where,                   # the file, for messages
+    data: Dataset,  # still empty
+    rows: Iterable,  # the entries of its list
+    sample: Callable,  # (row, where) -> (Expression, function that makes its Video), or None for a row that is left out on purpose
+    where,  # the file, for messages
 ) -> Dataset:
     "Fill the index; what cannot be used is a fault of its entry, its video or its sentence. Raises `Problem` where nothing is left."
     found, makers, seen = [], {}, set()
     for n, row in enumerate(rows):
         try:
-            if not (pair := sample(row, f'{where}, entry {n}')): continue
+            if not (pair := sample(row, f"{where}, entry {n}")):
+                continue
             e, maker = pair
-            if (e.video, e.id) in seen: raise Problem(f'{where}, entry {n}', f'the sample {e.video}/{e.id} again', 'each sample once', 'remove one of the two')
-        except Problem as e: data.faults[f'entry {n}'] = str(e); continue
-        seen.add((e.video, e.id)); found.append(e); makers.setdefault(e.video, maker)
+            if (e.video, e.id) in seen:
+                raise Problem(
+                    f"{where}, entry {n}",
+                    f"the sample {e.video}/{e.id} again",
+                    "each sample once",
+                    "remove one of the two",
+                )
+        except Problem as e:
+            data.faults[f"entry {n}"] = str(e)
+            continue
+        seen.add((e.video, e.id))
+        found.append(e)
+        makers.setdefault(e.video, maker)
+
     def make(maker):
-        try: return maker()
-        except Problem as e: return e
-    with ThreadPoolExecutor(8) as pool: made = dict(zip(makers, pool.map(make, makers.values())))
+        try:
+            return maker()
+        except Problem as e:
+            return e
+
+    with ThreadPoolExecutor(8) as pool:
+        made = dict(zip(makers, pool.map(make, makers.values())))
     for e in found:
         video = made[e.video]
-        if isinstance(video, Problem): data.faults[e.video] = str(video)
+        if isinstance(video, Problem):
+            data.faults[e.video] = str(video)
         elif e.frame >= len(video.frames):
-            data.faults[f'{e.video}/{e.id}'] = str(Problem(f'{where}, {e.video}/{e.id}', f'frame {e.frame + 1}', f'at most {len(video.frames)}, as the video has', 'correct the frame number, or copy the video again'))
-        else: data.videos[e.video] = video; data.expressions.setdefault(e.video, []).append(e)
-    if not found: raise Problem(where, 'no usable entry' + (f" (the first: {next(iter(data.faults.values()))})" if data.faults else ''), 'sentences in the layout ' + data.layout, 'is this the right file?')
+            data.faults[f"{e.video}/{e.id}"] = str(
+                Problem(
+                    f"{where}, {e.video}/{e.id}",
+                    f"frame {e.frame + 1}",
+                    f"at most {len(video.frames)}, as the video has",
+                    "correct the frame number, or copy the video again",
+                )
+            )
+        else:
+            data.videos[e.video] = video
+            data.expressions.setdefault(e.video, []).append(e)
+    if not found:
+        raise Problem(
+            where,
+            "no usable entry"
+            + (f" (the first: {next(iter(data.faults.values()))})" if data.faults else ""),
+            "sentences in the layout " + data.layout,
+            "is this the right file?",
+        )
     return data
+
 
 def read_rows(path, columns: int) -> list:
     "A JSON list. Raises `Problem` for another kind of file; rows of another length are left to the reader of rows."
-    rows = want(read_json(path), list, 'the whole file', path, f'a list of rows with {columns} columns belongs there')
-    if not rows: raise Problem(path, 'an empty list', f'rows with {columns} columns', 'download or derive the file again')
+    rows = want(
+        read_json(path),
+        list,
+        "the whole file",
+        path,
+        f"a list of rows with {columns} columns belongs there",
+    )
+    if not rows:
+        raise Problem(
+            path,
+            "an empty list",
+            f"rows with {columns} columns",
+            "download or derive the file again",
+        )
     return rows
 
 # %% ../../nbs/01d_data.datasets.ipynb #07b8903d
 def _number(value, name: str, where) -> int:
     "A whole number from 1 on, also as text."
-    if (number := whole_number(value, 1)) is None: raise Problem(where, f'{name} {brief(value)}', f'{name} as a whole number from 1 on', 'correct that entry')
+    if (number := whole_number(value, 1)) is None:
+        raise Problem(
+            where,
+            f"{name} {brief(value)}",
+            f"{name} as a whole number from 1 on",
+            "correct that entry",
+        )
     return number
 
+
 def _columns(row, n: int, where) -> list:
-    if not isinstance(row, list) or len(row) != n: raise Problem(where, brief(row), f'a row of {n} columns', 'correct that entry')
+    if not isinstance(row, list) or len(row) != n:
+        raise Problem(where, brief(row), f"a row of {n} columns", "correct that entry")
     return row
 
 # %% ../../nbs/01d_data.datasets.ipynb #0912ec14
 @lru_cache(maxsize=2)
-def _coco_file(path: Path, stamp) -> tuple[dict, dict[str, str]]: # image id -> (image entries, annotations); faults of entries without an id
+def _coco_file(
+    path: Path, stamp
+) -> tuple[
+    dict, dict[str, str]
+]:  # image id -> (image entries, annotations); faults of entries without an id
     "A COCO file in which each image should have one annotation."
-    listing, entries, faults = want(read_json(path), dict, 'the whole file', path, 'is this a COCO file?'), {}, {}
-    for side, (key, name) in enumerate((('images', 'id'), ('annotations', 'image_id'))):
-        for n, entry in enumerate(want(listing.get(key), list, f'"{key}"', path, 'is this a COCO file?')):
+    listing, entries, faults = (
+        want(read_json(path), dict, "the whole file", path, "is this a COCO file?"),
+        {},
+        {},
+    )
+    for side, (key, name) in enumerate((("images", "id"), ("annotations", "image_id"))):
+        for n, entry in enumerate(
+            want(listing.get(key), list, f'"{key}"', path, "is this a COCO file?")
+        ):
             id = entry.get(name) if isinstance(entry, dict) else None
-            if isinstance(id, (int, str)) and not isinstance(id, bool): entries.setdefault(id, ([], []))[side].append(entry)
-            else: faults[f'{key} {n}'] = str(Problem(f'{path}, entry {n} of "{key}"', brief(entry), f'an object with "{name}"', 'correct that entry'))
+            if isinstance(id, (int, str)) and not isinstance(id, bool):
+                entries.setdefault(id, ([], []))[side].append(entry)
+            else:
+                faults[f"{key} {n}"] = str(
+                    Problem(
+                        f'{path}, entry {n} of "{key}"',
+                        brief(entry),
+                        f'an object with "{name}"',
+                        "correct that entry",
+                    )
+                )
     return entries, faults
+
 
 @dataclass(frozen=True)
 class CocoTruth:
     "Masks and boxes out of a COCO file with one annotation for each sample."
+
     path: Path
 
     def all(self) -> tuple[dict, dict[str, str]]:
         "Image and annotation entries by image id, and the faults of entries without one. Raises `Problem` for what is no COCO file."
         return _coco_file(self.path, _stamp(self.path))
 
-    def entry(self, key) -> tuple[dict, dict]: # image, annotation
+    def entry(self, key) -> tuple[dict, dict]:  # image, annotation
         "The two entries of an id. Raises `Problem` where there is not one of each."
         images, annotations = self.all()[0].get(key, ((), ()))
-        if (len(images), len(annotations)) != (1, 1): raise Problem(f'{self.path}, id {key!r}', f'{len(images)} images and {len(annotations)} annotations', 'one of each', 'derive the file again, or mend the entries of that id')
+        if (len(images), len(annotations)) != (1, 1):
+            raise Problem(
+                f"{self.path}, id {key!r}",
+                f"{len(images)} images and {len(annotations)} annotations",
+                "one of each",
+                "derive the file again, or mend the entries of that id",
+            )
         return images[0], annotations[0]
 
-    def mask(self, video: Video, expression: Expression, key) -> np.ndarray: # (H, W) bool
+    def mask(self, video: Video, expression: Expression, key) -> np.ndarray:  # (H, W) bool
         "The mask. Raises `Problem` where there is not exactly one, or it cannot be read."
-        image, annotation = self.entry(key); where = f'{self.path}, id {key!r}'
-        size = tuple(whole_number(image.get(k), 1) for k in ('height', 'width'))
-        if None in size: raise Problem(where, f"an image of size {brief([image.get(k) for k in ('height', 'width')])}", '"height" and "width" in pixels', 'derive the file again')
-        return read_code(annotation.get('segmentation'), size, where)
+        image, annotation = self.entry(key)
+        where = f"{self.path}, id {key!r}"
+        size = tuple(whole_number(image.get(k), 1) for k in ("height", "width"))
+        if None in size:
+            raise Problem(
+                where,
+                f"an image of size {brief([image.get(k) for k in ('height', 'width')])}",
+                '"height" and "width" in pixels',
+                "derive the file again",
+            )
+        return read_code(annotation.get("segmentation"), size, where)
 
-    def box(self, key) -> np.ndarray: # (4,) float64: x, y, width, height in pixels
+    def box(self, key) -> np.ndarray:  # (4,) float64: x, y, width, height in pixels
         "The box; raises as `mask` does."
-        box = self.entry(key)[1].get('bbox')
-        try: return np.array(box, np.float64).reshape(4)
-        except (TypeError, ValueError): raise Problem(f'{self.path}, id {key!r}', f'"bbox" {brief(box)}', 'four numbers', 'derive the file again') from None
+        box = self.entry(key)[1].get("bbox")
+        try:
+            return np.array(box, np.float64).reshape(4)
+        except (TypeError, ValueError):
+            raise Problem(
+                f"{self.path}, id {key!r}",
+                f'"bbox" {brief(box)}',
+                "four numbers",
+                "derive the file again",
+            ) from None
 
 # %% ../../nbs/01d_data.datasets.ipynb #de3218da
 @lru_cache(maxsize=2)
 def _h5_file(path: Path, stamp) -> tuple[list[int], np.ndarray]:
     import h5py
+
     try:
-        with h5py.File(path) as f: instances, masks = np.ravel(f['instance']).astype(int).tolist(), np.asarray(f['reMask'])
+        with h5py.File(path) as f:
+            instances, masks = np.ravel(f["instance"]).astype(int).tolist(), np.asarray(f["reMask"])
         return instances, masks.reshape(len(instances), *masks.shape[-2:]).swapaxes(1, 2) != 0
-    except Exception as e: raise Problem(path, f'a file that cannot be read ({type(e).__name__}: {e})', 'instance and reMask of A2D', 'copy the file again') from None
+    except Exception as e:
+        raise Problem(
+            path,
+            f"a file that cannot be read ({type(e).__name__}: {e})",
+            "instance and reMask of A2D",
+            "copy the file again",
+        ) from None
+
 
 @lru_cache(maxsize=2)
-def _mat_file(path: Path, stamp) -> np.ndarray: # (H, W, T) bool
+def _mat_file(path: Path, stamp) -> np.ndarray:  # (H, W, T) bool
     from scipy.io import loadmat
-    try:
-        masks = np.asarray(loadmat(path)['part_mask'])
-        if masks.ndim < 2 or masks.dtype.kind not in 'buif': raise ValueError(f'part_mask is {masks.dtype} of shape {masks.shape}')
-        return masks.reshape(*masks.shape[:2], -1) != 0 # Matlab drops a last axis of one
-    except Exception as e: raise Problem(path, f'a file that cannot be read ({type(e).__name__}: {e})', 'part_mask of JHMDB', 'copy the file again') from None
 
-def h5_masks(path: Path) -> tuple[list[int], np.ndarray]: # the instances of a frame, and their masks (n, H, W) bool
+    try:
+        masks = np.asarray(loadmat(path)["part_mask"])
+        if masks.ndim < 2 or masks.dtype.kind not in "buif":
+            raise ValueError(f"part_mask is {masks.dtype} of shape {masks.shape}")
+        return masks.reshape(*masks.shape[:2], -1) != 0  # Matlab drops a last axis of one
+    except Exception as e:
+        raise Problem(
+            path,
+            f"a file that cannot be read ({type(e).__name__}: {e})",
+            "part_mask of JHMDB",
+            "copy the file again",
+        ) from None
+
+
+def h5_masks(
+    path: Path,
+) -> tuple[list[int], np.ndarray]:  # the instances of a frame, and their masks (n, H, W) bool
     "One annotated frame of A2D. Raises `Problem` where it is missing or cannot be read."
     return _h5_file(path, _stamp(path))
 
-def mat_masks(path: Path) -> np.ndarray: # (H, W, T) bool; T is 1 or more
+
+def mat_masks(path: Path) -> np.ndarray:  # (H, W, T) bool; T is 1 or more
     "The masks of a video of JHMDB. Raises `Problem` where they are missing or cannot be read."
     return _mat_file(path, _stamp(path))
 
@@ -417,113 +779,256 @@ def mat_masks(path: Path) -> np.ndarray: # (H, W, T) bool; T is 1 or more
 @dataclass(frozen=True)
 class H5Truth:
     "A2D's annotations: FOLDER/VIDEO/00001.h5 with `instance` (n,) and `reMask` (n, W, H), or (W, H) where n is 1."
+
     folder: Path
 
-    def mask(self, video: Video, expression: Expression, key) -> np.ndarray: # (H, W) bool
+    def mask(self, video: Video, expression: Expression, key) -> np.ndarray:  # (H, W) bool
         "The mask. Raises `Problem` where the file is missing, broken or without this instance."
-        path = self.folder/video.id/f'{expression.frame + 1:05d}.h5'; instances, masks = h5_masks(path)
-        if instances.count(int(expression.object_id)) != 1: raise Problem(path, f'the instances {instances}', f'instance {expression.object_id} among them, once', 'derive the list of samples again')
+        path = self.folder / video.id / f"{expression.frame + 1:05d}.h5"
+        instances, masks = h5_masks(path)
+        if instances.count(int(expression.object_id)) != 1:
+            raise Problem(
+                path,
+                f"the instances {instances}",
+                f"instance {expression.object_id} among them, once",
+                "derive the list of samples again",
+            )
         return masks[instances.index(int(expression.object_id))]
+
 
 @dataclass(frozen=True)
 class MatTruth:
     "JHMDB's annotations: FOLDER/ACTION/VIDEO/puppet_mask.mat with `part_mask` (H, W, T)."
+
     folder: Path
 
-    def mask(self, video: Video, expression: Expression, key) -> np.ndarray: # (H, W) bool
+    def mask(self, video: Video, expression: Expression, key) -> np.ndarray:  # (H, W) bool
         "The mask. Raises `Problem` where the file is missing or broken, or ends before this frame."
-        path = self.folder/video.folder.parent.name/video.id/'puppet_mask.mat'; masks = mat_masks(path)
-        if expression.frame >= masks.shape[2]: raise Problem(path, f'{masks.shape[2]} frames', f'frame {expression.frame + 1}', 'use the published list of samples')
+        path = self.folder / video.folder.parent.name / video.id / "puppet_mask.mat"
+        masks = mat_masks(path)
+        if expression.frame >= masks.shape[2]:
+            raise Problem(
+                path,
+                f"{masks.shape[2]} frames",
+                f"frame {expression.frame + 1}",
+                "use the published list of samples",
+            )
         return masks[:, :, expression.frame]
 
 # %% ../../nbs/01d_data.datasets.ipynb #33a5192f
 def open_a2d(root: Path, split: str) -> Dataset:
     "Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another; smaller faults are collected."
-    path = root/f'a2d_sentences_single_frame_{split}_annotations.json'
-    coco, films = root/'a2d_sentences_test_annotations_in_coco_format.json', root/'Release/clips320H'
-    if not films.is_dir() and (root/'Release/CLIPS320').is_dir(): films = root/'Release/CLIPS320'
-    truth = CocoTruth(coco) if split == 'test' and coco.exists() else H5Truth(root/'text_annotations/a2d_annotation_with_instances')
+    path = root / f"a2d_sentences_single_frame_{split}_annotations.json"
+    coco, films = (
+        root / "a2d_sentences_test_annotations_in_coco_format.json",
+        root / "Release/clips320H",
+    )
+    if not films.is_dir() and (root / "Release/CLIPS320").is_dir():
+        films = root / "Release/CLIPS320"
+    truth = (
+        CocoTruth(coco)
+        if split == "test" and coco.exists()
+        else H5Truth(root / "text_annotations/a2d_annotation_with_instances")
+    )
+
     def sample(row, where):
         text, id, frame, instance = _columns(row, 4, where)
-        if isinstance(instance, str) and '(copy)' in instance: return None
-        check_id(id, where); frame, instance = _number(frame, 'the frame', where), _number(instance, 'the instance', where)
-        return Expression(id, f'f_{frame}_i_{instance}', sentence(text, where), str(instance), frame=frame - 1), partial(open_clip, films/f'{id}.mp4', id)
-    return collect(Dataset(root, split, layout='a2d-sentences', truth=truth), read_rows(path, 4), sample, path)
+        if isinstance(instance, str) and "(copy)" in instance:
+            return None
+        check_id(id, where)
+        frame, instance = (
+            _number(frame, "the frame", where),
+            _number(instance, "the instance", where),
+        )
+        return Expression(
+            id, f"f_{frame}_i_{instance}", sentence(text, where), str(instance), frame=frame - 1
+        ), partial(open_clip, films / f"{id}.mp4", id)
+
+    return collect(
+        Dataset(root, split, layout="a2d-sentences", truth=truth), read_rows(path, 4), sample, path
+    )
 
 # %% ../../nbs/01d_data.datasets.ipynb #b88e81f9
-JHMDB_LISTS = 'jhmdb_sentences_samples_metadata.json', 'jhmdb_sentences_samples.json' # the published list of samples, and ours
+JHMDB_LISTS = (
+    "jhmdb_sentences_samples_metadata.json",
+    "jhmdb_sentences_samples.json",
+)  # the published list of samples, and ours
 
-def jhmdb_frame(row, where) -> tuple[str, str, str]: # action, video, file name
+
+def jhmdb_frame(row, where) -> tuple[str, str, str]:  # action, video, file name
     "Which picture a row of the list means. Raises `Problem` for a row of another form and for names that are no path components."
-    id, picture, *_ = _columns(row, 5, where); check_id(id, where)
-    end = want(picture, str, 'the path of the frame', where).replace('\\', '/').split('/')[-3:]
-    if len(end) != 3 or check_id(end[1], where) != id: raise Problem(where, f'the frame {brief(picture)}', f'…/Rename_Images/ACTION/{id}/00001.png', 'correct that entry')
+    id, picture, *_ = _columns(row, 5, where)
+    check_id(id, where)
+    end = want(picture, str, "the path of the frame", where).replace("\\", "/").split("/")[-3:]
+    if len(end) != 3 or check_id(end[1], where) != id:
+        raise Problem(
+            where,
+            f"the frame {brief(picture)}",
+            f"…/Rename_Images/ACTION/{id}/00001.png",
+            "correct that entry",
+        )
     return tuple(check_id(part, where) for part in end)
 
 # %% ../../nbs/01d_data.datasets.ipynb #776c3de1
-def open_jhmdb(root: Path, split: str = 'test') -> Dataset:
+def open_jhmdb(root: Path, split: str = "test") -> Dataset:
     "Index JHMDB-Sentences. Raises `Problem` where the list is missing or another; smaller faults are collected."
-    if split != 'test': raise Problem(root, f'the split {split!r}', "'test', the only one of JHMDB-Sentences", "choose split 'test'")
-    path = next((p for n in JHMDB_LISTS if (p := root/n).exists()), root/JHMDB_LISTS[0])
+    if split != "test":
+        raise Problem(
+            root,
+            f"the split {split!r}",
+            "'test', the only one of JHMDB-Sentences",
+            "choose split 'test'",
+        )
+    path = next((p for n in JHMDB_LISTS if (p := root / n).exists()), root / JHMDB_LISTS[0])
+
     def film(folder, id, frames):
-        if not folder.is_dir(): raise Problem(folder, 'no such folder', f'the {frames} frames of the video', 'copy the frames, or remove the video from the list')
-        return Video(id, tuple(f'{i:05d}' for i in range(1, frames + 1)), folder)
+        if not folder.is_dir():
+            raise Problem(
+                folder,
+                "no such folder",
+                f"the {frames} frames of the video",
+                "copy the frames, or remove the video from the list",
+            )
+        return Video(id, tuple(f"{i:05d}" for i in range(1, frames + 1)), folder)
+
     def sample(row, where):
-        action, id, name = jhmdb_frame(row, where); frames, text = row[3:]
-        frame = _number(name.split('.')[0].lstrip('0'), 'the frame', where)
-        return Expression(id, f'f_{frame}', sentence(text, where), frame=frame - 1), partial(film, root/'Rename_Images'/action/id, id, _number(frames, 'the number of frames', where))
-    return collect(Dataset(root, split, layout='jhmdb-sentences', truth=MatTruth(root/'puppet_mask')), read_rows(path, 5), sample, path)
+        action, id, name = jhmdb_frame(row, where)
+        frames, text = row[3:]
+        frame = _number(name.split(".")[0].lstrip("0"), "the frame", where)
+        return Expression(id, f"f_{frame}", sentence(text, where), frame=frame - 1), partial(
+            film,
+            root / "Rename_Images" / action / id,
+            id,
+            _number(frames, "the number of frames", where),
+        )
+
+    return collect(
+        Dataset(root, split, layout="jhmdb-sentences", truth=MatTruth(root / "puppet_mask")),
+        read_rows(path, 5),
+        sample,
+        path,
+    )
 
 # %% ../../nbs/01d_data.datasets.ipynb #f4909df9
 def listing_of(root: Path, split: str) -> Path:
     "The file of a split, called 'val' where there is one data set, 'refcoco+_val' otherwise. Raises `Problem` where it is missing or not the only one."
-    found = sorted({*root.glob(f'instances_*_{split}.json'), *root.glob(f'*/instances_*_{split}.json'), *root.glob(f'instances_{split}.json'), *root.glob(f'*/instances_{split}.json')})
-    if len(found) == 1: return found[0]
-    names = sorted(p.stem.removeprefix('instances_') for p in {*root.glob('instances_*_*.json'), *root.glob('*/instances_*_*.json')})
-    raise Problem(root, f"{'several files' if found else 'no file'} of split {split!r}", 'one of ' + (', '.join(names) or 'instances_NAME_SPLIT.json'), "name data set and split, such as 'refcoco+_val'")
+    found = sorted(
+        {
+            *root.glob(f"instances_*_{split}.json"),
+            *root.glob(f"*/instances_*_{split}.json"),
+            *root.glob(f"instances_{split}.json"),
+            *root.glob(f"*/instances_{split}.json"),
+        }
+    )
+    if len(found) == 1:
+        return found[0]
+    names = sorted(
+        p.stem.removeprefix("instances_")
+        for p in {*root.glob("instances_*_*.json"), *root.glob("*/instances_*_*.json")}
+    )
+    raise Problem(
+        root,
+        f"{'several files' if found else 'no file'} of split {split!r}",
+        "one of " + (", ".join(names) or "instances_NAME_SPLIT.json"),
+        "name data set and split, such as 'refcoco+_val'",
+    )
+
 
 def open_refcoco(root: Path, split: str) -> Dataset:
     "Index one split of RefCOCO, RefCOCO+ or RefCOCOg. Raises `Problem` where its file is missing or another; smaller faults are collected."
-    truth = CocoTruth(listing_of(root, split)); pictures = (root if (root/'train2014').is_dir() else root.parent)/'train2014'
+    truth = CocoTruth(listing_of(root, split))
+    pictures = (root if (root / "train2014").is_dir() else root.parent) / "train2014"
     entries, faults = truth.all()
+
     def picture(id, name):
-        if not (pictures/name).exists(): raise Problem(pictures/name, 'no such file', 'the picture that the list names', 'copy the picture, or remove its entries')
+        if not (pictures / name).exists():
+            raise Problem(
+                pictures / name,
+                "no such file",
+                "the picture that the list names",
+                "copy the picture, or remove its entries",
+            )
         return Video(id, (id,), pictures)
+
     def sample(key, where):
         image, annotation = truth.entry(key)
-        if annotation.get('iscrowd') == 1: return None
-        name = check_id(image.get('file_name'), where); stem = name.rsplit('.', 1)[0]
-        return Expression(check_id(stem, where), str(_number(key, 'the id', where)), sentence(image.get('caption'), where), frame=0), partial(picture, stem, name)
-    return collect(Dataset(root, split, faults=dict(faults), layout='refcoco', truth=truth), entries, sample, truth.path)
+        if annotation.get("iscrowd") == 1:
+            return None
+        name = check_id(image.get("file_name"), where)
+        stem = name.rsplit(".", 1)[0]
+        return Expression(
+            check_id(stem, where),
+            str(_number(key, "the id", where)),
+            sentence(image.get("caption"), where),
+            frame=0,
+        ), partial(picture, stem, name)
+
+    return collect(
+        Dataset(root, split, faults=dict(faults), layout="refcoco", truth=truth),
+        entries,
+        sample,
+        truth.path,
+    )
 
 # %% ../../nbs/01d_data.datasets.ipynb #cfb27fb5
-LAYOUTS: dict[str, tuple[Callable[[Path, str], Dataset], str]] = { # name -> how it is opened, the split that is usually meant
-    'ref-youtube-vos': (open_videos, 'valid'), 'ref-davis17': (partial(open_videos, layout='ref-davis17'), 'valid'),
-    'mevis': (open_mevis, 'valid_u'), 'a2d-sentences': (open_a2d, 'test'), 'jhmdb-sentences': (open_jhmdb, 'test'), 'refcoco': (open_refcoco, 'val')}
+LAYOUTS: dict[
+    str, tuple[Callable[[Path, str], Dataset], str]
+] = {  # name -> how it is opened, the split that is usually meant
+    "ref-youtube-vos": (open_videos, "valid"),
+    "ref-davis17": (partial(open_videos, layout="ref-davis17"), "valid"),
+    "mevis": (open_mevis, "valid_u"),
+    "a2d-sentences": (open_a2d, "test"),
+    "jhmdb-sentences": (open_jhmdb, "test"),
+    "refcoco": (open_refcoco, "val"),
+}
 
-ORIGINALS = {'davis_text_annotations': 'ref-davis17', 'text_annotations/a2d_annotation.txt': 'a2d-sentences', 'jhmdb_annotation.txt': 'jhmdb-sentences',
-             'refcoco*/refs(*).p': 'refcoco'} # what lies in a tree as published -> the conversion that makes the lists
+ORIGINALS = {
+    "davis_text_annotations": "ref-davis17",
+    "text_annotations/a2d_annotation.txt": "a2d-sentences",
+    "jhmdb_annotation.txt": "jhmdb-sentences",
+    "refcoco*/refs(*).p": "refcoco",
+}  # what lies in a tree as published -> the conversion that makes the lists
+
 
 def recognise(root: Path) -> str:
     "The layout of a tree, by the lists that lie in it; Ref-DAVIS17 only by the name of the folder. Raises `Problem` for an unknown tree."
-    if not root.is_dir(): raise Problem(root, 'no such folder', 'a data set', 'check the path')
-    if (root/'meta_expressions').is_dir(): return 'ref-davis17' if 'davis' in root.name.lower() else 'ref-youtube-vos'
-    if any(root.glob('*/meta_expressions.json')): return 'mevis'
-    if any(root.glob('a2d_sentences_single_frame_*_annotations.json')): return 'a2d-sentences'
-    if any((root/n).exists() for n in JHMDB_LISTS): return 'jhmdb-sentences'
-    if any(root.glob('instances_ref*.json')) or any(root.glob('*/instances_ref*.json')): return 'refcoco'
-    mend = next((f'run `rvos data prepare {name} {root.name}` first' for sign, name in ORIGINALS.items() if any(root.glob(sign))), 'check the path (data/README.md describes the layouts), or name the layout')
-    raise Problem(root, 'none of the lists that tell a layout', 'one of ' + ', '.join(LAYOUTS), mend)
+    if not root.is_dir():
+        raise Problem(root, "no such folder", "a data set", "check the path")
+    if (root / "meta_expressions").is_dir():
+        return "ref-davis17" if "davis" in root.name.lower() else "ref-youtube-vos"
+    if any(root.glob("*/meta_expressions.json")):
+        return "mevis"
+    if any(root.glob("a2d_sentences_single_frame_*_annotations.json")):
+        return "a2d-sentences"
+    if any((root / n).exists() for n in JHMDB_LISTS):
+        return "jhmdb-sentences"
+    if any(root.glob("instances_ref*.json")) or any(root.glob("*/instances_ref*.json")):
+        return "refcoco"
+    mend = next(
+        (
+            f"run `rvos data prepare {name} {root.name}` first"
+            for sign, name in ORIGINALS.items()
+            if any(root.glob(sign))
+        ),
+        "check the path (data/README.md describes the layouts), or name the layout",
+    )
+    raise Problem(
+        root, "none of the lists that tell a layout", "one of " + ", ".join(LAYOUTS), mend
+    )
+
 
 def open_dataset(
-    root,                 # the folder of the data set
-    split: str = 'valid', # a split of the layout; '': the one that is usually meant
-    layout: str = '',     # one of `LAYOUTS`; '': told by the tree
+    root,  # the folder of the data set
+    split: str = "valid",  # a split of the layout; '': the one that is usually meant
+    layout: str = "",  # one of `LAYOUTS`; '': told by the tree
 ) -> Dataset:
     "Index a split. Raises `Problem` where its list is missing or not the layout; smaller faults are collected."
-    root = Path(root); known = layout or recognise(root)
-    if known not in LAYOUTS: raise Problem('layout', repr(layout), 'one of ' + ', '.join(LAYOUTS), 'choose one of them')
+    root = Path(root)
+    known = layout or recognise(root)
+    if known not in LAYOUTS:
+        raise Problem("layout", repr(layout), "one of " + ", ".join(LAYOUTS), "choose one of them")
     opener, usual = LAYOUTS[known]
-    data = opener(root, check_id(split or usual, 'split'))
-    if not layout and known == 'ref-youtube-vos' and four_each(data): data.layout = 'ref-davis17'
+    data = opener(root, check_id(split or usual, "split"))
+    if not layout and known == "ref-youtube-vos" and four_each(data):
+        data.layout = "ref-davis17"
     return data

@@ -25,65 +25,118 @@ from ..core import Problem, check_id, write_bytes
 def _open(path) -> Image.Image:
     "A fully decoded Pillow image; `Problem` where the file is missing, truncated or no picture."
     try:
-        with Image.open(path) as im: im.load()
+        with Image.open(path) as im:
+            im.load()
         return im
-    except FileNotFoundError: raise Problem(path, 'no such file', 'a mask PNG', 'write the mask again, or take the frame off the list') from None
+    except FileNotFoundError:
+        raise Problem(
+            path,
+            "no such file",
+            "a mask PNG",
+            "write the mask again, or take the frame off the list",
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise Problem(path, f'a picture that cannot be read ({e})', 'a complete PNG', 'copy or make the file again') from None
+        raise Problem(
+            path,
+            f"a picture that cannot be read ({e})",
+            "a complete PNG",
+            "copy or make the file again",
+        ) from None
+
 
 def _sized(array: np.ndarray, path, size) -> np.ndarray:
     "The array itself when it has the expected (H, W); `Problem` otherwise."
     if size is not None and array.shape != tuple(size):
-        raise Problem(path, f'{array.shape[0]}x{array.shape[1]} pixels', f'{size[0]}x{size[1]} pixels, as the frames have', 'make the mask again at the size of the frames')
+        raise Problem(
+            path,
+            f"{array.shape[0]}x{array.shape[1]} pixels",
+            f"{size[0]}x{size[1]} pixels, as the frames have",
+            "make the mask again at the size of the frames",
+        )
     return array
 
 # %% ../../nbs/01a_data.masks.ipynb #2716db4f
-PNG = b'\x89PNG\r\n\x1a\n'
-PLAIN = b'\x08\0\0\0\0' # 8 bits, grey, deflated, the usual filters, not interlaced
-PLAIN_ZLIB = b'\x78\1'    # packed in a hurry, so mostly without filters
+PNG = b"\x89PNG\r\n\x1a\n"
+PLAIN = b"\x08\0\0\0\0"  # 8 bits, grey, deflated, the usual filters, not interlaced
+PLAIN_ZLIB = b"\x78\1"  # packed in a hurry, so mostly without filters
 
-def _chunk(data: bytes, at: int, path) -> tuple[bytes, bytes, int]: # its type, its bytes, where the next one begins
+
+def _chunk(
+    data: bytes, at: int, path
+) -> tuple[bytes, bytes, int]:  # its type, its bytes, where the next one begins
     "A part of a PNG; `Problem` where its checksum does not hold."
-    end = at + 8 + int.from_bytes(data[at:at + 4])
-    if zlib.crc32(data[at + 4:end]).to_bytes(4) != data[end:end + 4]: raise Problem(path, 'a picture that cannot be read (wrong check sums: damaged, or cut short)', 'a complete PNG', 'copy or make the file again')
-    return data[at + 4:at + 8], data[at + 8:end], end + 4
+    end = at + 8 + int.from_bytes(data[at : at + 4])
+    if zlib.crc32(data[at + 4 : end]).to_bytes(4) != data[end : end + 4]:
+        raise Problem(
+            path,
+            "a picture that cannot be read (wrong check sums: damaged, or cut short)",
+            "a complete PNG",
+            "copy or make the file again",
+        )
+    return data[at + 4 : at + 8], data[at + 8 : end], end + 4
 
-def _plain(path) -> np.ndarray | None: # a path, or an open file of bytes
+
+def _plain(path) -> np.ndarray | None:  # a path, or an open file of bytes
     "(H, W) uint8 of an 8-bit grey PNG of nothing but pixels; None where the file is anything else; `Problem` for a damaged one."
-    try: data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
-    except OSError: return None
-    if data[:8] != PNG or data[12:16] != b'IHDR' or data[24:29] != PLAIN: return None
+    try:
+        data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
+    except OSError:
+        return None
+    if data[:8] != PNG or data[12:16] != b"IHDR" or data[24:29] != PLAIN:
+        return None
     (kind, head, at), packed = _chunk(data, 8, path), []
-    while (chunk := _chunk(data, at, path))[0] == b'IDAT': packed.append(chunk[1]); at = chunk[2]
-    w, h = struct.unpack('>II', head[:8])
-    if chunk != (b'IEND', b'', len(data)) or len(head) != 13 or not 0 < h * w <= Image.MAX_IMAGE_PIXELS: return None
-    stream, packed = zlib.decompressobj(-15), b''.join(packed)
-    if packed[:2] != PLAIN_ZLIB: return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    try: rows = stream.decompress(packed[2:], h * (w + 1) + 1)
-    except zlib.error: return None
-    if len(rows) != h * (w + 1) or not stream.eof: return None
+    while (chunk := _chunk(data, at, path))[0] == b"IDAT":
+        packed.append(chunk[1])
+        at = chunk[2]
+    w, h = struct.unpack(">II", head[:8])
+    if (
+        chunk != (b"IEND", b"", len(data))
+        or len(head) != 13
+        or not 0 < h * w <= Image.MAX_IMAGE_PIXELS
+    ):
+        return None
+    stream, packed = zlib.decompressobj(-15), b"".join(packed)
+    if packed[:2] != PLAIN_ZLIB:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        rows = stream.decompress(packed[2:], h * (w + 1) + 1)
+    except zlib.error:
+        return None
+    if len(rows) != h * (w + 1) or not stream.eof:
+        return None
     rows = np.frombuffer(rows, np.uint8).reshape(h, w + 1)
     return None if rows[:, 0].any() else rows[:, 1:]
 
 # %% ../../nbs/01a_data.masks.ipynb #c95e5f71
 def read_mask(
-    path,        # a PNG in any of the six forms
-    size: tuple[int, int] | None = None, # (H, W) that it must have
-) -> np.ndarray: # (H, W) bool
+    path,  # a PNG in any of the six forms
+    size: tuple[int, int] | None = None,  # (H, W) that it must have
+) -> np.ndarray:  # (H, W) bool
     "True where the file holds anything above zero. Raises `Problem` for a missing, broken or wrongly sized file."
-    if (values := _plain(path)) is not None: return _sized(values > 0, path, size)
+    if (values := _plain(path)) is not None:
+        return _sized(values > 0, path, size)
     im = _open(path)
     a = np.asarray(im) > 0
-    return _sized(a[..., [b != 'A' for b in im.getbands()]].any(-1) if a.ndim == 3 else a, path, size)
+    return _sized(
+        a[..., [b != "A" for b in im.getbands()]].any(-1) if a.ndim == 3 else a, path, size
+    )
+
 
 def read_labels(
-    path,        # a palette or grey PNG whose values are object ids
-    size: tuple[int, int] | None = None, # (H, W) that it must have
-) -> np.ndarray: # (H, W) uint8
+    path,  # a palette or grey PNG whose values are object ids
+    size: tuple[int, int] | None = None,  # (H, W) that it must have
+) -> np.ndarray:  # (H, W) uint8
     "Object ids per pixel. Raises `Problem` for a missing, broken, coloured or wrongly sized file."
-    if (values := _plain(path)) is not None: return _sized(values.copy(), path, size)
+    if (values := _plain(path)) is not None:
+        return _sized(values.copy(), path, size)
     im = _open(path)
-    if im.mode not in ('P', 'L', '1'): raise Problem(path, f'a picture of mode {im.mode}', 'a palette or grey PNG whose values are object ids', 'save it as a palette PNG')
+    if im.mode not in ("P", "L", "1"):
+        raise Problem(
+            path,
+            f"a picture of mode {im.mode}",
+            "a palette or grey PNG whose values are object ids",
+            "save it as a palette PNG",
+        )
     return _sized(np.array(im).astype(np.uint8), path, size)
 
 # %% ../../nbs/01a_data.masks.ipynb #632025c2
@@ -91,45 +144,77 @@ def _palette() -> bytes:
     "The 256 DAVIS colours as 768 bytes."
     ids, rgb = np.arange(256), np.zeros((256, 3), np.uint8)
     for j in range(8):
-        for c in range(3): rgb[:, c] |= (((ids >> (3 * j + c)) & 1) << (7 - j)).astype(np.uint8) if 3 * j + c < 8 else np.uint8(0)
+        for c in range(3):
+            rgb[:, c] |= (
+                (((ids >> (3 * j + c)) & 1) << (7 - j)).astype(np.uint8)
+                if 3 * j + c < 8
+                else np.uint8(0)
+            )
     return rgb.tobytes()
 
-PALETTE: bytes = _palette() # (768,) R, G, B of the 256 DAVIS colours
+
+PALETTE: bytes = _palette()  # (768,) R, G, B of the 256 DAVIS colours
 
 # %% ../../nbs/01a_data.masks.ipynb #4fa9ce20
 def _pack(data, end: int) -> bytes:
     pack = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
     return pack.compress(data) + pack.flush(end)
 
-@lru_cache(4096)
-def _blank(n: int, end: int) -> bytes: return _pack(bytes(n), end)
 
-def _part(kind: bytes, data: bytes) -> bytes: return struct.pack('>I', len(data)) + kind + data + zlib.crc32(data, zlib.crc32(kind)).to_bytes(4)
+@lru_cache(4096)
+def _blank(n: int, end: int) -> bytes:
+    return _pack(bytes(n), end)
+
+
+def _part(kind: bytes, data: bytes) -> bytes:
+    return (
+        struct.pack(">I", len(data)) + kind + data + zlib.crc32(data, zlib.crc32(kind)).to_bytes(4)
+    )
+
 
 def encode_mask(
-    mask: np.ndarray, # (H, W) bool
-) -> bytes:           # a PNG file
+    mask: np.ndarray,  # (H, W) bool
+) -> bytes:  # a PNG file
     "An 8-bit grey PNG of 0 and 255. The same mask gives the same bytes."
-    mask = np.asarray(mask, bool); (h, w), used = mask.shape, np.flatnonzero(mask.any(1))
+    mask = np.asarray(mask, bool)
+    (h, w), used = mask.shape, np.flatnonzero(mask.any(1))
     top, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-    rows = np.zeros((end - top, w + 1), np.uint8) # each begins with the number of its filter, none
+    rows = np.zeros((end - top, w + 1), np.uint8)  # each begins with the number of its filter, none
     np.multiply(mask[top:end].view(np.uint8), 255, out=rows[:, 1:])
     above, below = top * (w + 1), (h - end) * (w + 1)
-    sums = zlib.adler32(rows, 1 | above % 65521 << 16); low = sums & 0xffff # Adler's two sums, over zeros: the low one stays, the high one grows by it
+    sums = zlib.adler32(rows, 1 | above % 65521 << 16)
+    low = sums & 0xFFFF  # Adler's two sums, over zeros: the low one stays, the high one grows by it
     sums = low | ((sums >> 16) + below * low) % 65521 << 16
-    packed = PLAIN_ZLIB + _blank(above, zlib.Z_SYNC_FLUSH) + _pack(rows, zlib.Z_SYNC_FLUSH) + _blank(below, zlib.Z_FINISH) + sums.to_bytes(4)
-    return PNG + _part(b'IHDR', struct.pack('>II', w, h) + PLAIN) + _part(b'IDAT', packed) + _part(b'IEND', b'')
+    packed = (
+        PLAIN_ZLIB
+        + _blank(above, zlib.Z_SYNC_FLUSH)
+        + _pack(rows, zlib.Z_SYNC_FLUSH)
+        + _blank(below, zlib.Z_FINISH)
+        + sums.to_bytes(4)
+    )
+    return (
+        PNG
+        + _part(b"IHDR", struct.pack(">II", w, h) + PLAIN)
+        + _part(b"IDAT", packed)
+        + _part(b"IEND", b"")
+    )
+
 
 def write_mask(path, mask: np.ndarray):
     "Write `mask` (H, W) bool as grey PNG, whole or not at all."
     write_bytes(path, encode_mask(mask))
 
+
 def encode_labels(
-    labels: np.ndarray, # (H, W) uint8 object ids
-) -> bytes:             # a PNG file
+    labels: np.ndarray,  # (H, W) uint8 object ids
+) -> bytes:  # a PNG file
     "A palette PNG in the DAVIS colours."
-    im = Image.fromarray(np.asarray(labels, np.uint8)); im.putpalette(PALETTE)
-    buffer = io.BytesIO(); im.save(buffer, 'PNG'); return buffer.getvalue()
+    im = Image.fromarray(np.asarray(labels, np.uint8))
+    im.putpalette(PALETTE)
+    buffer = io.BytesIO()
+    im.save(buffer, "PNG")
+    return buffer.getvalue()
+
 
 def write_labels(path, labels: np.ndarray):
     "Write `labels` (H, W) uint8 as palette PNG, whole or not at all."
@@ -137,27 +222,35 @@ def write_labels(path, labels: np.ndarray):
 
 # %% ../../nbs/01a_data.masks.ipynb #41fb288f
 def write_tree(
-    folder,                      # an existing, still temporary folder; or several, that shall hold the same masks
-    names: Sequence[str],        # frame names without extension
-    masks: Sequence[np.ndarray], # one (H, W) bool per name
+    folder,  # an existing, still temporary folder; or several, that shall hold the same masks
+    names: Sequence[str],  # frame names without extension
+    masks: Sequence[np.ndarray],  # one (H, W) bool per name
 ):
     "Write FRAME.png for every name; each mask is encoded once."
     folders = [Path(f) for f in ([folder] if isinstance(folder, (str, Path)) else folder)]
+
     def one(name, mask):
         png = encode_mask(mask)
-        for f in folders: (f/f'{check_id(name, f)}.png').write_bytes(png)
-    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda pair: one(*pair), zip(names, masks, strict=True)))
+        for f in folders:
+            (f / f"{check_id(name, f)}.png").write_bytes(png)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda pair: one(*pair), zip(names, masks, strict=True)))
 
 # %% ../../nbs/01a_data.masks.ipynb #7016ec9b
 def rle_encode(mask: np.ndarray) -> dict:
     "COCO run-length code `{'size': [H, W], 'counts': bytes}` of a (H, W) bool mask."
     from pycocotools import mask as coco
+
     return coco.encode(np.asfortranarray(np.asarray(mask, np.uint8)))
+
 
 def rle_decode(rle: dict) -> np.ndarray:
     "The (H, W) bool mask of a COCO run-length code."
     from pycocotools import mask as coco
+
     return coco.decode(rle).astype(bool)
+
 
 def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     "(x1, y1, x2, y2) in pixels, the last row and column included; zeros for an empty mask."
@@ -165,29 +258,47 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(xs[0]), int(ys[0]), int(xs[-1]), int(ys[-1])) if len(ys) else (0, 0, 0, 0)
 
 # %% ../../nbs/01a_data.masks.ipynb #cdff18ff
-def run_pixels(counts: str | bytes) -> int: # pixels that the runs cover; -1 for what is no run-length code
+def run_pixels(
+    counts: str | bytes,
+) -> int:  # pixels that the runs cover; -1 for what is no run-length code
     "The length of a compressed run-length code, without decoding it."
-    x = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(errors='replace'), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(x & 32 == 0)                           # the characters that end a number
-    if not len(x) or x.min() < 0 or x.max() > 63 or not len(last) or last[-1] != len(x) - 1: return -1
-    first = np.r_[0, last[:-1] + 1]; place = np.arange(len(x)) - np.repeat(first, last - first + 1)
-    if place.max() > 6: return -1
-    number = np.add.reduceat((x & 31) << 5 * place, first) - ((x[last] & 16 > 0) << 5 * (place[last] + 1))
-    for start in (1, 2): number[start::2] = number[start::2].cumsum()
+    x = (
+        np.frombuffer(
+            counts if isinstance(counts, bytes) else counts.encode(errors="replace"), np.uint8
+        ).astype(np.int64)
+        - 48
+    )
+    last = np.flatnonzero(x & 32 == 0)  # the characters that end a number
+    if not len(x) or x.min() < 0 or x.max() > 63 or not len(last) or last[-1] != len(x) - 1:
+        return -1
+    first = np.r_[0, last[:-1] + 1]
+    place = np.arange(len(x)) - np.repeat(first, last - first + 1)
+    if place.max() > 6:
+        return -1
+    number = np.add.reduceat((x & 31) << 5 * place, first) - (
+        (x[last] & 16 > 0) << 5 * (place[last] + 1)
+    )
+    for start in (1, 2):
+        number[start::2] = number[start::2].cumsum()
     return int(number.sum()) if number.min() >= 0 else -1
 
 # %% ../../nbs/01a_data.masks.ipynb #69bfced2
 def overlay(
-    frame: np.ndarray, # (H, W, 3) uint8 RGB
-    masks,             # (N, H, W) bool; later masks lie on top
-    colors=None,       # (N, 3) 0..255; the DAVIS colours from id 1 on, brightened, by default
-    alpha: float = .5, # strength of the tint
-) -> np.ndarray:       # (H, W, 3) uint8
+    frame: np.ndarray,  # (H, W, 3) uint8 RGB
+    masks,  # (N, H, W) bool; later masks lie on top
+    colors=None,  # (N, 3) 0..255; the DAVIS colours from id 1 on, brightened, by default
+    alpha: float = 0.5,  # strength of the tint
+) -> np.ndarray:  # (H, W, 3) uint8
     "The frame with every mask tinted and outlined. Raises ValueError where a mask has another size."
     out = np.array(frame)
     masks = np.asarray(masks, bool).reshape(-1, *np.shape(masks)[-2:])
-    if masks.shape[1:] != out.shape[:2]: raise ValueError(f"masks: expected (N, {out.shape[0]}, {out.shape[1]}), got {masks.shape}")
-    if colors is None: colors = [np.minimum(np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)[i % 255 + 1] * 1.6 + 40, 255) for i in range(len(masks))]
+    if masks.shape[1:] != out.shape[:2]:
+        raise ValueError(f"masks: expected (N, {out.shape[0]}, {out.shape[1]}), got {masks.shape}")
+    if colors is None:
+        colors = [
+            np.minimum(np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)[i % 255 + 1] * 1.6 + 40, 255)
+            for i in range(len(masks))
+        ]
     for m, c in zip(masks, np.asarray(colors, float).reshape(-1, 3)):
         out[m] = (out[m] * (1 - alpha) + c * alpha).astype(np.uint8)
         edges, _ = cv2.findContours(m.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

@@ -27,21 +27,50 @@ import numpy as np
 from PIL import Image
 
 from ..core import Problem, brief, check_id, progress, read_json, whole_folder, write_json
-from .datasets import (JHMDB_LISTS, LAYOUTS, TWICE, Dataset, H5Truth, annotation_spans, each_once, four_each, frame_size, h5_masks, jhmdb_frame,
-                                   mat_masks, open_dataset, read_rows, recognise, sentence, want, whole_number)
+from rvos_nb.data.datasets import (
+    JHMDB_LISTS,
+    LAYOUTS,
+    TWICE,
+    Dataset,
+    H5Truth,
+    annotation_spans,
+    each_once,
+    four_each,
+    frame_size,
+    h5_masks,
+    jhmdb_frame,
+    mat_masks,
+    open_dataset,
+    read_rows,
+    recognise,
+    sentence,
+    want,
+    whole_number,
+)
 from .masks import read_labels, rle_encode
 from .video import Expression, Video, frame_path, read_frame
 
 # %% ../../nbs/01g_data.prepare.ipynb #5848657a
-PUBLISHED: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = { # (layout, split) -> what is counted -> how many
-    ('ref-youtube-vos', 'train'): dict(videos=3471, expressions=12913), ('ref-youtube-vos', 'valid'): dict(videos=202, expressions=834, frames=5486),
-    ('ref-youtube-vos', 'test'): dict(videos=305, expressions=1262),
-    ('ref-davis17', 'train'): dict(videos=60, expressions=576), ('ref-davis17', 'valid'): dict(videos=30, expressions=244, frames=1999),
-    ('mevis', 'train'): dict(videos=1662, expressions=(23051, 27502)), ('mevis', 'valid_u'): dict(videos=50, expressions=(793, 907)),
-    ('mevis', 'valid'): dict(videos=140, expressions=(2236, 2523)), ('mevis', 'test'): dict(videos=154, expressions=2490),
-    ('jhmdb-sentences', 'test'): dict(videos=928, expressions=2784)}
-ALL_SPLITS = {'refcoco': (('train', 'val', 'testA', 'testB'), 142209), 'refcoco+': (('train', 'val', 'testA', 'testB'), 141564),
-              'refcocog': (('train', 'val', 'test'), 85474)} # data set -> its splits, and the expressions of all of them together
+PUBLISHED: dict[
+    tuple[str, str], dict[str, int | tuple[int, int]]
+] = {  # (layout, split) -> what is counted -> how many
+    ("ref-youtube-vos", "train"): {"videos": 3471, "expressions": 12913},
+    ("ref-youtube-vos", "valid"): {"videos": 202, "expressions": 834, "frames": 5486},
+    ("ref-youtube-vos", "test"): {"videos": 305, "expressions": 1262},
+    ("ref-davis17", "train"): {"videos": 60, "expressions": 576},
+    ("ref-davis17", "valid"): {"videos": 30, "expressions": 244, "frames": 1999},
+    ("mevis", "train"): {"videos": 1662, "expressions": (23051, 27502)},
+    ("mevis", "valid_u"): {"videos": 50, "expressions": (793, 907)},
+    ("mevis", "valid"): {"videos": 140, "expressions": (2236, 2523)},
+    ("mevis", "test"): {"videos": 154, "expressions": 2490},
+    ("jhmdb-sentences", "test"): {"videos": 928, "expressions": 2784},
+}
+ALL_SPLITS = {
+    "refcoco": (("train", "val", "testA", "testB"), 142209),
+    "refcoco+": (("train", "val", "testA", "testB"), 141564),
+    "refcocog": (("train", "val", "test"), 85474),
+}  # data set -> its splits, and the expressions of all of them together
+
 
 def counts_of(due: int | tuple[int, ...]) -> tuple[int, ...]:
     "All counts that are right."
@@ -50,58 +79,110 @@ def counts_of(due: int | tuple[int, ...]) -> tuple[int, ...]:
 # %% ../../nbs/01g_data.prepare.ipynb #ab836cf7
 def splits_of(
     root: Path,
-    layout: str, # one of LAYOUTS
+    layout: str,  # one of LAYOUTS
 ) -> list[str]:  # names that `open_dataset` takes
     "The splits whose lists lie in a tree."
-    if layout in ('ref-youtube-vos', 'ref-davis17'): return sorted(p.parent.name for p in root.glob('meta_expressions/*/meta_expressions.json'))
-    if layout == 'mevis': return sorted(p.parent.name for p in root.glob('*/meta_expressions.json'))
-    if layout == 'a2d-sentences': return [s for s in ('train', 'test') if (root/f'a2d_sentences_single_frame_{s}_annotations.json').exists()]
-    if layout == 'jhmdb-sentences': return ['test']
-    return sorted(p.stem.removeprefix('instances_') for p in {*root.glob('instances_*_*.json'), *root.glob('*/instances_*_*.json')})
+    if layout in ("ref-youtube-vos", "ref-davis17"):
+        return sorted(p.parent.name for p in root.glob("meta_expressions/*/meta_expressions.json"))
+    if layout == "mevis":
+        return sorted(p.parent.name for p in root.glob("*/meta_expressions.json"))
+    if layout == "a2d-sentences":
+        return [
+            s
+            for s in ("train", "test")
+            if (root / f"a2d_sentences_single_frame_{s}_annotations.json").exists()
+        ]
+    if layout == "jhmdb-sentences":
+        return ["test"]
+    return sorted(
+        p.stem.removeprefix("instances_")
+        for p in {*root.glob("instances_*_*.json"), *root.glob("*/instances_*_*.json")}
+    )
 
 # %% ../../nbs/01g_data.prepare.ipynb #9e147a4a
-LOOKS = 20_000 # pictures of a split that are opened
+LOOKS = 20_000  # pictures of a split that are opened
 
-Odd = list[tuple[str, Problem]] # (video, or sentence, or '' for the whole split; what is wrong)
+Odd = list[tuple[str, Problem]]  # (video, or sentence, or '' for the whole split; what is wrong)
+
 
 def look(
-    tasks: list[tuple[str, Callable]], # a unit, and what opens something of it or raises `Problem`
-    what: str,                         # a word in front of the bar
-    most: int | None = None,           # do at most about so many, evenly spread; all by default
-) -> tuple[int, int, Odd]:             # how many were opened, how many of these are as they should be, what is wrong with the others
+    tasks: list[tuple[str, Callable]],  # a unit, and what opens something of it or raises `Problem`
+    what: str,  # a word in front of the bar
+    most: int | None = None,  # do at most about so many, evenly spread; all by default
+) -> tuple[
+    int, int, Odd
+]:  # how many were opened, how many of these are as they should be, what is wrong with the others
     "Open things, several at a time; the same fault of several units is told once."
-    some = tasks[::max(1, -(-len(tasks) // most))] if most else tasks
-    def one(task):
-        try: task[1]()
-        except Problem as e: return task[0], e
-    with ThreadPoolExecutor(8) as pool: odd = [found for found in progress(pool.map(one, some), what, len(some)) if found]
-    return len(some), len(some) - len(odd), list({str(e): (unit, e) for unit, e in reversed(odd)}.values())[::-1]
+    some = tasks[:: max(1, -(-len(tasks) // most))] if most else tasks
 
-def names_in(folder: Path, names, suffixes: tuple[str, ...], what: str) -> tuple[list[str], list[Problem]]: # those that are there; a problem where others are not
+    def one(task):
+        try:
+            task[1]()
+        except Problem as e:
+            return task[0], e
+
+    with ThreadPoolExecutor(8) as pool:
+        odd = [found for found in progress(pool.map(one, some), what, len(some)) if found]
+    return (
+        len(some),
+        len(some) - len(odd),
+        list({str(e): (unit, e) for unit, e in reversed(odd)}.values())[::-1],
+    )
+
+
+def names_in(
+    folder: Path, names, suffixes: tuple[str, ...], what: str
+) -> tuple[list[str], list[Problem]]:  # those that are there; a problem where others are not
     "Compare the names of a list with a folder."
-    there = {p.rsplit('.', 1)[0] for p in os.listdir(folder) if p.lower().endswith(suffixes)} if folder.is_dir() else set()
+    there = (
+        {p.rsplit(".", 1)[0] for p in os.listdir(folder) if p.lower().endswith(suffixes)}
+        if folder.is_dir()
+        else set()
+    )
     lost = [n for n in names if n not in there]
-    return [n for n in names if n in there], [Problem(folder, f"{len(lost)} of {len(names)} {what} missing: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}", 'every one that the list names', 'copy them from the archive again')] if lost else []
+    return [n for n in names if n in there], [
+        Problem(
+            folder,
+            f"{len(lost)} of {len(names)} {what} missing: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}",
+            "every one that the list names",
+            "copy them from the archive again",
+        )
+    ] if lost else []
 
 # %% ../../nbs/01g_data.prepare.ipynb #880a5082
 def open_frame(video: Video, name: str):
     "Open a frame. Raises `Problem` for one that is missing, broken, or of another size than the first."
     path, size = frame_path(video, name), frame_size(video)
     try:
-        with Image.open(path) as im: found = im.height, im.width; im.draft('L', (im.width // 8, im.height // 8)); im.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): found = read_frame(path).shape[:2] # says what is wrong
-    if found != size: raise Problem(path, f'{found[0]}x{found[1]} pixels', f'{size[0]}x{size[1]}, as the first frame of the video has', 'copy the frame again')
+        with Image.open(path) as im:
+            found = im.height, im.width
+            im.draft("L", (im.width // 8, im.height // 8))
+            im.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        found = read_frame(path).shape[:2]  # says what is wrong
+    if found != size:
+        raise Problem(
+            path,
+            f"{found[0]}x{found[1]} pixels",
+            f"{size[0]}x{size[1]}, as the first frame of the video has",
+            "copy the frame again",
+        )
 
-def frames_of(data: Dataset) -> tuple[int, Odd]: # how many were opened, and what is missing or odd
+
+def frames_of(data: Dataset) -> tuple[int, Odd]:  # how many were opened, and what is missing or odd
     "Look at the frames that the list names."
     tasks, odd = [], []
     for id, v in data.videos.items():
-        if v.folder.is_file(): continue
-        if data.layout == 'refcoco': there, lost = v.frames, [] # looked up one by one when the list was opened
-        else: there, lost = names_in(v.folder, v.frames, ('.jpg', '.jpeg', '.png'), 'frames')
+        if v.folder.is_file():
+            continue
+        if data.layout == "refcoco":
+            there, lost = v.frames, []  # looked up one by one when the list was opened
+        else:
+            there, lost = names_in(v.folder, v.frames, (".jpg", ".jpeg", ".png"), "frames")
         odd += [(id, p) for p in lost]
-        if v.frames[0] in there: tasks += [(id, partial(open_frame, v, n)) for n in there]
-    opened, _, broken = look(tasks, 'frames', LOOKS)
+        if v.frames[0] in there:
+            tasks += [(id, partial(open_frame, v, n)) for n in there]
+    opened, _, broken = look(tasks, "frames", LOOKS)
     return opened, odd + broken
 
 # %% ../../nbs/01g_data.prepare.ipynb #2edf9a4e
@@ -109,380 +190,906 @@ def open_labels(video: Video, path: Path):
     "Open an annotation. Raises `Problem` for one that is broken, in colours, or of another size than the first frame."
     read_labels(path, frame_size(video))
 
-def png_masks(data: Dataset) -> tuple[int, int, Odd]: # how many there are, how many were opened, what is missing or odd
+
+def png_masks(
+    data: Dataset,
+) -> tuple[int, int, Odd]:  # how many there are, how many were opened, what is missing or odd
     "Look at annotations that are pictures."
     count, tasks, odd = 0, [], []
     for id, v in data.videos.items():
-        folder = v.folder.parents[1]/'Annotations'/id; there, lost = names_in(folder, v.frames, ('.png',), 'masks'); count += len(there)
-        hidden = len(v.frames) > 1 and there == [v.frames[0]] or not there and not any(e.object_id for e in data.expressions[id])
+        folder = v.folder.parents[1] / "Annotations" / id
+        there, lost = names_in(folder, v.frames, (".png",), "masks")
+        count += len(there)
+        hidden = (len(v.frames) > 1 and there == [v.frames[0]]) or (
+            not there and not any(e.object_id for e in data.expressions[id])
+        )
         odd += [] if hidden else [(id, p) for p in lost]
-        tasks += [(id, partial(open_labels, v, folder/f'{n}.png')) for n in there if frame_path(v, v.frames[0]).exists()]
-    opened, _, broken = look(tasks, 'masks', LOOKS)
+        tasks += [
+            (id, partial(open_labels, v, folder / f"{n}.png"))
+            for n in there
+            if frame_path(v, v.frames[0]).exists()
+        ]
+    opened, _, broken = look(tasks, "masks", LOOKS)
     return count, opened, odd + broken
 
 # %% ../../nbs/01g_data.prepare.ipynb #89fb6aff
 def union_masks(data: Dataset) -> tuple[int, int, Odd]:
     "Look at the annotations of MeViS that sentences name; as `png_masks`."
     video_of = {i: v for (v, _), named in data.union.named.items() for i in named}
-    if not video_of: return 0, 0, []
-    try: there = annotation_spans(data.union.path)
-    except Problem as e: return 0, 0, [('', e)]
+    if not video_of:
+        return 0, 0, []
+    try:
+        there = annotation_spans(data.union.path)
+    except Problem as e:
+        return 0, 0, [("", e)]
     lost = sorted(video_of.keys() - there.keys(), key=int)
-    odd = [('', Problem(data.union.path, f"{len(lost)} of {len(video_of)} annotations missing: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}", 'every annotation that the list names', 'copy both files from the same release'))] if lost else []
-    def task(id): v = data.videos[video_of[id]]; return v.id, lambda: data.union.codes(v, id, frame_size(v))
-    opened, _, broken = look([task(i) for i in there if i in video_of and video_of[i] in data.videos], 'masks')
+    odd = (
+        [
+            (
+                "",
+                Problem(
+                    data.union.path,
+                    f"{len(lost)} of {len(video_of)} annotations missing: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}",
+                    "every annotation that the list names",
+                    "copy both files from the same release",
+                ),
+            )
+        ]
+        if lost
+        else []
+    )
+
+    def task(id):
+        v = data.videos[video_of[id]]
+        return v.id, lambda: data.union.codes(v, id, frame_size(v))
+
+    opened, _, broken = look(
+        [task(i) for i in there if i in video_of and video_of[i] in data.videos], "masks"
+    )
     return len(video_of) - len(lost), opened, odd + broken
+
 
 def sample_masks(data: Dataset) -> tuple[int, int, Odd]:
     "Look at the mask of every sample; as `png_masks`."
+
     def open_mask(e):
         mask, v = data.masks(e)[0], data.videos[e.video]
-        if not v.folder.is_file() and mask.shape != (size := frame_size(v)): raise Problem(f'{frame_path(v, v.frames[0])} and its true mask', f'a mask of {mask.shape[0]}x{mask.shape[1]} pixels', f'{size[0]}x{size[1]}, as the picture has', 'copy both from the same release')
-    opened, good, odd = look([(f'{e.video}/{e.id}', partial(open_mask, e)) for e in data], 'masks')
+        if not v.folder.is_file() and mask.shape != (size := frame_size(v)):
+            raise Problem(
+                f"{frame_path(v, v.frames[0])} and its true mask",
+                f"a mask of {mask.shape[0]}x{mask.shape[1]} pixels",
+                f"{size[0]}x{size[1]}, as the picture has",
+                "copy both from the same release",
+            )
+
+    opened, good, odd = look([(f"{e.video}/{e.id}", partial(open_mask, e)) for e in data], "masks")
     return good, opened, odd
+
 
 def masks_of(data: Dataset) -> tuple[int, int, Odd]:
     "Look at the true masks; as `png_masks`. Where they are not public, there are none."
     return (union_masks if data.union else sample_masks if data.truth else png_masks)(data)
 
 # %% ../../nbs/01g_data.prepare.ipynb #bd2d5dfe
-SHOWN = 20 # lines of one split that are printed
+SHOWN = 20  # lines of one split that are printed
+
 
 @dataclass
 class Survey:
     "What was found in a tree."
+
     layout: str
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)   # split -> what -> how many
-    expected: dict[str, dict] = field(default_factory=dict)           # split -> what -> how many are published, as in PUBLISHED
-    opened: dict[str, dict[str, int]] = field(default_factory=dict)   # split -> what -> how many were opened
-    odd: list[tuple[str, str, str]] = field(default_factory=list)     # (split or '' for all, unit, what is wrong and what to do)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # split -> what -> how many
+    expected: dict[str, dict] = field(
+        default_factory=dict
+    )  # split -> what -> how many are published, as in PUBLISHED
+    opened: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # split -> what -> how many were opened
+    odd: list[tuple[str, str, str]] = field(
+        default_factory=list
+    )  # (split or '' for all, unit, what is wrong and what to do)
 
     def table(self) -> str:
         "Counts, then what is missing or odd."
-        lines = [f'layout: {self.layout}', f"{'split':16}{'':12}{'here':>8}{'opened':>8}{'published':>13}"]
+        lines = [
+            f"layout: {self.layout}",
+            f"{'split':16}{'':12}{'here':>8}{'opened':>8}{'published':>13}",
+        ]
         for split, found in self.counts.items():
             for what, n in found.items():
                 opened, due = (of.get(split, {}).get(what) for of in (self.opened, self.expected))
-                lines.append(f"{split:16}{what:12}{n:8}{opened or '':>8}{'–' if due is None else '/'.join(map(str, counts_of(due))):>13}" + ('  differs' if due is not None and n not in counts_of(due) else ''))
+                lines.append(
+                    f"{split:16}{what:12}{n:8}{opened or '':>8}{'–' if due is None else '/'.join(map(str, counts_of(due))):>13}"
+                    + ("  differs" if due is not None and n not in counts_of(due) else "")
+                )
         for split in {s: None for s, *_ in self.odd}:
             rows = [(u, why) for s, u, why in self.odd if s == split]
-            lines += ['', f"{split or 'the whole tree'}: {len(rows)} missing or odd", *(f"  {u + ': ' if u else ''}{why}" for u, why in rows[:SHOWN])]
-            if len(rows) > SHOWN: lines.append(f'  … and {len(rows) - SHOWN} more')
-        return '\n'.join(lines if self.odd else [*lines, '', 'all is there'])
+            lines += [
+                "",
+                f"{split or 'the whole tree'}: {len(rows)} missing or odd",
+                *(f"  {u + ': ' if u else ''}{why}" for u, why in rows[:SHOWN]),
+            ]
+            if len(rows) > SHOWN:
+                lines.append(f"  … and {len(rows) - SHOWN} more")
+        return "\n".join(lines if self.odd else [*lines, "", "all is there"])
 
 # %% ../../nbs/01g_data.prepare.ipynb #1238cd09
 def _counted(found: dict, due: dict, data: Dataset) -> Iterator[Problem]:
     "A problem for each count that is not the published one."
     for what, n in due.items():
-        if found[what] in counts_of(n): continue
-        mend = 'copy the missing ones from the archive again'
-        if data.layout == 'ref-youtube-vos' and data.split == 'valid' and found['videos'] == 507:
-            mend = f"copy meta_expressions/test {'again' if (data.root/'meta_expressions/test').exists() else 'as well'}: the list of valid holds the videos of test, too, and they are told by the list of test"
-        yield Problem(data.root, f'{found[what]} {what} in split {data.split}', f"{' or '.join(map(str, counts_of(n)))}, as published", mend)
+        if found[what] in counts_of(n):
+            continue
+        mend = "copy the missing ones from the archive again"
+        if data.layout == "ref-youtube-vos" and data.split == "valid" and found["videos"] == 507:
+            mend = f"copy meta_expressions/test {'again' if (data.root / 'meta_expressions/test').exists() else 'as well'}: the list of valid holds the videos of test, too, and they are told by the list of test"
+        yield Problem(
+            data.root,
+            f"{found[what]} {what} in split {data.split}",
+            f"{' or '.join(map(str, counts_of(n)))}, as published",
+            mend,
+        )
+
 
 def check(
-    root,             # a data set
-    layout: str = '', # one of LAYOUTS; '': told by the tree
+    root,  # a data set
+    layout: str = "",  # one of LAYOUTS; '': told by the tree
 ) -> Survey:
     "Look at all splits of a data set. Raises `Problem` for an unknown layout; whatever else is wrong is in the survey."
-    root = Path(root); survey = Survey(layout or recognise(root))
-    if not root.is_dir(): raise Problem(root, 'no such folder', 'a data set', 'check the path')
-    if survey.layout not in LAYOUTS: raise Problem('layout', repr(layout), 'one of ' + ', '.join(LAYOUTS), 'choose one of them')
-    made = any(root.glob('refshapes_*.json')) or any(root.glob('meta_expressions/*/refshapes.json'))
+    root = Path(root)
+    survey = Survey(layout or recognise(root))
+    if not root.is_dir():
+        raise Problem(root, "no such folder", "a data set", "check the path")
+    if survey.layout not in LAYOUTS:
+        raise Problem("layout", repr(layout), "one of " + ", ".join(LAYOUTS), "choose one of them")
+    made = any(root.glob("refshapes_*.json")) or any(root.glob("meta_expressions/*/refshapes.json"))
     names = splits_of(root, survey.layout)
-    if not names: survey.odd.append(('', '', str(Problem(root, 'no split', f'the lists of {survey.layout}', 'check the folder (data/README.md describes the layouts)'))))
+    if not names:
+        survey.odd.append(
+            (
+                "",
+                "",
+                str(
+                    Problem(
+                        root,
+                        "no split",
+                        f"the lists of {survey.layout}",
+                        "check the folder (data/README.md describes the layouts)",
+                    )
+                ),
+            )
+        )
     for split in names:
-        try: data = open_dataset(root, split, layout)
-        except Problem as e: survey.odd.append((split, '', str(e))); continue
+        try:
+            data = open_dataset(root, split, layout)
+        except Problem as e:
+            survey.odd.append((split, "", str(e)))
+            continue
         survey.layout = data.layout
         (seen, odd), (masks, read, lost) = frames_of(data), masks_of(data)
-        found = survey.counts[split] = dict(videos=len(data.videos), expressions=len(data), frames=sum(len(v.frames) for v in data.videos.values()), masks=masks)
-        survey.opened[split] = dict(frames=seen, masks=read)
+        found = survey.counts[split] = {
+            "videos": len(data.videos),
+            "expressions": len(data),
+            "frames": sum(len(v.frames) for v in data.videos.values()),
+            "masks": masks,
+        }
+        survey.opened[split] = {"frames": seen, "masks": read}
         due = survey.expected[split] = {} if made else PUBLISHED.get((data.layout, split), {})
-        if data.layout == 'ref-davis17' and any(e.object_id for e in data) and not four_each(data): lost.append(('', Problem(root, 'sentences in another order', 'four for each object, 4·object to 4·object + 3', f'rvos data prepare ref-davis17 {root.name}')))
-        survey.odd += [(split, u, why) for u, why in data.faults.items()] + [(split, u, str(e)) for u, e in (*odd, *lost)] + [(split, '', str(e)) for e in _counted(found, due, data)]
-    for name, (parts, n) in ALL_SPLITS.items() if survey.layout == 'refcoco' and not made else ():
-        here = [survey.counts.get(f'{name}_{p}', {}).get('expressions') for p in parts]
-        if None not in here and sum(here) != n: survey.odd.append((name, '', str(Problem(root/name, f'{sum(here)} expressions in all splits', f'{n}, as published', 'convert the data set again'))))
+        if data.layout == "ref-davis17" and any(e.object_id for e in data) and not four_each(data):
+            lost.append(
+                (
+                    "",
+                    Problem(
+                        root,
+                        "sentences in another order",
+                        "four for each object, 4·object to 4·object + 3",
+                        f"rvos data prepare ref-davis17 {root.name}",
+                    ),
+                )
+            )
+        survey.odd += (
+            [(split, u, why) for u, why in data.faults.items()]
+            + [(split, u, str(e)) for u, e in (*odd, *lost)]
+            + [(split, "", str(e)) for e in _counted(found, due, data)]
+        )
+    for name, (parts, n) in ALL_SPLITS.items() if survey.layout == "refcoco" and not made else ():
+        here = [survey.counts.get(f"{name}_{p}", {}).get("expressions") for p in parts]
+        if None not in here and sum(here) != n:
+            survey.odd.append(
+                (
+                    name,
+                    "",
+                    str(
+                        Problem(
+                            root / name,
+                            f"{sum(here)} expressions in all splits",
+                            f"{n}, as published",
+                            "convert the data set again",
+                        )
+                    ),
+                )
+            )
     return survey
 
 # %% ../../nbs/01g_data.prepare.ipynb #b00582bc
 @dataclass
 class Work:
     "What a conversion did."
-    written: list[str] = field(default_factory=list) # a line for each list that lies there now
-    odd: list[str] = field(default_factory=list)     # a line for each thing that had to be left out
+
+    written: list[str] = field(default_factory=list)  # a line for each list that lies there now
+    odd: list[str] = field(default_factory=list)  # a line for each thing that had to be left out
 
     @contextmanager
     def part(self):
         "What raises `Problem` inside is left out."
-        try: yield
-        except Problem as e: self.odd.append(str(e))
+        try:
+            yield
+        except Problem as e:
+            self.odd.append(str(e))
 
     def put(self, path: Path, listing, said: str):
         "Write a list as JSON unless it lies there already; another list is left alone and named."
         with self.part():
-            if not path.exists(): write_json(path, listing, None)
-            elif read_json(path) != listing: raise Problem(path, 'another list', 'none, or the one that this conversion writes', 'keep it and use it, or move it away and convert again')
-            self.written.append(f'{path}: {said}')
+            if not path.exists():
+                write_json(path, listing, None)
+            elif read_json(path) != listing:
+                raise Problem(
+                    path,
+                    "another list",
+                    "none, or the one that this conversion writes",
+                    "keep it and use it, or move it away and convert again",
+                )
+            self.written.append(f"{path}: {said}")
 
 # %% ../../nbs/01g_data.prepare.ipynb #6da1f5f6
 def read_text(path: Path) -> str:
     "A text in UTF-8 or Latin-1. Raises `Problem` where it cannot be read."
-    try: data = path.read_bytes()
-    except OSError as e: raise Problem(path, e.strerror or 'no file', 'a text of the original archive', "unpack the data set's archives here") from None
-    try: return data.decode('utf-8-sig')
-    except UnicodeDecodeError: return data.decode('latin-1')
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise Problem(
+            path,
+            e.strerror or "no file",
+            "a text of the original archive",
+            "unpack the data set's archives here",
+        ) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]: # where it is, the line
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:  # where it is, the line
     "The lines of a text that are not empty. Raises `Problem` where it cannot be read."
-    return ((f'{path}, line {n}', line.rstrip('\n')) for n, line in enumerate(io.StringIO(read_text(path), newline=None), 1) if line.strip())
+    return (
+        (f"{path}, line {n}", line.rstrip("\n"))
+        for n, line in enumerate(io.StringIO(read_text(path), newline=None), 1)
+        if line.strip()
+    )
+
 
 def columns(line: str) -> list[str]:
     "The columns of one line of a CSV file; one that is longer than any sentence is a single column."
     return next(csv.reader([line], skipinitialspace=True)) if len(line) < 100_000 else [line]
 
-def read_table(path: Path, known) -> Iterator[tuple[str, str, list[str]]]: # where it is, the first column, the others
+
+def read_table(
+    path: Path, known
+) -> Iterator[tuple[str, str, list[str]]]:  # where it is, the first column, the others
     "The rows of a table, without the header: a first line whose first column is not `known`."
     for n, (where, line) in enumerate(read_lines(path)):
         first, *rest = columns(line)
-        if n or first in known: yield where, first.strip(), rest
+        if n or first in known:
+            yield where, first.strip(), rest
 
 # %% ../../nbs/01g_data.prepare.ipynb #a4ccc09e
 def link(path: Path, target: Path):
     "Make `path` lead to the folder `target`. Raises `Problem` where there is no such folder, or something else lies in the way."
-    if not target.is_dir(): raise Problem(target, 'no such folder', 'a folder of the original archive', "unpack the data set's archives here")
-    def sizes(folder): return {p.name: p.stat().st_size for p in os.scandir(folder) if not p.name.startswith('.')}
-    if path.is_symlink() and not path.exists(): path.unlink() # of a tree that was moved
+    if not target.is_dir():
+        raise Problem(
+            target,
+            "no such folder",
+            "a folder of the original archive",
+            "unpack the data set's archives here",
+        )
+
+    def sizes(folder):
+        return {p.name: p.stat().st_size for p in os.scandir(folder) if not p.name.startswith(".")}
+
+    if path.is_symlink() and not path.exists():
+        path.unlink()  # of a tree that was moved
     if path.exists():
-        if path.is_dir() and (path.resolve() == target.resolve() or sizes(path) == sizes(target)): return
-        raise Problem(path, f"{f'a link to {path.resolve()}' if path.is_symlink() else 'a folder with other files' if path.is_dir() else 'a file'}", f'nothing, or a link to {target}', 'move it away and convert again')
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise Problem(path.parent, f'a place where no folder can be made ({e.strerror})', 'a folder', 'move away what is there') from None
-    try: path.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
+        if path.is_dir() and (path.resolve() == target.resolve() or sizes(path) == sizes(target)):
+            return
+        raise Problem(
+            path,
+            f"{f'a link to {path.resolve()}' if path.is_symlink() else 'a folder with other files' if path.is_dir() else 'a file'}",
+            f"nothing, or a link to {target}",
+            "move it away and convert again",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Problem(
+            path.parent,
+            f"a place where no folder can be made ({e.strerror})",
+            "a folder",
+            "move away what is there",
+        ) from None
+    try:
+        path.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
     except OSError:
-        with whole_folder(path) as copy: shutil.copytree(target, copy, dirs_exist_ok=True)
+        with whole_folder(path) as copy:
+            shutil.copytree(target, copy, dirs_exist_ok=True)
 
 # %% ../../nbs/01g_data.prepare.ipynb #9e0d5386
-MISSPELT = {'clasic-car': 'classic-car', 'dog-scale': 'dogs-scale', 'motor-bike': 'motorbike'}
-DAVIS_TEXTS = ('Davis17_annot1', 'Davis17_annot1_full_video', 'Davis17_annot2', 'Davis17_annot2_full_video')
+MISSPELT = {"clasic-car": "classic-car", "dog-scale": "dogs-scale", "motor-bike": "motorbike"}
+DAVIS_TEXTS = (
+    "Davis17_annot1",
+    "Davis17_annot1_full_video",
+    "Davis17_annot2",
+    "Davis17_annot2_full_video",
+)
 
-def read_davis_text(path: Path, videos: set[str], work: Work) -> dict[str, dict[int, str]]: # video -> object -> sentence, sorted by object
+
+def read_davis_text(
+    path: Path, videos: set[str], work: Work
+) -> dict[str, dict[int, str]]:  # video -> object -> sentence, sorted by object
     "One of the four texts. Raises `Problem` where it cannot be read."
     found: dict = {}
     for where, line in read_lines(path):
         with work.part():
-            words = line.split(maxsplit=2); object = whole_number(words[1], 1, 255) if len(words) == 3 else None
-            if object is None: raise Problem(where, brief(line), 'VIDEO OBJECT "sentence"', 'correct the line')
-            video, text = MISSPELT.get(words[0], words[0]), sentence(words[2].strip().strip('"').strip(), where)
-            if video not in videos: raise Problem(where, f'the video {brief(words[0])}', 'one of those in ImageSets/2017', 'correct the line')
-            if object in found.get(video, {}): raise Problem(where, f'object {object} of {video} again', 'one line for each object', 'remove one of the two')
+            words = line.split(maxsplit=2)
+            object = whole_number(words[1], 1, 255) if len(words) == 3 else None
+            if object is None:
+                raise Problem(where, brief(line), 'VIDEO OBJECT "sentence"', "correct the line")
+            video, text = (
+                MISSPELT.get(words[0], words[0]),
+                sentence(words[2].strip().strip('"').strip(), where),
+            )
+            if video not in videos:
+                raise Problem(
+                    where,
+                    f"the video {brief(words[0])}",
+                    "one of those in ImageSets/2017",
+                    "correct the line",
+                )
+            if object in found.get(video, {}):
+                raise Problem(
+                    where,
+                    f"object {object} of {video} again",
+                    "one line for each object",
+                    "remove one of the two",
+                )
             found.setdefault(video, {})[object] = text
     return {v: dict(sorted(said.items())) for v, said in found.items()}
 
 # %% ../../nbs/01g_data.prepare.ipynb #d8e94070
 def _categories(davis: Path, split: str, videos, work: Work):
     "The meta.json of a split, where the archive with the categories was unpacked."
-    path, found = davis/'davis_semantics.json', {}
-    if not path.exists(): return
+    path, found = davis / "davis_semantics.json", {}
+    if not path.exists():
+        return
     with work.part():
-        known = want(read_json(path, each_once), dict, 'the whole file', path)
+        known = want(read_json(path, each_once), dict, "the whole file", path)
         for v in videos:
             with work.part():
-                objects = want(known.get(v), dict, 'the objects', f'{path}, video {v}', 'copy the file from the archive again')
-                found[v] = dict(objects={o: dict(category=sentence(c, f'{path}, video {v}, object {o}', 'the category')) for o, c in objects.items()})
-        work.put(davis.parent/split/'meta.json', dict(videos=found), f'categories of {sum(len(v["objects"]) for v in found.values())} objects')
+                objects = want(
+                    known.get(v),
+                    dict,
+                    "the objects",
+                    f"{path}, video {v}",
+                    "copy the file from the archive again",
+                )
+                found[v] = {
+                    "objects": {
+                        o: {
+                            "category": sentence(
+                                c, f"{path}, video {v}, object {o}", "the category"
+                            )
+                        }
+                        for o, c in objects.items()
+                    }
+                }
+        work.put(
+            davis.parent / split / "meta.json",
+            {"videos": found},
+            f"categories of {sum(len(v['objects']) for v in found.values())} objects",
+        )
+
 
 def prepare_davis(root: Path, work: Work):
     "Ref-DAVIS17: lists of sentences and categories, and links to frames and annotations."
-    davis = root/'DAVIS'; sets = {split: davis/f'ImageSets/2017/{name}.txt' for split, name in (('train', 'train'), ('valid', 'val'))}
+    davis = root / "DAVIS"
+    sets = {
+        split: davis / f"ImageSets/2017/{name}.txt"
+        for split, name in (("train", "train"), ("valid", "val"))
+    }
     listed = {split: dict.fromkeys(read_text(path).split()) for split, path in sets.items()}
-    texts = [read_davis_text(root/f'davis_text_annotations/{t}.txt', {v for vs in listed.values() for v in vs}, work) for t in DAVIS_TEXTS]
+    texts = [
+        read_davis_text(
+            root / f"davis_text_annotations/{t}.txt",
+            {v for vs in listed.values() for v in vs},
+            work,
+        )
+        for t in DAVIS_TEXTS
+    ]
     for split, path in sets.items():
         videos = {}
         for v in listed[split]:
             with work.part():
                 said = [t.get(check_id(v, path), {}) for t in texts]
-                if not said[0] or any(list(t) != list(said[0]) for t in said): raise Problem(f'{root}, video {v}', f'the objects {[list(t) for t in said]}', 'the same objects in all four texts', 'correct the texts')
-                for kind, source in (('JPEGImages', 'JPEGImages'), ('Annotations', 'Annotations_unsupervised')): link(root/split/kind/v, davis/source/'480p'/v)
-                frames = sorted(p.stem for p in (davis/'JPEGImages/480p'/v).glob('[!.]*.jpg'))
-                if not frames: raise Problem(davis/'JPEGImages/480p'/v, 'no frames', 'FRAME.jpg', "unpack the data set's archives here")
-                videos[v] = dict(expressions={str(4 * i + k): dict(exp=t[o], obj_id=str(o)) for i, o in enumerate(said[0]) for k, t in enumerate(said)}, frames=frames)
-        if not videos: work.odd.append(str(Problem(path, 'no usable video', 'at least one', 'mend what is named above'))); continue
-        work.put(root/'meta_expressions'/split/'meta_expressions.json', dict(videos=videos), f"{len(videos)} videos, {sum(len(v['expressions']) for v in videos.values())} sentences")
+                if not said[0] or any(list(t) != list(said[0]) for t in said):
+                    raise Problem(
+                        f"{root}, video {v}",
+                        f"the objects {[list(t) for t in said]}",
+                        "the same objects in all four texts",
+                        "correct the texts",
+                    )
+                for kind, source in (
+                    ("JPEGImages", "JPEGImages"),
+                    ("Annotations", "Annotations_unsupervised"),
+                ):
+                    link(root / split / kind / v, davis / source / "480p" / v)
+                frames = sorted(p.stem for p in (davis / "JPEGImages/480p" / v).glob("[!.]*.jpg"))
+                if not frames:
+                    raise Problem(
+                        davis / "JPEGImages/480p" / v,
+                        "no frames",
+                        "FRAME.jpg",
+                        "unpack the data set's archives here",
+                    )
+                videos[v] = {
+                    "expressions": {
+                        str(4 * i + k): {"exp": t[o], "obj_id": str(o)}
+                        for i, o in enumerate(said[0])
+                        for k, t in enumerate(said)
+                    },
+                    "frames": frames,
+                }
+        if not videos:
+            work.odd.append(
+                str(Problem(path, "no usable video", "at least one", "mend what is named above"))
+            )
+            continue
+        work.put(
+            root / "meta_expressions" / split / "meta_expressions.json",
+            {"videos": videos},
+            f"{len(videos)} videos, {sum(len(v['expressions']) for v in videos.values())} sentences",
+        )
         _categories(davis, split, videos, work)
 
 # %% ../../nbs/01g_data.prepare.ipynb #db5e5afb
 class _Plain(pickle.Unpickler):
-    def find_class(self, module, name): raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
 
 def read_plain(path: Path):
     "A pickle of plain data. Raises `Problem` for one that asks for any class or function, and for a broken one."
     try:
-        with open(path, 'rb') as f: return _Plain(f, encoding='utf-8', errors='replace').load()
-    except FileNotFoundError: raise Problem(path, 'no such file', "the toolkit's sentences", "unpack the data set's archives here") from None
-    except Exception as e: raise Problem(path, f'a pickle that is not plain data ({type(e).__name__}: {e})', 'lists, dictionaries, numbers and text', 'download the file from its authors again; do not open it otherwise') from None
+        with open(path, "rb") as f:
+            return _Plain(f, encoding="utf-8", errors="replace").load()
+    except FileNotFoundError:
+        raise Problem(
+            path, "no such file", "the toolkit's sentences", "unpack the data set's archives here"
+        ) from None
+    except Exception as e:
+        raise Problem(
+            path,
+            f"a pickle that is not plain data ({type(e).__name__}: {e})",
+            "lists, dictionaries, numbers and text",
+            "download the file from its authors again; do not open it otherwise",
+        ) from None
 
 # %% ../../nbs/01g_data.prepare.ipynb #01bedde8
-def _by_id(path: Path, listing, key: str) -> dict: # id -> entry, or `TWICE`
-    entries = want(want(listing, dict, 'the whole file', path).get(key), list, f'"{key}"', path, 'copy the file again')
-    return each_once([(e['id'], e) for e in entries if isinstance(e, dict) and whole_number(e.get('id')) is not None])
+def _by_id(path: Path, listing, key: str) -> dict:  # id -> entry, or `TWICE`
+    entries = want(
+        want(listing, dict, "the whole file", path).get(key),
+        list,
+        f'"{key}"',
+        path,
+        "copy the file again",
+    )
+    return each_once(
+        [
+            (e["id"], e)
+            for e in entries
+            if isinstance(e, dict) and whole_number(e.get("id")) is not None
+        ]
+    )
 
-def _sentences(path: Path, beside: Path, listing, work: Work) -> dict[str, tuple[list, list]]: # split -> image entries and annotations, one of each a sentence
+
+def _sentences(
+    path: Path, beside: Path, listing, work: Work
+) -> dict[str, tuple[list, list]]:  # split -> image entries and annotations, one of each a sentence
     "The sentences of a pickle, and their masks out of the instances.json `beside` it. Raises `Problem` where one of the two is something else."
-    refs = want(read_plain(path), list, 'the whole file', path, 'copy the file again')
-    images, masks = (_by_id(beside, listing, k) for k in ('images', 'annotations'))
+    refs = want(read_plain(path), list, "the whole file", path, "copy the file again")
+    images, masks = (_by_id(beside, listing, k) for k in ("images", "annotations"))
     parts, seen = {}, set()
     for n, ref in enumerate(refs):
-        where = f'{path}, entry {n}'
+        where = f"{path}, entry {n}"
         with work.part():
             try:
-                image, mask, part, said = images[ref['image_id']], masks[ref['ann_id']], check_id(ref['split'], where), [s['sent'] for s in ref['sentences']]
-                if TWICE in (image, mask): raise Problem(beside, f"image {ref['image_id']} or annotation {ref['ann_id']} twice", 'each id once', 'copy the file again')
-                shared = dict(file_name=check_id(image['file_name'], f"{beside}, image {ref['image_id']}"), height=image['height'], width=image['width'], original_id=image['id']), {k: mask[k] for k in ('bbox', 'segmentation', 'area', 'category_id')}
-                if (id := ref.get('ref_id', ('entry', n))) in seen: raise Problem(where, f'the ref_id {brief(id)} again', 'each reference once', 'copy the file again')
-            except (KeyError, TypeError) as e: raise Problem(where, f'{type(e).__name__} {e}', 'image_id, ann_id, split and sentences, known to instances.json', 'copy both files from the same archive') from None
+                image, mask, part, said = (
+                    images[ref["image_id"]],
+                    masks[ref["ann_id"]],
+                    check_id(ref["split"], where),
+                    [s["sent"] for s in ref["sentences"]],
+                )
+                if TWICE in (image, mask):
+                    raise Problem(
+                        beside,
+                        f"image {ref['image_id']} or annotation {ref['ann_id']} twice",
+                        "each id once",
+                        "copy the file again",
+                    )
+                shared = (
+                    {
+                        "file_name": check_id(
+                            image["file_name"], f"{beside}, image {ref['image_id']}"
+                        ),
+                        "height": image["height"],
+                        "width": image["width"],
+                        "original_id": image["id"],
+                    },
+                    {k: mask[k] for k in ("bbox", "segmentation", "area", "category_id")},
+                )
+                if (id := ref.get("ref_id", ("entry", n))) in seen:
+                    raise Problem(
+                        where,
+                        f"the ref_id {brief(id)} again",
+                        "each reference once",
+                        "copy the file again",
+                    )
+            except (KeyError, TypeError) as e:
+                raise Problem(
+                    where,
+                    f"{type(e).__name__} {e}",
+                    "image_id, ann_id, split and sentences, known to instances.json",
+                    "copy both files from the same archive",
+                ) from None
             seen.add(id)
-            if mask.get('iscrowd'): continue
+            if mask.get("iscrowd"):
+                continue
             ims, anns = parts.setdefault(part, ([], []))
             for text in said:
                 with work.part():
-                    ims.append(shared[0] | dict(caption=sentence(text, where), dataset_name=path.parent.name, id=len(ims) + 1))
-                    anns.append(shared[1] | dict(id=len(ims), image_id=len(ims), iscrowd=0, original_id=mask['id']))
+                    ims.append(
+                        shared[0]
+                        | {
+                            "caption": sentence(text, where),
+                            "dataset_name": path.parent.name,
+                            "id": len(ims) + 1,
+                        }
+                    )
+                    anns.append(
+                        shared[1]
+                        | {
+                            "id": len(ims),
+                            "image_id": len(ims),
+                            "iscrowd": 0,
+                            "original_id": mask["id"],
+                        }
+                    )
     return parts
 
 # %% ../../nbs/01g_data.prepare.ipynb #397a77f7
 def prepare_refcoco(root: Path, work: Work):
     "RefCOCO, RefCOCO+ and RefCOCOg, those that are there: a COCO file for each split."
-    there = [path for name, by in (('refcoco', 'unc'), ('refcoco+', 'unc'), ('refcocog', 'umd')) if (path := root/name/f'refs({by}).p').exists()]
-    if not there: raise Problem(root, 'no sentences in refcoco/refs(unc).p, refcoco+/refs(unc).p or refcocog/refs(umd).p', "one of the toolkit's pickles", "unpack the data set's archives here")
+    there = [
+        path
+        for name, by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
+        if (path := root / name / f"refs({by}).p").exists()
+    ]
+    if not there:
+        raise Problem(
+            root,
+            "no sentences in refcoco/refs(unc).p, refcoco+/refs(unc).p or refcocog/refs(umd).p",
+            "one of the toolkit's pickles",
+            "unpack the data set's archives here",
+        )
     for path in there:
         with work.part():
-            beside = path.with_name('instances.json'); listing = read_json(beside)
+            beside = path.with_name("instances.json")
+            listing = read_json(beside)
             for part, (ims, anns) in sorted(_sentences(path, beside, listing, work).items()):
-                work.put(path.with_name(f'instances_{path.parent.name}_{part}.json'), dict(images=ims, annotations=anns, categories=listing.get('categories', [])), f'{len(ims)} sentences')
+                work.put(
+                    path.with_name(f"instances_{path.parent.name}_{part}.json"),
+                    {
+                        "images": ims,
+                        "annotations": anns,
+                        "categories": listing.get("categories", []),
+                    },
+                    f"{len(ims)} sentences",
+                )
 
 # %% ../../nbs/01g_data.prepare.ipynb #041c137a
-def _subset(path: Path, work: Work) -> dict[str, str]: # film -> split
+def _subset(path: Path, work: Work) -> dict[str, str]:  # film -> split
     found = {}
     for where, line in read_lines(path):
         row = columns(line)
         with work.part():
-            if len(row) != 9 or row[8].strip() not in ('0', '1'): raise Problem(where, brief(line), '9 columns, the last 0 (train) or 1 (test)', 'copy the file again')
-            if row[0] in found: raise Problem(where, f'the film {row[0]} again', 'each film once', 'remove one of the two')
-            found[check_id(row[0], where)] = ('train', 'test')[int(row[8])]
+            if len(row) != 9 or row[8].strip() not in ("0", "1"):
+                raise Problem(
+                    where,
+                    brief(line),
+                    "9 columns, the last 0 (train) or 1 (test)",
+                    "copy the file again",
+                )
+            if row[0] in found:
+                raise Problem(
+                    where, f"the film {row[0]} again", "each film once", "remove one of the two"
+                )
+            found[check_id(row[0], where)] = ("train", "test")[int(row[8])]
     return found
 
-def _instances(folder: Path, work: Work) -> dict[int, list[int]]: # frame from 1 -> instances
+
+def _instances(folder: Path, work: Work) -> dict[int, list[int]]:  # frame from 1 -> instances
     "What the annotated frames of a film contain. Raises `Problem` where there are none."
-    found, paths = {}, sorted(folder.glob('[!.]*.h5'))
-    if not paths: raise Problem(folder, 'no annotated frame', '00001.h5 and others', "unpack the data set's archives here, or name the film in a2d_missed_videos.txt")
+    found, paths = {}, sorted(folder.glob("[!.]*.h5"))
+    if not paths:
+        raise Problem(
+            folder,
+            "no annotated frame",
+            "00001.h5 and others",
+            "unpack the data set's archives here, or name the film in a2d_missed_videos.txt",
+        )
     for p in paths:
         with work.part():
-            if not whole_number(p.stem, 1): raise Problem(p, f'the name {p.name}', 'the number of a frame, from 1 on', 'copy the file again')
+            if not whole_number(p.stem, 1):
+                raise Problem(
+                    p,
+                    f"the name {p.name}",
+                    "the number of a frame, from 1 on",
+                    "copy the file again",
+                )
             found[int(p.stem)] = h5_masks(p)[0]
     return found
 
 # %% ../../nbs/01g_data.prepare.ipynb #4a6b93b6
 def prepare_a2d(root: Path, work: Work):
     "A2D-Sentences: the list of samples of both splits, and the masks of test as run lengths."
-    texts, films, asked, rows = root/'text_annotations', {}, set(), dict(train=[], test=[])
-    split_of, truth = _subset(root/'Release/videoset.csv', work), H5Truth(texts/'a2d_annotation_with_instances')
-    missed = set(read_text(texts/'a2d_missed_videos.txt').split()) if (texts/'a2d_missed_videos.txt').exists() else set()
-    for where, film, rest in read_table(texts/'a2d_annotation.txt', split_of.keys() | missed):
-        if film in missed or rest and 'copy' in rest[0]: continue
+    texts, films, asked, rows = root / "text_annotations", {}, set(), {"train": [], "test": []}
+    split_of, truth = (
+        _subset(root / "Release/videoset.csv", work),
+        H5Truth(texts / "a2d_annotation_with_instances"),
+    )
+    missed = (
+        set(read_text(texts / "a2d_missed_videos.txt").split())
+        if (texts / "a2d_missed_videos.txt").exists()
+        else set()
+    )
+    for where, film, rest in read_table(texts / "a2d_annotation.txt", split_of.keys() | missed):
+        if film in missed or (rest and "copy" in rest[0]):
+            continue
         with work.part():
             instance = whole_number(rest[0].strip(), 1) if len(rest) > 1 else None
-            if instance is None or check_id(film, where) not in split_of: raise Problem(where, brief([film, *rest]), 'a film of videoset.csv, an instance, a sentence', 'correct the line')
-            text = sentence(','.join(rest[1:]).strip(), where)
-            if (film, instance) in asked: raise Problem(where, f'instance {instance} of {film} again', 'one sentence for each instance', 'remove one of the two lines')
+            if instance is None or check_id(film, where) not in split_of:
+                raise Problem(
+                    where,
+                    brief([film, *rest]),
+                    "a film of videoset.csv, an instance, a sentence",
+                    "correct the line",
+                )
+            text = sentence(",".join(rest[1:]).strip(), where)
+            if (film, instance) in asked:
+                raise Problem(
+                    where,
+                    f"instance {instance} of {film} again",
+                    "one sentence for each instance",
+                    "remove one of the two lines",
+                )
             asked.add((film, instance))
             if film not in films:
-                films[film] = {} # a film without masks is told once
-                films[film] = _instances(truth.folder/film, work)
-            rows[split_of[film]] += [[text, film, t, instance] for t, there in films[film].items() if instance in there]
-    if not any(rows.values()): raise Problem(texts, 'no usable sentence' + (f' (the first: {work.odd[0]})' if work.odd else ''), 'lines FILM,INSTANCE,SENTENCE under a header, and masks', "unpack the data set's archives here")
-    for split, found in rows.items(): work.put(root/f'a2d_sentences_single_frame_{split}_annotations.json', found, f'{len(found)} samples')
-    _a2d_coco(root/'a2d_sentences_test_annotations_in_coco_format.json', rows['test'], truth, work)
+                films[film] = {}  # a film without masks is told once
+                films[film] = _instances(truth.folder / film, work)
+            rows[split_of[film]] += [
+                [text, film, t, instance] for t, there in films[film].items() if instance in there
+            ]
+    if not any(rows.values()):
+        raise Problem(
+            texts,
+            "no usable sentence" + (f" (the first: {work.odd[0]})" if work.odd else ""),
+            "lines FILM,INSTANCE,SENTENCE under a header, and masks",
+            "unpack the data set's archives here",
+        )
+    for split, found in rows.items():
+        work.put(
+            root / f"a2d_sentences_single_frame_{split}_annotations.json",
+            found,
+            f"{len(found)} samples",
+        )
+    _a2d_coco(
+        root / "a2d_sentences_test_annotations_in_coco_format.json", rows["test"], truth, work
+    )
+
 
 def _a2d_coco(out: Path, rows: list, truth: H5Truth, work: Work):
     "Write the masks of samples as run lengths."
     images, annotations = [], []
     for _, film, t, instance in rows:
-        key = f'v_{film}_f_{t}_i_{instance}'
+        key = f"v_{film}_f_{t}_i_{instance}"
         with work.part():
-            code = rle_encode(mask := truth.mask(Video(film, (), truth.folder), Expression(film, key, '', str(instance), frame=t - 1), key))
-            images.append(dict(id=key, height=mask.shape[0], width=mask.shape[1]))
-            annotations.append(dict(id=len(images), image_id=key, category_id=1, iscrowd=0, area=int(mask.sum()), segmentation=dict(size=code['size'], counts=code['counts'].decode())))
-    work.put(out, dict(images=images, annotations=annotations, categories=[dict(id=1, name='dummy')]), f'{len(images)} masks')
+            code = rle_encode(
+                mask := truth.mask(
+                    Video(film, (), truth.folder),
+                    Expression(film, key, "", str(instance), frame=t - 1),
+                    key,
+                )
+            )
+            images.append({"id": key, "height": mask.shape[0], "width": mask.shape[1]})
+            annotations.append(
+                {
+                    "id": len(images),
+                    "image_id": key,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+                }
+            )
+    work.put(
+        out,
+        {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "dummy"}]},
+        f"{len(images)} masks",
+    )
 
 # %% ../../nbs/01g_data.prepare.ipynb #4f0288ba
-def usable_frames(pictures: Path, mask: Path) -> int: # frames 1 to this one have a picture and a mask
+def usable_frames(
+    pictures: Path, mask: Path
+) -> int:  # frames 1 to this one have a picture and a mask
     "How much of a video of JHMDB can be asked about. Raises `Problem` for a mask that is missing or cannot be read, and where nothing is left."
     there, masks = set(os.listdir(pictures)), mat_masks(mask).shape[2]
-    usable = min(next(t for t in range(len(there) + 1) if f'{t + 1:05d}.png' not in there), masks)
-    if not usable: raise Problem(pictures, 'no frame with a mask', '00001.png and the following', 'copy pictures and masks from the archive again')
+    usable = min(next(t for t in range(len(there) + 1) if f"{t + 1:05d}.png" not in there), masks)
+    if not usable:
+        raise Problem(
+            pictures,
+            "no frame with a mask",
+            "00001.png and the following",
+            "copy pictures and masks from the archive again",
+        )
     return usable
 
 # %% ../../nbs/01g_data.prepare.ipynb #6fa91d16
-JHMDB_SEED, JHMDB_FRAMES = 2019, 3 # seed of the draw, frames of a video
+JHMDB_SEED, JHMDB_FRAMES = 2019, 3  # seed of the draw, frames of a video
+
 
 def _sample(action: str, video: str, frame: str, usable: int, text: str) -> list:
     "A row of the list, with paths from its folder."
-    return [video, f'Rename_Images/{action}/{video}/{frame}', f'puppet_mask/{action}/{video}/puppet_mask.mat', usable, text]
+    return [
+        video,
+        f"Rename_Images/{action}/{video}/{frame}",
+        f"puppet_mask/{action}/{video}/puppet_mask.mat",
+        usable,
+        text,
+    ]
 
-def draw_jhmdb(root: Path, work: Work) -> list[list]: # rows of samples
+
+def draw_jhmdb(root: Path, work: Work) -> list[list]:  # rows of samples
     "Samples drawn from the sentences as published. Raises `Problem` without them, and where none is usable."
-    path, rows, seen = root/'jhmdb_annotation.txt', [], set()
-    folders = each_once([(p.name, p) for p in sorted(root.glob('Rename_Images/*/*')) if p.is_dir()])
+    path, rows, seen = root / "jhmdb_annotation.txt", [], set()
+    folders = each_once([(p.name, p) for p in sorted(root.glob("Rename_Images/*/*")) if p.is_dir()])
     for where, video, rest in read_table(path, folders):
         with work.part():
-            if video not in folders or video in seen: raise Problem(where, brief([video, *rest]), 'a video of Rename_Images, named once, and a sentence', 'correct the line, or copy the pictures')
-            action, text = want(folders[video], Path, f'the folder {video}', root/'Rename_Images').parent.name, sentence(','.join(rest).strip(), where)
-            seen.add(video); usable = usable_frames(folders[video], root/'puppet_mask'/action/video/'puppet_mask.mat')
-            drawn = random.Random(f'{JHMDB_SEED} {video}').sample(range(1, usable + 1), min(JHMDB_FRAMES, usable))
-            rows += [_sample(action, video, f'{t:05d}.png', usable, text) for t in sorted(drawn)]
-    if not rows: raise Problem(path, 'no usable sentence' + (f' (the first: {work.odd[0]})' if work.odd else ''), 'lines VIDEO,SENTENCE under a header', "unpack the data set's archives here")
+            if video not in folders or video in seen:
+                raise Problem(
+                    where,
+                    brief([video, *rest]),
+                    "a video of Rename_Images, named once, and a sentence",
+                    "correct the line, or copy the pictures",
+                )
+            action, text = (
+                want(
+                    folders[video], Path, f"the folder {video}", root / "Rename_Images"
+                ).parent.name,
+                sentence(",".join(rest).strip(), where),
+            )
+            seen.add(video)
+            usable = usable_frames(
+                folders[video], root / "puppet_mask" / action / video / "puppet_mask.mat"
+            )
+            drawn = random.Random(f"{JHMDB_SEED} {video}").sample(
+                range(1, usable + 1), min(JHMDB_FRAMES, usable)
+            )
+            rows += [_sample(action, video, f"{t:05d}.png", usable, text) for t in sorted(drawn)]
+    if not rows:
+        raise Problem(
+            path,
+            "no usable sentence" + (f" (the first: {work.odd[0]})" if work.odd else ""),
+            "lines VIDEO,SENTENCE under a header",
+            "unpack the data set's archives here",
+        )
     return rows
 
 # %% ../../nbs/01g_data.prepare.ipynb #e1b3e903
 def prepare_jhmdb(root: Path, work: Work):
     "JHMDB-Sentences: the published samples with paths from this folder where theirs are others; without that list, a draw of our own."
-    published, out = (root/n for n in JHMDB_LISTS)
+    published, out = (root / n for n in JHMDB_LISTS)
     if not published.exists():
         rows = draw_jhmdb(root, work)
-        return work.put(out, rows, f'{len(rows)} samples, drawn with seed {JHMDB_SEED}; the literature scores those of {published.name}')
+        return work.put(
+            out,
+            rows,
+            f"{len(rows)} samples, drawn with seed {JHMDB_SEED}; the literature scores those of {published.name}",
+        )
     rows, listed = [], read_rows(published, 5)
     for n, row in enumerate(listed):
-        with work.part(): rows.append(_sample(*jhmdb_frame(row, f'{published}, entry {n}'), *row[3:]))
-    if not rows or rows == listed: work.written.append(f'{published}: {len(rows)} samples, as they are')
-    else: work.put(out, rows, f'the {len(rows)} samples of {published.name}, with paths from this folder')
+        with work.part():
+            rows.append(_sample(*jhmdb_frame(row, f"{published}, entry {n}"), *row[3:]))
+    if not rows or rows == listed:
+        work.written.append(f"{published}: {len(rows)} samples, as they are")
+    else:
+        work.put(
+            out, rows, f"the {len(rows)} samples of {published.name}, with paths from this folder"
+        )
 
 # %% ../../nbs/01g_data.prepare.ipynb #22945cde
 def _uninext(data: Dataset) -> dict:
     "One record for each sentence, numbered from 1, and a single category."
     sizes = {id: frame_size(v) for id, v in data.videos.items()}
-    files = {id: [f'{id}/{n}.jpg' for n in v.frames] for id, v in data.videos.items()}
-    return dict(videos=[dict(id=n, height=sizes[e.video][0], width=sizes[e.video][1], length=len(files[e.video]), file_names=files[e.video], expressions=[e.text],
-                             video=e.video, exp_id=e.id) for n, e in enumerate(data, 1)], categories=[dict(id=1, name='object')])
+    files = {id: [f"{id}/{n}.jpg" for n in v.frames] for id, v in data.videos.items()}
+    return {
+        "videos": [
+            {
+                "id": n,
+                "height": sizes[e.video][0],
+                "width": sizes[e.video][1],
+                "length": len(files[e.video]),
+                "file_names": files[e.video],
+                "expressions": [e.text],
+                "video": e.video,
+                "exp_id": e.id,
+            }
+            for n, e in enumerate(data, 1)
+        ],
+        "categories": [{"id": 1, "name": "object"}],
+    }
+
 
 def prepare_ytvos(root: Path, work: Work):
     "Ref-YouTube-VOS: the lists that UNINEXT reads, of the splits for validation and test. Nothing is written for a split that has a fault."
-    splits = [s for s in splits_of(root, 'ref-youtube-vos') if s != 'train']
-    if not splits: raise Problem(root, 'no meta_expressions/valid or meta_expressions/test', 'the lists of sentences', "unpack the data set's archives here")
+    splits = [s for s in splits_of(root, "ref-youtube-vos") if s != "train"]
+    if not splits:
+        raise Problem(
+            root,
+            "no meta_expressions/valid or meta_expressions/test",
+            "the lists of sentences",
+            "unpack the data set's archives here",
+        )
     for split in splits:
         with work.part():
-            data = open_dataset(root, split, 'ref-youtube-vos'); faults = [f'{u}: {why}' for u, why in data.faults.items()]
-            if split == 'valid' and len(data.videos) == 507: faults.append(str(next(_counted(dict(videos=507), dict(videos=202), data))))
-            if faults: work.odd += faults
-            else: work.put(root/f'{split}.json', _uninext(data), f'{len(data)} sentences')
+            data = open_dataset(root, split, "ref-youtube-vos")
+            faults = [f"{u}: {why}" for u, why in data.faults.items()]
+            if split == "valid" and len(data.videos) == 507:
+                faults.append(str(next(_counted({"videos": 507}, {"videos": 202}, data))))
+            if faults:
+                work.odd += faults
+            else:
+                work.put(root / f"{split}.json", _uninext(data), f"{len(data)} sentences")
 
 # %% ../../nbs/01g_data.prepare.ipynb #0a7d2f4a
 PREPARE: dict[str, Callable[[Path, Work], None]] = {
-    'ref-youtube-vos': prepare_ytvos, 'ref-davis17': prepare_davis, 'a2d-sentences': prepare_a2d, 'jhmdb-sentences': prepare_jhmdb, 'refcoco': prepare_refcoco}
+    "ref-youtube-vos": prepare_ytvos,
+    "ref-davis17": prepare_davis,
+    "a2d-sentences": prepare_a2d,
+    "jhmdb-sentences": prepare_jhmdb,
+    "refcoco": prepare_refcoco,
+}
 
-def prepare(name: str, root) -> tuple[list[str], list[str]]: # a line for each list that lies there now, and one for what had to be left out
+
+def prepare(
+    name: str, root
+) -> tuple[
+    list[str], list[str]
+]:  # a line for each list that lies there now, and one for what had to be left out
     "Convert a data set as published, once. Raises `Problem` for an unknown name, or where originals are missing or unusable."
-    if name not in PREPARE: raise Problem('name', repr(name), 'one of ' + ', '.join(PREPARE), 'choose one of them; MeViS is read as it is published')
+    if name not in PREPARE:
+        raise Problem(
+            "name",
+            repr(name),
+            "one of " + ", ".join(PREPARE),
+            "choose one of them; MeViS is read as it is published",
+        )
     PREPARE[name](Path(root), work := Work())
     return work.written, work.odd

@@ -26,87 +26,156 @@ from .masks import mask_box, rle_encode, write_labels
 # %% ../../nbs/01c_data.refshapes.ipynb #d0fed1be
 class Dice:
     "Whole random numbers that are the same on every machine, from raw PCG64 words."
-    def __init__(self, *seed: int): self.bits, self.pool = np.random.PCG64(np.random.SeedSequence(seed)), []
+
+    def __init__(self, *seed: int):
+        self.bits, self.pool = np.random.PCG64(np.random.SeedSequence(seed)), []
 
     def below(self, n: int) -> int:
         "One of 0 … n-1."
-        if not self.pool: self.pool = (self.bits.random_raw(128) >> np.uint64(32)).tolist()
+        if not self.pool:
+            self.pool = (self.bits.random_raw(128) >> np.uint64(32)).tolist()
         return self.pool.pop() * n >> 32
 
-    def between(self, low: int, high: int) -> int: return low + self.below(high - low + 1)
-    def pick(self, items): return items[self.below(len(items))]
+    def between(self, low: int, high: int) -> int:
+        return low + self.below(high - low + 1)
+
+    def pick(self, items):
+        return items[self.below(len(items))]
 
     def weighted(self, table: dict):
         "A key of `table`, drawn by its whole-number weights."
         at = self.below(sum(table.values()))
         for key, weight in table.items():
             at -= weight
-            if at < 0: return key
+            if at < 0:
+                return key
 
     def shuffled(self, items) -> list:
         items = list(items)
         for i in range(len(items) - 1, 0, -1):
-            j = self.below(i + 1); items[i], items[j] = items[j], items[i]
+            j = self.below(i + 1)
+            items[i], items[j] = items[j], items[i]
         return items
 
-    def many(self, n: int, spans) -> np.ndarray: # (n, len(spans)) int64, column k below spans[k]
-        return ((self.bits.random_raw(n * len(spans)) >> np.uint64(32)).reshape(n, -1) * np.array(spans, np.uint64) >> np.uint64(32)).astype(np.int64)
+    def many(self, n: int, spans) -> np.ndarray:  # (n, len(spans)) int64, column k below spans[k]
+        return (
+            (self.bits.random_raw(n * len(spans)) >> np.uint64(32)).reshape(n, -1)
+            * np.array(spans, np.uint64)
+            >> np.uint64(32)
+        ).astype(np.int64)
 
-    def noise(self, n: int) -> np.ndarray: # (n,) uint8
-        return self.bits.random_raw(n // 8 + 1).astype('<u8').view(np.uint8)[:n]
+    def noise(self, n: int) -> np.ndarray:  # (n,) uint8
+        return self.bits.random_raw(n // 8 + 1).astype("<u8").view(np.uint8)[:n]
 
 # %% ../../nbs/01c_data.refshapes.ipynb #6b0cd9a3
-COLOURS = dict(red=(214, 38, 44), green=(48, 164, 58), blue=(44, 86, 226), yellow=(242, 212, 46),
-               purple=(146, 56, 186), cyan=(76, 208, 224), white=(242, 242, 242)) # R, G, B
-SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring')
-TEXTURES = ('plain', 'striped', 'dotted', 'checked')
-SIZES = dict(small=(410, 492), large=(696, 840)) # radius in units; the shorter side of a frame has 4096 units
-NOUNS = ('object', 'thing')                      # words for any shape
+COLOURS = {
+    "red": (214, 38, 44),
+    "green": (48, 164, 58),
+    "blue": (44, 86, 226),
+    "yellow": (242, 212, 46),
+    "purple": (146, 56, 186),
+    "cyan": (76, 208, 224),
+    "white": (242, 242, 242),
+}  # R, G, B
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+TEXTURES = ("plain", "striped", "dotted", "checked")
+SIZES = {
+    "small": (410, 492),
+    "large": (696, 840),
+}  # radius in units; the shorter side of a frame has 4096 units
+NOUNS = ("object", "thing")  # words for any shape
 
-UNITS, CELLS, TURN = 4096, 144, 64 # units per shorter side, cells per stencil side, directions per full turn
+UNITS, CELLS, TURN = (
+    4096,
+    144,
+    64,
+)  # units per shorter side, cells per stencil side, directions per full turn
 
 # %% ../../nbs/01c_data.refshapes.ipynb #0e95a5ed
-_POLYGONS = dict(square=[(-108, -108), (108, -108), (108, 108), (-108, 108)], triangle=[(0, -140), (134, 92), (-134, 92)],
-                 star=[(0, -142), (36, -50), (136, -44), (58, 20), (84, 116), (0, 64), (-84, 116), (-58, 20), (-136, -44), (-36, -50)],
-                 cross=[(-46, -132), (46, -132), (46, -46), (132, -46), (132, 46), (46, 46), (46, 132), (-46, 132), (-46, 46), (-132, 46), (-132, -46), (-46, -46)])
+_POLYGONS = {
+    "square": [(-108, -108), (108, -108), (108, 108), (-108, 108)],
+    "triangle": [(0, -140), (134, 92), (-134, 92)],
+    "star": [
+        (0, -142),
+        (36, -50),
+        (136, -44),
+        (58, 20),
+        (84, 116),
+        (0, 64),
+        (-84, 116),
+        (-58, 20),
+        (-136, -44),
+        (-36, -50),
+    ],
+    "cross": [
+        (-46, -132),
+        (46, -132),
+        (46, -46),
+        (132, -46),
+        (132, 46),
+        (46, 46),
+        (46, 132),
+        (-46, 132),
+        (-46, 46),
+        (-132, 46),
+        (-132, -46),
+        (-46, -46),
+    ],
+}
+
 
 def silhouette(
     shape: str,  # one of SHAPES
-) -> np.ndarray: # (144, 144) bool
+) -> np.ndarray:  # (144, 144) bool
     "The upright shape; the radius is 64 cells."
     at = 2 * np.arange(CELLS) + 1 - CELLS
     x, y = at[None, :], at[:, None]
-    if shape in ('circle', 'ring'): return (x * x + y * y <= 124 ** 2) & ((shape == 'circle') | (x * x + y * y >= 66 ** 2))
+    if shape in ("circle", "ring"):
+        return (x * x + y * y <= 124**2) & ((shape == "circle") | (x * x + y * y >= 66**2))
     inside, corners = np.zeros((CELLS, CELLS), bool), _POLYGONS[shape]
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
-        if y1 > y2: x1, y1, x2, y2 = x2, y2, x1, y1
+        if y1 > y2:
+            x1, y1, x2, y2 = x2, y2, x1, y1
         inside ^= (y1 < y) & (y < y2) & ((x - x1) * (y2 - y1) < (y - y1) * (x2 - x1))
     return inside
 
 # %% ../../nbs/01c_data.refshapes.ipynb #18005913
 def stencil(
-    shape: str,   # one of SHAPES
-    texture: str, # one of TEXTURES
+    shape: str,  # one of SHAPES
+    texture: str,  # one of TEXTURES
 ) -> np.ndarray:  # (144, 144) uint8: 0 outside, 1 the colour, 2 its dark variant
     "A textured, rimmed shape."
     inside, at = silhouette(shape), np.arange(CELLS)
     u, v = at[None, :], at[:, None]
     core = inside.copy()
-    for d in range(-5, 6): core &= np.roll(inside, d, 0) & np.roll(inside, d, 1)
-    dark = dict(plain=u + v < 0, striped=(u + v) % 56 < 24, checked=(u // 36 + v // 36) % 2 == 1,
-                dotted=((u - 50) % 44 - 22) ** 2 + ((v - 50) % 44 - 22) ** 2 <= 196)[texture]
+    for d in range(-5, 6):
+        core &= np.roll(inside, d, 0) & np.roll(inside, d, 1)
+    dark = {
+        "plain": u + v < 0,
+        "striped": (u + v) % 56 < 24,
+        "checked": (u // 36 + v // 36) % 2 == 1,
+        "dotted": ((u - 50) % 44 - 22) ** 2 + ((v - 50) % 44 - 22) ** 2 <= 196,
+    }[texture]
     return np.where(core, 1 + (dark & core), 2 * inside).astype(np.uint8)
+
 
 STENCILS = {(s, t): stencil(s, t) for s in SHAPES for t in TEXTURES}
 
 # %% ../../nbs/01c_data.refshapes.ipynb #ab5d0d91
-def _directions() -> np.ndarray: # (64, 2) int32: cosine and sine times 16384
+def _directions() -> np.ndarray:  # (64, 2) int32: cosine and sine times 16384
     "64 nearly even directions, exactly alike on every machine: only + - * / and sqrt, which IEEE 754 rounds correctly."
     t = np.arange(9) * (math.sqrt(2) - 1) / 8
     c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-    c, s = np.concatenate([c, s[7::-1]]), np.concatenate([s, c[7::-1]]) # a quarter turn, both ends included
-    c, s = np.concatenate([c[:16], -s[:16], -c[:16], s[:16]]), np.concatenate([s[:16], c[:16], -s[:16], -c[:16]])
-    return np.floor(np.stack([c, s], 1) * 16384 + .5).astype(np.int32)
+    c, s = (
+        np.concatenate([c, s[7::-1]]),
+        np.concatenate([s, c[7::-1]]),
+    )  # a quarter turn, both ends included
+    c, s = (
+        np.concatenate([c[:16], -s[:16], -c[:16], s[:16]]),
+        np.concatenate([s[:16], c[:16], -s[:16], -c[:16]]),
+    )
+    return np.floor(np.stack([c, s], 1) * 16384 + 0.5).astype(np.int32)
+
 
 DIRECTIONS = _directions()
 
@@ -114,56 +183,111 @@ DIRECTIONS = _directions()
 @dataclass
 class Thing:
     "One object of a scene."
-    shape: str; colour: str; texture: str; size: str  # size is the plan: a growing object passes from small to large
-    act: str = 'still'      # still, slow, fast, circling, growing, spinning
-    heading: str = ''       # left, right, up, down: for slow and fast
-    speed: int = 0          # planned units per frame
-    depth: int = 0          # 0 is nearest
-    x: np.ndarray = None    # (T,) centre, units from the left edge
-    y: np.ndarray = None    # (T,) centre, units from the top
-    r: np.ndarray = None    # (T,) radius, units
-    angle: np.ndarray = None # (T,) 64ths of a turn
-    seen: np.ndarray = None # (T,) bool: at least a quarter of it is visible
+
+    shape: str
+    colour: str
+    texture: str
+    size: str  # size is the plan: a growing object passes from small to large
+    act: str = "still"  # still, slow, fast, circling, growing, spinning
+    heading: str = ""  # left, right, up, down: for slow and fast
+    speed: int = 0  # planned units per frame
+    depth: int = 0  # 0 is nearest
+    x: np.ndarray = None  # (T,) centre, units from the left edge
+    y: np.ndarray = None  # (T,) centre, units from the top
+    r: np.ndarray = None  # (T,) radius, units
+    angle: np.ndarray = None  # (T,) 64ths of a turn
+    seen: np.ndarray = None  # (T,) bool: at least a quarter of it is visible
+
 
 @dataclass(frozen=True)
 class Level:
     "What makes a scene easy or hard."
-    count: tuple[int, int] # objects
-    twins: int             # percent of objects that copy an earlier one
-    keep: int              # percent of attributes copied
-    differ: int            # attributes in which any two objects differ at least
-    gap: int               # percent of the two radii by which centres stay apart
-    visible: int           # percent of an object that must be seen in every frame; 0: in half the frames a quarter
-    roam: int              # percent of moving objects that enter or leave
-    acts: dict             # weights of motions
-    kinds: dict            # weights of sentence kinds
 
-LEVELS = dict(
-    easy=Level((3, 5), 50, 50, 2, 105, 75, 0, dict(still=40, slow=38, fast=6, growing=6, spinning=10), dict(appearance=1)),
-    medium=Level((4, 6), 60, 90, 0, 90, 50, 0, dict(still=20, slow=24, fast=24, circling=10, growing=10, spinning=12), dict(appearance=20, place=40, motion=40)),
-    hard=Level((5, 8), 65, 90, 0, 55, 0, 35, dict(still=24, slow=22, fast=22, circling=10, growing=10, spinning=12),
-               dict(appearance=3, place=14, motion=14, superlative=24, relation=45)))
-KINDS = ('appearance', 'place', 'motion', 'superlative', 'relation')
+    count: tuple[int, int]  # objects
+    twins: int  # percent of objects that copy an earlier one
+    keep: int  # percent of attributes copied
+    differ: int  # attributes in which any two objects differ at least
+    gap: int  # percent of the two radii by which centres stay apart
+    visible: int  # percent of an object that must be seen in every frame; 0: in half the frames a quarter
+    roam: int  # percent of moving objects that enter or leave
+    acts: dict  # weights of motions
+    kinds: dict  # weights of sentence kinds
+
+
+LEVELS = {
+    "easy": Level(
+        (3, 5),
+        50,
+        50,
+        2,
+        105,
+        75,
+        0,
+        {"still": 40, "slow": 38, "fast": 6, "growing": 6, "spinning": 10},
+        {"appearance": 1},
+    ),
+    "medium": Level(
+        (4, 6),
+        60,
+        90,
+        0,
+        90,
+        50,
+        0,
+        {"still": 20, "slow": 24, "fast": 24, "circling": 10, "growing": 10, "spinning": 12},
+        {"appearance": 20, "place": 40, "motion": 40},
+    ),
+    "hard": Level(
+        (5, 8),
+        65,
+        90,
+        0,
+        55,
+        0,
+        35,
+        {"still": 24, "slow": 22, "fast": 22, "circling": 10, "growing": 10, "spinning": 12},
+        {"appearance": 3, "place": 14, "motion": 14, "superlative": 24, "relation": 45},
+    ),
+}
+KINDS = ("appearance", "place", "motion", "superlative", "relation")
 
 # %% ../../nbs/01c_data.refshapes.ipynb #b58b4cf4
 def draw_looks(dice: Dice, level: Level, things: list[Thing]) -> dict[str, str]:
     "The four attributes of one more object."
     while True:
-        new = dict(shape=dice.pick(SHAPES), colour=dice.pick(tuple(COLOURS)), texture=dice.pick(TEXTURES) if dice.below(100) < 60 else 'plain',
-                   size=dice.pick(tuple(SIZES)))
+        new = {
+            "shape": dice.pick(SHAPES),
+            "colour": dice.pick(tuple(COLOURS)),
+            "texture": dice.pick(TEXTURES) if dice.below(100) < 60 else "plain",
+            "size": dice.pick(tuple(SIZES)),
+        }
         if things and dice.below(100) < level.twins:
             other = dice.pick(things)
-            new = {k: getattr(other, k) if dice.below(100) < level.keep else v for k, v in new.items()}
-        if all(sum(getattr(t, k) != v for k, v in new.items()) >= level.differ for t in things): return new
+            new = {
+                k: getattr(other, k) if dice.below(100) < level.keep else v for k, v in new.items()
+            }
+        if all(sum(getattr(t, k) != v for k, v in new.items()) >= level.differ for t in things):
+            return new
+
 
 def cast(dice: Dice, level: Level) -> list[Thing]:
     "Objects with their looks and their intended motion."
     things = []
     for _ in range(dice.between(*level.count)):
         new, act = draw_looks(dice, level, things), dice.weighted(level.acts)
-        if act == 'spinning' and new['shape'] in ('circle', 'ring'): act = 'slow' # nobody sees a circle spin
-        things.append(Thing(**new, act=act, heading=dice.pick(('left', 'right', 'up', 'down')) if act in ('slow', 'fast') else ''))
-    for depth, i in enumerate(dice.shuffled(range(len(things)))): things[i].depth = depth
+        if act == "spinning" and new["shape"] in ("circle", "ring"):
+            act = "slow"  # nobody sees a circle spin
+        things.append(
+            Thing(
+                **new,
+                act=act,
+                heading=dice.pick(("left", "right", "up", "down"))
+                if act in ("slow", "fast")
+                else "",
+            )
+        )
+    for depth, i in enumerate(dice.shuffled(range(len(things)))):
+        things[i].depth = depth
     return things
 
 # %% ../../nbs/01c_data.refshapes.ipynb #8ce764e9
@@ -171,24 +295,38 @@ def stride(frames: int) -> int:
     "Units per frame that the word fast means."
     return min(UNITS // 16, UNITS * 7 // 10 // max(frames - 1, 1))
 
-def trajectory(dice: Dice, thing: Thing, frames: int) -> tuple[np.ndarray, np.ndarray]: # (T,), (T,) units from the place where it is put
+
+def trajectory(
+    dice: Dice, thing: Thing, frames: int
+) -> tuple[np.ndarray, np.ndarray]:  # (T,), (T,) units from the place where it is put
     "Draw the motion of `thing`: sets its speed, radius and angle."
     t, d = np.arange(frames), stride(frames)
     x = y = np.zeros(frames, np.int64)
-    thing.angle, thing.r = np.full(frames, dice.between(-2, 2)), np.full(frames, dice.between(*SIZES[thing.size]))
+    thing.angle, thing.r = (
+        np.full(frames, dice.between(-2, 2)),
+        np.full(frames, dice.between(*SIZES[thing.size])),
+    )
     thing.speed = 0
     if thing.heading:
-        low, high = (80, 100) if thing.act == 'fast' else (30, 45)
+        low, high = (80, 100) if thing.act == "fast" else (30, 45)
         thing.speed = d * dice.between(low, high) // 100
-        x, y = [t * thing.speed * k for k in dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))[thing.heading]]
-    elif thing.act == 'circling':
+        x, y = [
+            t * thing.speed * k
+            for k in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[
+                thing.heading
+            ]
+        ]
+    elif thing.act == "circling":
         turn, start = (1 - 2 * dice.below(2)) * dice.between(9, 11), dice.below(TURN)
         rho = dice.between(330, 400)
-        x, y = ((DIRECTIONS[(start + turn * t) % TURN] - DIRECTIONS[start]).astype(np.int64) * rho >> 14).T
+        x, y = (
+            (DIRECTIONS[(start + turn * t) % TURN] - DIRECTIONS[start]).astype(np.int64) * rho >> 14
+        ).T
         thing.speed = rho
-    elif thing.act == 'growing':
+    elif thing.act == "growing":
         thing.r = dice.between(340, 410) + dice.between(340, 400) * t // max(frames - 1, 1)
-    elif thing.act == 'spinning': thing.angle = thing.angle + (1 - 2 * dice.below(2)) * dice.between(4, 6) * t
+    elif thing.act == "spinning":
+        thing.angle = thing.angle + (1 - 2 * dice.below(2)) * dice.between(4, 6) * t
     return x, y
 
 # %% ../../nbs/01c_data.refshapes.ipynb #b4ddc42b
@@ -196,52 +334,89 @@ def place(
     dice: Dice,
     thing: Thing,
     placed: list[Thing],
-    width: int, height: int,   # of the picture, units
-    camera: np.ndarray,        # (T, 2) units
+    width: int,
+    height: int,  # of the picture, units
+    camera: np.ndarray,  # (T, 2) units
     level: Level,
 ):
     "Give `thing` a place and a path that stay in the picture (or, where it roams, enter or leave it)."
     frames, roams = len(camera), bool(thing.heading) and dice.below(100) < level.roam
-    for act in (thing.act, 'slow', 'still'):
-        thing.act, thing.heading = act, thing.heading if act in ('slow', 'fast') else ''
+    for act in (thing.act, "slow", "still"):
+        thing.act, thing.heading = act, thing.heading if act in ("slow", "fast") else ""
         dx, dy = (p - camera[:, k] for k, p in enumerate(trajectory(dice, thing, frames)))
-        r, reach, slack = thing.r, thing.r * 9 // 8, [thing.r[0] * 3 // 2 if roams and (k == 0) == (thing.heading in ('left', 'right')) else 0 for k in (0, 1)]
+        r, reach, slack = (
+            thing.r,
+            thing.r * 9 // 8,
+            [
+                thing.r[0] * 3 // 2
+                if roams and (k == 0) == (thing.heading in ("left", "right"))
+                else 0
+                for k in (0, 1)
+            ],
+        )
         lows = [int((reach - d).max()) - s for d, s in zip((dx, dy), slack)]
-        highs = [int((side - reach - d).min()) + s for side, d, s in zip((width, height), (dx, dy), slack)]
-        if lows[0] <= highs[0] and lows[1] <= highs[1]: break
-    else: raise Problem('size', f'a picture of {width}x{height} units', 'room for one object', 'ask for a wider or higher frame')
+        highs = [
+            int((side - reach - d).min()) + s
+            for side, d, s in zip((width, height), (dx, dy), slack)
+        ]
+        if lows[0] <= highs[0] and lows[1] <= highs[1]:
+            break
+    else:
+        raise Problem(
+            "size",
+            f"a picture of {width}x{height} units",
+            "room for one object",
+            "ask for a wider or higher frame",
+        )
     spots = dice.many(24, [hi - lo + 1 for lo, hi in zip(lows, highs)]) + lows
-    x, y = spots[:, :1] + dx, spots[:, 1:] + dy     # (24, T)
+    x, y = spots[:, :1] + dx, spots[:, 1:] + dy  # (24, T)
     best = 0
     if placed:
-        px, py, pr = (np.stack([getattr(p, k) for p in placed])[None] for k in 'xyr')
-        room = (x[:, None] - px) ** 2 + (y[:, None] - py) ** 2 - ((r + pr) * level.gap // 100) ** 2 # (24, N, T)
-        room = room.min((1, 2)); best = int((room >= 0).argmax()) if (room >= 0).any() else int(room.argmax())
+        px, py, pr = (np.stack([getattr(p, k) for p in placed])[None] for k in "xyr")
+        room = (
+            (x[:, None] - px) ** 2 + (y[:, None] - py) ** 2 - ((r + pr) * level.gap // 100) ** 2
+        )  # (24, N, T)
+        room = room.min((1, 2))
+        best = int((room >= 0).argmax()) if (room >= 0).any() else int(room.argmax())
     thing.x, thing.y = x[best], y[best]
 
 # %% ../../nbs/01c_data.refshapes.ipynb #37b2f052
 def lookup(
     thing: Thing,
-    scale: int, # pixels of the shorter side
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (T, P, P) uint8 stencil values, (T,) left column, (T,) top row
+    scale: int,  # pixels of the shorter side
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (T, P, P) uint8 stencil values, (T,) left column, (T,) top row
     "Every frame's square patch of one object."
-    x, y, r = (v * scale * 16 // UNITS for v in (thing.x, thing.y, thing.r)) # 16ths of a pixel
+    x, y, r = (v * scale * 16 // UNITS for v in (thing.x, thing.y, thing.r))  # 16ths of a pixel
     half = int(r.max()) * 5 // 64 + 2
     left, top = (x >> 4) - half, (y >> 4) - half
     span = np.arange(2 * half + 1) * 16 + 8
-    dx, dy = (left[:, None] * 16 + span - x[:, None]).astype(np.int32), (top[:, None] * 16 + span - y[:, None]).astype(np.int32)
-    cos, sin = (DIRECTIONS[thing.angle % TURN] * 64 // np.maximum(r, 16)[:, None]).astype(np.int32).T[..., None]
+    dx, dy = (
+        (left[:, None] * 16 + span - x[:, None]).astype(np.int32),
+        (top[:, None] * 16 + span - y[:, None]).astype(np.int32),
+    )
+    cos, sin = (
+        (DIRECTIONS[thing.angle % TURN] * 64 // np.maximum(r, 16)[:, None])
+        .astype(np.int32)
+        .T[..., None]
+    )
     u = ((dx * cos)[:, None, :] + (dy * sin)[:, :, None] >> 14) + CELLS // 2
     v = ((dy * cos)[:, :, None] - (dx * sin)[:, None, :] >> 14) + CELLS // 2
-    np.clip(u, 0, CELLS - 1, out=u); np.clip(v, 0, CELLS - 1, out=v)
-    v *= CELLS; v += u
+    np.clip(u, 0, CELLS - 1, out=u)
+    np.clip(v, 0, CELLS - 1, out=v)
+    v *= CELLS
+    v += u
     return STENCILS[thing.shape, thing.texture].ravel()[v], left, top
 
 # %% ../../nbs/01c_data.refshapes.ipynb #c99f18ec
 def paint(
     things: list[Thing],
-    frames: int, size: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # (T, H, W) uint8 paint numbers; (N, T) pixels of each object and those visible; (N, N) pixels of j covered by i
+    frames: int,
+    size: tuple[int, int],
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]:  # (T, H, W) uint8 paint numbers; (N, T) pixels of each object and those visible; (N, N) pixels of j covered by i
     "Paint from far to near; the nearest object wins a pixel."
     height, width = size
     out, count = np.zeros((frames, height, width), np.uint8), len(things)
@@ -249,26 +424,31 @@ def paint(
     for n in sorted(range(count), key=lambda n: -things[n].depth):
         patch, left, top = lookup(things[n], min(size))
         inside = patch > 0
-        area[n] = inside.sum((1, 2)); patch += np.uint8(2 * n)
+        area[n] = inside.sum((1, 2))
+        patch += np.uint8(2 * n)
         p = patch.shape[1]
         for t, (x, y) in enumerate(zip(left.tolist(), top.tolist())):
             x1, y1 = max(x, 0), max(y, 0)
-            view = out[t, y1:max(y + p, 0), x1:max(x + p, 0)]
-            cut = np.s_[t, y1 - y:y1 - y + view.shape[0], x1 - x:x1 - x + view.shape[1]]
+            view = out[t, y1 : max(y + p, 0), x1 : max(x + p, 0)]
+            cut = np.s_[t, y1 - y : y1 - y + view.shape[0], x1 - x : x1 - x + view.shape[1]]
             old = view[inside[cut]]
             shown[n, t] = old.size
             if old.any():
                 hidden = np.bincount((old + 1) // 2, minlength=count + 1)[1:]
-                cover[n] += hidden; shown[:, t] -= hidden
+                cover[n] += hidden
+                shown[:, t] -= hidden
             np.copyto(view, patch[cut], where=inside[cut])
     return out, area, shown, cover
 
 # %% ../../nbs/01c_data.refshapes.ipynb #23aca4a0
 @lru_cache(64)
-def _interpolation(n: int, cells: int) -> np.ndarray: # (n, cells) float32 of whole numbers, rows sum to 64
+def _interpolation(
+    n: int, cells: int
+) -> np.ndarray:  # (n, cells) float32 of whole numbers, rows sum to 64
     "Linear interpolation of `cells` knots at `n` points."
     at = np.arange(n) * (cells - 1) * 64 // max(n - 1, 1)
-    low = np.minimum(at // 64, cells - 2); w = at - low * 64
+    low = np.minimum(at // 64, cells - 2)
+    w = at - low * 64
     out = np.zeros((n, cells), np.float32)
     out[np.arange(n), low], out[np.arange(n), low + 1] = 64 - w, w
     return out
@@ -276,170 +456,305 @@ def _interpolation(n: int, cells: int) -> np.ndarray: # (n, cells) float32 of wh
 # %% ../../nbs/01c_data.refshapes.ipynb #f63f6def
 def ground(
     dice: Dice,
-    height: int, width: int, # pixels of the canvas
-) -> np.ndarray:             # (height, width, 4) uint8, fourth channel unused
+    height: int,
+    width: int,  # pixels of the canvas
+) -> np.ndarray:  # (height, width, 4) uint8, fourth channel unused
     "A muted field with grain."
     rows, cols = dice.pick(((2, 2), (3, 4), (5, 7), (9, 13)))
-    base, spread = dice.between(64, 128), np.array([dice.between(20, 64)] + [14] * 3, np.int32)      # light, then R, G, B
+    base, spread = (
+        dice.between(64, 128),
+        np.array([dice.between(20, 64)] + [14] * 3, np.int32),
+    )  # light, then R, G, B
     tint = np.array([dice.between(-16, 16) for _ in range(3)], np.int32)
-    grid = (dice.noise(rows * cols * 4).reshape(rows, cols, 4).astype(np.int32) - 128) * spread // 256
+    grid = (
+        (dice.noise(rows * cols * 4).reshape(rows, cols, 4).astype(np.int32) - 128) * spread // 256
+    )
     grid = base + tint + grid[..., :1] + grid[..., 1:]
     wide = _interpolation(width, cols) @ grid.astype(np.float32)  # (rows, width, 3)
     field = (_interpolation(height, rows) @ wide.reshape(rows, width * 3)).reshape(height, width, 3)
     grain = dice.noise(height * width).reshape(height, width, 1) & np.uint8(15)
     out = np.zeros((height, width, 4), np.uint8)
-    out[..., :3] = (field * np.float32(1 / 4096)).astype(np.uint8) + grain - np.uint8(8) # between 1 and 190: nothing wraps
+    out[..., :3] = (
+        (field * np.float32(1 / 4096)).astype(np.uint8) + grain - np.uint8(8)
+    )  # between 1 and 190: nothing wraps
     return out
 
 # %% ../../nbs/01c_data.refshapes.ipynb #51f6b461
 def colour_in(
     dice: Dice,
-    painted: np.ndarray, # (T, H, W) uint8 paint numbers
+    painted: np.ndarray,  # (T, H, W) uint8 paint numbers
     things: list[Thing],
-    drift: np.ndarray,   # (T, 2) whole pixels, x and y, not negative
-) -> np.ndarray:         # (T, H, W, 3) uint8
+    drift: np.ndarray,  # (T, 2) whole pixels, x and y, not negative
+) -> np.ndarray:  # (T, H, W, 3) uint8
     "Paint numbers to pictures, over the ground."
     _, height, width = painted.shape
     table = np.zeros((2 * len(things) + 1, 4), np.uint8)
     table[1::2, :3] = [COLOURS[t.colour] for t in things]
     table[2::2] = table[1::2].astype(np.int32) * 2 // 5
     table = table.view(np.uint32).ravel()
-    canvas = ground(dice, height + int(drift[:, 1].max()), width + int(drift[:, 0].max())).view(np.uint32)[..., 0]
+    canvas = ground(dice, height + int(drift[:, 1].max()), width + int(drift[:, 0].max())).view(
+        np.uint32
+    )[..., 0]
     out = table[painted]
-    for t, (x, y) in enumerate(drift.tolist()): np.copyto(out[t], canvas[y:y + height, x:x + width], where=painted[t] == 0)
-    return cv2.cvtColor(out.view(np.uint8).reshape(-1, width, 4), cv2.COLOR_RGBA2RGB).reshape(*painted.shape, 3) # drops the fourth channel
+    for t, (x, y) in enumerate(drift.tolist()):
+        np.copyto(out[t], canvas[y : y + height, x : x + width], where=painted[t] == 0)
+    return cv2.cvtColor(out.view(np.uint8).reshape(-1, width, 4), cv2.COLOR_RGBA2RGB).reshape(
+        *painted.shape, 3
+    )  # drops the fourth channel
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a6115303
-def _bits(flags) -> int: return sum(1 << i for i, f in enumerate(flags) if f)
+def _bits(flags) -> int:
+    return sum(1 << i for i, f in enumerate(flags) if f)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #ca1da228
 class Phrases:
     "Which objects of a scene each phrase surely, and which it possibly, describes."
-    def __init__(self, things: list[Thing], cover: np.ndarray, area: np.ndarray, width: int, height: int, frames: int):
+
+    def __init__(
+        self,
+        things: list[Thing],
+        cover: np.ndarray,
+        area: np.ndarray,
+        width: int,
+        height: int,
+        frames: int,
+    ):
         self.things, self.everyone = things, (1 << len(things)) - 1
-        self.x, self.y, self.r = (np.stack([getattr(t, k) for t in things]) for k in 'xyr')
-        self.seen = np.stack([t.seen for t in things]); self.cover, self.area = cover, area
+        self.x, self.y, self.r = (np.stack([getattr(t, k) for t in things]) for k in "xyr")
+        self.seen = np.stack([t.seen for t in things])
+        self.cover, self.area = cover, area
         self.looks, self.tails = {}, {}
-        for kind in ('shape', 'colour', 'texture'):
+        for kind in ("shape", "colour", "texture"):
             for word in {getattr(t, kind) for t in things}:
-                b = _bits(getattr(t, kind) == word for t in things); self.looks[word] = b, b
-        grows = _bits(t.act == 'growing' for t in things)
+                b = _bits(getattr(t, kind) == word for t in things)
+                self.looks[word] = b, b
+        grows = _bits(t.act == "growing" for t in things)
         for word in SIZES:
-            b = _bits(t.size == word and t.act != 'growing' for t in things); self.looks[word] = b, b | grows
+            b = _bits(t.size == word and t.act != "growing" for t in things)
+            self.looks[word] = b, b | grows
         self._places(width, height)
-        if frames >= 3: self._motions()
+        if frames >= 3:
+            self._motions()
 
     def _places(self, width, height):
         sides = {}
-        for low, high, v, side in (('left', 'right', self.x, width), ('top', 'bottom', self.y, height)):
-            first, last = np.where(self.seen, v, 1 << 30).min(1) * 100, np.where(self.seen, v, -1 << 30).max(1) * 100
+        for low, high, v, side in (
+            ("left", "right", self.x, width),
+            ("top", "bottom", self.y, height),
+        ):
+            first, last = (
+                np.where(self.seen, v, 1 << 30).min(1) * 100,
+                np.where(self.seen, v, -1 << 30).max(1) * 100,
+            )
             sides[low] = _bits(last < 45 * side), _bits(first <= 55 * side)
             sides[high] = _bits(first > 55 * side), _bits(last >= 45 * side)
-        for word, b in sides.items(): self.tails[('on the ' if word in ('left', 'right') else 'at the ') + word] = 'place', *b
-        for row, column in ((r, c) for r in ('top', 'bottom') for c in ('left', 'right')):
-            self.tails[f'in the {row} {column} corner'] = 'place', *(a & b for a, b in zip(sides[row], sides[column]))
+        for word, b in sides.items():
+            self.tails[("on the " if word in ("left", "right") else "at the ") + word] = "place", *b
+        for row, column in ((r, c) for r in ("top", "bottom") for c in ("left", "right")):
+            self.tails[f"in the {row} {column} corner"] = (
+                "place",
+                *(a & b for a, b in zip(sides[row], sides[column])),
+            )
 
     def _motions(self):
         things = self.things
-        steady = lambda t: (k := np.flatnonzero(t.seen)).size >= 3 and k[-1] - k[0] + 1 == k.size
-        known = _bits(steady(t) and (t.act != 'growing' or t.seen.all()) for t in things)
+
+        def steady(t):
+            return (k := np.flatnonzero(t.seen)).size >= 3 and k[-1] - k[0] + 1 == k.size
+
+        known = _bits(steady(t) and (t.act != "growing" or t.seen.all()) for t in things)
+
         def add(text, sure, unsure=0):
             sure &= known
-            self.tails[text] = 'motion', sure, sure | unsure | (self.everyone & ~known)
-        circling, posed = (_bits(t.act in acts for t in things) for acts in (('circling',), ('growing', 'spinning')))
-        add('standing still', _bits(t.act == 'still' for t in things), posed)
-        add('going in circles', circling)
-        for act in ('growing', 'spinning'): add(act, _bits(t.act == act for t in things))
-        for pace, word in (('slow', 'slowly'), ('fast', 'fast')):
-            add(f'moving {word}', _bits(t.act == pace for t in things), circling)
-        for way in ('left', 'right', 'up', 'down'):
-            add(f'moving {way}', _bits(t.heading == way for t in things), circling)
-            for pace, word in (('slow', 'slowly'), ('fast', 'fast')):
-                add(f'moving {way} {word}', _bits(t.heading == way and t.act == pace for t in things), circling)
+            self.tails[text] = "motion", sure, sure | unsure | (self.everyone & ~known)
+
+        circling, posed = (
+            _bits(t.act in acts for t in things)
+            for acts in (("circling",), ("growing", "spinning"))
+        )
+        add("standing still", _bits(t.act == "still" for t in things), posed)
+        add("going in circles", circling)
+        for act in ("growing", "spinning"):
+            add(act, _bits(t.act == act for t in things))
+        for pace, word in (("slow", "slowly"), ("fast", "fast")):
+            add(f"moving {word}", _bits(t.act == pace for t in things), circling)
+        for way in ("left", "right", "up", "down"):
+            add(f"moving {way}", _bits(t.heading == way for t in things), circling)
+            for pace, word in (("slow", "slowly"), ("fast", "fast")):
+                add(
+                    f"moving {way} {word}",
+                    _bits(t.heading == way and t.act == pace for t in things),
+                    circling,
+                )
         self.known = known
 
 # %% ../../nbs/01c_data.refshapes.ipynb #09d6a818
-def _rows(matrix: np.ndarray) -> list[int]: # (N, N) bool -> bits of each row
+def _rows(matrix: np.ndarray) -> list[int]:  # (N, N) bool -> bits of each row
     return [_bits(row) for row in matrix.tolist()]
 
-def compare(p: Phrases, frames: int) -> tuple[dict, dict]: # {word: [bits beaten by i]}, {words: ([bits surely], [bits possibly] for anchor j)}
+
+def compare(
+    p: Phrases, frames: int
+) -> tuple[
+    dict, dict
+]:  # {word: [bits beaten by i]}, {words: ([bits surely], [bits possibly] for anchor j)}
     "The pairwise phrases of a scene."
-    both = p.seen[:, None] & p.seen[None]                    # (N, N, T)
+    both = p.seen[:, None] & p.seen[None]  # (N, N, T)
     met = both.any(2)
     dx, dy = p.x[:, None] - p.x[None], p.y[:, None] - p.y[None]
-    always = lambda flags: ((flags | ~both).all(2) & met)
+
+    def always(flags):
+        return (flags | ~both).all(2) & met
+
     big = p.r[:, None] * 100 >= p.r[None] * 125
     margin = UNITS * 8 // 100
-    beats = {w: _rows(always(f)) for w, f in dict(leftmost=dx < -margin, rightmost=dx > margin, highest=dy < -margin, lowest=dy > margin,
-                                                 largest=big, smallest=big.transpose(1, 0, 2)).items()}
+    beats = {
+        w: _rows(always(f))
+        for w, f in {
+            "leftmost": dx < -margin,
+            "rightmost": dx > margin,
+            "highest": dy < -margin,
+            "lowest": dy > margin,
+            "largest": big,
+            "smallest": big.transpose(1, 0, 2),
+        }.items()
+    }
     if frames >= 3:
         v = [t.speed if p.known >> i & 1 else None for i, t in enumerate(p.things)]
-        beats['fastest'] = [_bits(a is not None and b is not None and a > 0 and a * 10 >= b * 17 for b in v) for a in v]
+        beats["fastest"] = [
+            _bits(a is not None and b is not None and a > 0 and a * 10 >= b * 17 for b in v)
+            for a in v
+        ]
     relations, far = {}, UNITS // 10
-    for word, f in {'left of': -dx, 'right of': dx, 'above': -dy, 'below': dy}.items():
+    for word, f in {"left of": -dx, "right of": dx, "above": -dy, "below": dy}.items():
         relations[word] = _rows(always(f > far).T), _rows(~always(f <= 0).T)
     part = np.where(p.seen, p.area, 0).sum(1)
-    hides = p.cover * 10 >= np.minimum(part[:, None], part[None]) # at least a tenth of the smaller
+    hides = p.cover * 10 >= np.minimum(part[:, None], part[None])  # at least a tenth of the smaller
     touch = p.cover > 0
-    for _ in range(3): touch = touch | (touch.astype(int) @ touch.astype(int) > 0) # what lies under what lies under
-    relations['in front of'] = _rows(hides.T), _rows(touch.T)
-    relations['behind'] = _rows(hides), _rows(touch)
+    for _ in range(3):
+        touch = touch | (
+            touch.astype(int) @ touch.astype(int) > 0
+        )  # what lies under what lies under
+    relations["in front of"] = _rows(hides.T), _rows(touch.T)
+    relations["behind"] = _rows(hides), _rows(touch)
     return beats, relations
 
 # %% ../../nbs/01c_data.refshapes.ipynb #58dcd22c
 @dataclass(frozen=True)
 class Sentence:
     "A sentence that is true of one object only."
-    text: str; object_id: int; kind: str
 
-SUBSETS = dict(appearance={('colour', 'shape'): 46, ('size', 'shape'): 8, ('size', 'colour'): 5, ('texture', 'shape'): 7, ('texture', 'colour'): 5,
-                           ('shape',): 6, ('colour',): 6, ('size', 'colour', 'shape'): 7, ('texture', 'colour', 'shape'): 6, ('size', 'texture', 'shape'): 2, ('size', 'texture', 'colour', 'shape'): 2},
-               other={(): 4, ('shape',): 5, ('colour',): 5, ('colour', 'shape'): 8, ('size', 'shape'): 3, ('texture', 'shape'): 2, ('size', 'colour', 'shape'): 3})
+    text: str
+    object_id: int
+    kind: str
+
+
+SUBSETS = {
+    "appearance": {
+        ("colour", "shape"): 46,
+        ("size", "shape"): 8,
+        ("size", "colour"): 5,
+        ("texture", "shape"): 7,
+        ("texture", "colour"): 5,
+        ("shape",): 6,
+        ("colour",): 6,
+        ("size", "colour", "shape"): 7,
+        ("texture", "colour", "shape"): 6,
+        ("size", "texture", "shape"): 2,
+        ("size", "texture", "colour", "shape"): 2,
+    },
+    "other": {
+        (): 4,
+        ("shape",): 5,
+        ("colour",): 5,
+        ("colour", "shape"): 8,
+        ("size", "shape"): 3,
+        ("texture", "shape"): 2,
+        ("size", "colour", "shape"): 3,
+    },
+}
+
 
 def noun(dice: Dice, thing: Thing, subset: tuple) -> str:
     "The adjectives of `subset` and a noun."
-    return ' '.join([getattr(thing, a) for a in subset if a != 'shape'] + [thing.shape if 'shape' in subset else dice.pick(NOUNS)])
+    return " ".join(
+        [getattr(thing, a) for a in subset if a != "shape"]
+        + [thing.shape if "shape" in subset else dice.pick(NOUNS)]
+    )
 
 # %% ../../nbs/01c_data.refshapes.ipynb #9ecfc2f7
 class Fits:
     "What completes a noun phrase, one method per kind: the endings that single out object `i` among those whom the phrase describes."
-    def _tails(self, kind, me, may): return [text for text, (k, s, m) in self.p.tails.items() if k == kind and s & me and m & may == me]
-    def _appearance(self, i, sure, may): return ['']
-    def _place(self, i, sure, may): return self._tails('place', 1 << i, may)
-    def _motion(self, i, sure, may): return self._tails('motion', 1 << i, may)
+
+    def _tails(self, kind, me, may):
+        return [
+            text
+            for text, (k, s, m) in self.p.tails.items()
+            if k == kind and s & me and m & may == me
+        ]
+
+    def _appearance(self, i, sure, may):
+        return [""]
+
+    def _place(self, i, sure, may):
+        return self._tails("place", 1 << i, may)
+
+    def _motion(self, i, sure, may):
+        return self._tails("motion", 1 << i, may)
 
     def _superlative(self, i, sure, may):
         rest = may & ~(1 << i)
-        return [w for w, b in self.beats.items() if rest & ~b[i] == 0 and sure & rest and (w not in ('largest', 'smallest') or self.same_shape(may))]
+        return [
+            w
+            for w, b in self.beats.items()
+            if rest & ~b[i] == 0
+            and sure & rest
+            and (w not in ("largest", "smallest") or self.same_shape(may))
+        ]
 
     def _relation(self, i, sure, may):
         me = 1 << i
-        return [(w, j, name) for w, (yes, maybe) in self.relations.items() for j, name in self.anchors.items()
-                if j != i and yes[j] & me and maybe[j] & may & ~(1 << j) == me]
+        return [
+            (w, j, name)
+            for w, (yes, maybe) in self.relations.items()
+            for j, name in self.anchors.items()
+            if j != i and yes[j] & me and maybe[j] & may & ~(1 << j) == me
+        ]
 
-    def same_shape(self, may: int) -> bool: # sizes of a ring and a star are hard to compare by eye
+    def same_shape(self, may: int) -> bool:  # sizes of a ring and a star are hard to compare by eye
         return len({t.shape for j, t in enumerate(self.p.things) if may >> j & 1}) == 1
 
 # %% ../../nbs/01c_data.refshapes.ipynb #c12070b0
 class Speaker(Fits):
     "Finds sentences for the objects of one scene."
+
     def __init__(self, dice: Dice, phrases: Phrases, frames: int):
         self.dice, self.p, self.frames = dice, phrases, frames
         self.beats, self.relations = compare(phrases, frames)
-        self.anchors = {j: dice.weighted(o) for j in range(len(phrases.things)) if (o := self.options(j, 'appearance'))}
+        self.anchors = {
+            j: dice.weighted(o)
+            for j in range(len(phrases.things))
+            if (o := self.options(j, "appearance"))
+        }
 
     def described(self, i: int, subset: tuple) -> tuple[int, int]:
         "Those whom the noun phrase of object `i` surely and possibly describes."
         sure = may = self.p.everyone
         for a in subset:
-            s, m = self.p.looks[getattr(self.p.things[i], a)]; sure &= s; may &= m
+            s, m = self.p.looks[getattr(self.p.things[i], a)]
+            sure &= s
+            may &= m
         return sure, may
 
     def options(self, i: int, kind: str) -> dict:
         "Noun phrases for a sentence of `kind`, with their weights: sufficient for looks, not sufficient for the others."
-        me, table = 1 << i, SUBSETS['appearance' if kind == 'appearance' else 'other']
+        me, table = 1 << i, SUBSETS["appearance" if kind == "appearance" else "other"]
         sets = {subset: self.described(i, subset) for subset in table}
-        return {s: table[s] for s, (sure, may) in sets.items() if sure & me and (may == me) == (kind == 'appearance')}
+        return {
+            s: table[s]
+            for s, (sure, may) in sets.items()
+            if sure & me and (may == me) == (kind == "appearance")
+        }
 
     def say(self, i: int, kind: str, said: dict):
         "A sentence of `kind` about object `i` that says nothing in `said`: (what it says, its text), or None."
@@ -447,7 +762,7 @@ class Speaker(Fits):
         while options:
             subset = dice.weighted(options)
             sure, may = self.described(i, subset)
-            fits = [w for w in getattr(self, '_' + kind)(i, sure, may) if (subset, w) not in said]
+            fits = [w for w in getattr(self, "_" + kind)(i, sure, may) if (subset, w) not in said]
             if fits:
                 word, name = dice.pick(fits), noun(dice, self.p.things[i], subset)
                 return (subset, word), self.text(kind, name, word)
@@ -456,166 +771,301 @@ class Speaker(Fits):
 
     def text(self, kind: str, name: str, word) -> str:
         "The words of a sentence."
-        if kind == 'superlative': return f'the {word} {name}'
-        article = 'the' if self.dice.below(4) or name.startswith('object') else 'a'
-        if kind == 'appearance': return f'{article} {name}'
-        if kind == 'relation': return f'{article} {name} {word[0]} the {noun(self.dice, self.p.things[word[1]], word[2])}'
+        if kind == "superlative":
+            return f"the {word} {name}"
+        article = "the" if self.dice.below(4) or name.startswith("object") else "a"
+        if kind == "appearance":
+            return f"{article} {name}"
+        if kind == "relation":
+            return (
+                f"{article} {name} {word[0]} the {noun(self.dice, self.p.things[word[1]], word[2])}"
+            )
         return f"{article} {name} {'that is ' if kind == 'motion' and self.dice.below(4) == 0 else ''}{word}"
 
 # %% ../../nbs/01c_data.refshapes.ipynb #917e2423
 def two_sentences(
     speaker: Speaker,
-    i: int,             # index of the object
-    kinds: dict,        # weights
+    i: int,  # index of the object
+    kinds: dict,  # weights
 ) -> list[Sentence] | None:
     "Two different sentences about object `i`; None where they cannot be found."
     found, kinds = {}, dict(kinds)
     while kinds:
         kind = speaker.dice.weighted(kinds)
         said = speaker.say(i, kind, found)
-        if said: found[said[0]] = Sentence(said[1], i + 1, kind)
-        else: del kinds[kind]
-        if len(found) == 2: return list(found.values())
+        if said:
+            found[said[0]] = Sentence(said[1], i + 1, kind)
+        else:
+            del kinds[kind]
+        if len(found) == 2:
+            return list(found.values())
     return None
 
 # %% ../../nbs/01c_data.refshapes.ipynb #0a5fa6f3
 @dataclass
 class Scene:
     "A clip, its exact labels and its sentences."
-    frames: np.ndarray          # (T, H, W, 3) uint8 RGB
-    labels: np.ndarray          # (T, H, W) uint8, object ids 1…N of what is visible
-    expressions: list[Sentence] # two per object, one after the other
+
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB
+    labels: np.ndarray  # (T, H, W) uint8, object ids 1…N of what is visible
+    expressions: list[Sentence]  # two per object, one after the other
     facts: list[Thing] = field(repr=False)
-    cover: np.ndarray = field(repr=False) # (N, N) pixels of object j+1 that object i+1 covers, whole clip
+    cover: np.ndarray = field(
+        repr=False
+    )  # (N, N) pixels of object j+1 that object i+1 covers, whole clip
+
 
 def _attempt(dice: Dice, level: Level, frames: int, size: tuple[int, int]) -> Scene | None:
     "One draw of a scene; None where it does not come out well."
     scale, d = min(size), stride(frames)
     height, width = (s * UNITS // scale for s in size)
-    drift = [dice.between(-d * 5 // 100, d * 5 // 100) if dice.below(2) else 0 for _ in 'xy']
-    camera = np.arange(frames)[:, None] * np.array(drift)    # (T, 2)
+    drift = [dice.between(-d * 5 // 100, d * 5 // 100) if dice.below(2) else 0 for _ in "xy"]
+    camera = np.arange(frames)[:, None] * np.array(drift)  # (T, 2)
     things = cast(dice, level)
     if frames == 1:
-        for t in things: t.act, t.heading = 'still', ''
+        for t in things:
+            t.act, t.heading = "still", ""
     placed = []
-    for t in sorted(things, key=lambda t: t.size): place(dice, t, placed, width, height, camera, level); placed.append(t)
+    for t in sorted(things, key=lambda t: t.size):
+        place(dice, t, placed, width, height, camera, level)
+        placed.append(t)
     painted, area, shown, cover = paint(things, frames, size)
-    for t, s, a in zip(things, shown, area): t.seen = (s * 4 >= a) & (s > 0)
-    good = (shown * 100 >= area * level.visible).all() and all(t.seen.sum() * 2 >= frames for t in things) and shown.any(1).all()
-    if not good: return None
+    for t, s, a in zip(things, shown, area):
+        t.seen = (s * 4 >= a) & (s > 0)
+    good = (
+        (shown * 100 >= area * level.visible).all()
+        and all(t.seen.sum() * 2 >= frames for t in things)
+        and shown.any(1).all()
+    )
+    if not good:
+        return None
     speaker = Speaker(dice, Phrases(things, cover, area, width, height, frames), frames)
-    kinds = {k: w for k, w in level.kinds.items() if k != 'motion' or frames >= 3}
+    kinds = {k: w for k, w in level.kinds.items() if k != "motion" or frames >= 3}
     said = [two_sentences(speaker, i, kinds) for i in range(len(things))]
-    if not all(said): return None
+    if not all(said):
+        return None
     pixels = camera * scale // UNITS
     labels = ((np.arange(256) + 1) // 2).astype(np.uint8)[painted]
-    return Scene(colour_in(dice, painted, things, pixels - pixels.min(0)), labels, sum(said, []), things, cover)
+    return Scene(
+        colour_in(dice, painted, things, pixels - pixels.min(0)),
+        labels,
+        sum(said, []),
+        things,
+        cover,
+    )
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a758838e
 def scene(
-    seed: int,             # any whole number from 0 on
-    level: str,            # 'easy', 'medium' or 'hard'
+    seed: int,  # any whole number from 0 on
+    level: str,  # 'easy', 'medium' or 'hard'
     frames: int = 12,
-    size: tuple[int, int] = (96, 144), # (H, W) pixels
+    size: tuple[int, int] = (96, 144),  # (H, W) pixels
 ) -> Scene:
     "The scene of `seed`: same arguments, same bytes. Raises `Problem` for arguments out of range."
-    if level not in LEVELS: raise Problem('level', repr(level), ' or '.join(LEVELS), 'choose one of them')
-    if seed < 0 or frames < 1: raise Problem('seed, frames', f'{seed}, {frames}', 'seed >= 0 and frames >= 1', 'choose other numbers')
-    if min(size) < 32 or max(size) > 4 * min(size): raise Problem('size', f'{size[0]}x{size[1]}', 'sides of 32 pixels or more, at most 4 to 1', 'choose another size')
+    if level not in LEVELS:
+        raise Problem("level", repr(level), " or ".join(LEVELS), "choose one of them")
+    if seed < 0 or frames < 1:
+        raise Problem(
+            "seed, frames", f"{seed}, {frames}", "seed >= 0 and frames >= 1", "choose other numbers"
+        )
+    if min(size) < 32 or max(size) > 4 * min(size):
+        raise Problem(
+            "size",
+            f"{size[0]}x{size[1]}",
+            "sides of 32 pixels or more, at most 4 to 1",
+            "choose another size",
+        )
     dice = Dice(seed, list(LEVELS).index(level))
     for _ in range(1000):
-        if (s := _attempt(dice, LEVELS[level], frames, tuple(size))): return s
-    raise Problem('scene', f'no good scene of {size[0]}x{size[1]} pixels in 1000 draws', 'a scene whose objects can be told apart', 'choose another seed or a wider frame')
+        if s := _attempt(dice, LEVELS[level], frames, tuple(size)):
+            return s
+    raise Problem(
+        "scene",
+        f"no good scene of {size[0]}x{size[1]} pixels in 1000 draws",
+        "a scene whose objects can be told apart",
+        "choose another seed or a wider frame",
+    )
 
 # %% ../../nbs/01c_data.refshapes.ipynb #169b8c88
-SUPERLATIVES = ('leftmost', 'rightmost', 'highest', 'lowest', 'largest', 'smallest', 'fastest')
-RELATIONS = ('left of', 'right of', 'above', 'below', 'in front of', 'behind')
-WORDS = tuple(sorted({*COLOURS, *SHAPES, *TEXTURES, *SIZES, *NOUNS, *SUPERLATIVES, *' '.join(RELATIONS).split(),
-    *'the a an that is on at in left right top bottom corner standing still moving up down slowly fast going circles growing spinning'.split()}))
+SUPERLATIVES = ("leftmost", "rightmost", "highest", "lowest", "largest", "smallest", "fastest")
+RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind")
+WORDS = tuple(
+    sorted(
+        {
+            *COLOURS,
+            *SHAPES,
+            *TEXTURES,
+            *SIZES,
+            *NOUNS,
+            *SUPERLATIVES,
+            *" ".join(RELATIONS).split(),
+            *[
+                "the",
+                "a",
+                "an",
+                "that",
+                "is",
+                "on",
+                "at",
+                "in",
+                "left",
+                "right",
+                "top",
+                "bottom",
+                "corner",
+                "standing",
+                "still",
+                "moving",
+                "up",
+                "down",
+                "slowly",
+                "fast",
+                "going",
+                "circles",
+                "growing",
+                "spinning",
+            ],
+        }
+    )
+)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a512b0d3
 def parse(
-    text: str, # a sentence of the grammar
-) -> tuple[str, list[str], str, list[str]]: # superlative or '', words of the noun phrase, tail or relation or '', words of the anchor
+    text: str,  # a sentence of the grammar
+) -> tuple[
+    str, list[str], str, list[str]
+]:  # superlative or '', words of the noun phrase, tail or relation or '', words of the anchor
     "Take a sentence apart. Raises `Problem` where it is not of the grammar."
+
     def phrase(words):
-        words = words[1:] if words[:1] in (['the'], ['a'], ['an']) else words
-        best = words.pop(0) if words and words[0] in SUPERLATIVES else ''
+        words = words[1:] if words[:1] in (["the"], ["a"], ["an"]) else words
+        best = words.pop(0) if words and words[0] in SUPERLATIVES else ""
         end = next((i for i, w in enumerate(words) if w in SHAPES + NOUNS), None)
-        if end is None: raise Problem(repr(text), 'no noun', 'a RefShapes sentence', f'use one of {", ".join(SHAPES + NOUNS)}')
-        return best, words[:end + 1], ' '.join(words[end + 1:]).removeprefix('that is ')
+        if end is None:
+            raise Problem(
+                repr(text),
+                "no noun",
+                "a RefShapes sentence",
+                f"use one of {', '.join(SHAPES + NOUNS)}",
+            )
+        return best, words[: end + 1], " ".join(words[end + 1 :]).removeprefix("that is ")
+
     best, looks, tail = phrase(text.split())
     for relation in RELATIONS:
-        if tail.startswith(relation + ' '): return best, looks, relation, phrase(tail[len(relation):].split())[1]
+        if tail.startswith(relation + " "):
+            return best, looks, relation, phrase(tail[len(relation) :].split())[1]
     return best, looks, tail, []
 
 # %% ../../nbs/01c_data.refshapes.ipynb #e1dfb264
 def observe(
     thing: Thing,
-    unit: int, # a stride, in units
-) -> dict:     # motion word -> True, False or None
+    unit: int,  # a stride, in units
+) -> dict:  # motion word -> True, False or None
     "What the track of `thing` shows; nothing where it is seen too briefly."
     k = np.flatnonzero(thing.seen)
-    if len(k) < 3 or k[-1] - k[0] + 1 != len(k): return {}
-    step = np.diff(np.stack([thing.x, thing.y], 1)[k], axis=0) / unit                # (n-1, 2)
-    length = np.hypot(*step.T); speed = length.mean()
-    sine = (step[:-1, 0] * step[1:, 1] - step[:-1, 1] * step[1:, 0]) / np.maximum(length[:-1] * length[1:], 1e-9)
-    circles = bool(speed > .5 and (abs(sine) > .4).all() and abs(np.sign(sine).sum()) == len(sine))
+    if len(k) < 3 or k[-1] - k[0] + 1 != len(k):
+        return {}
+    step = np.diff(np.stack([thing.x, thing.y], 1)[k], axis=0) / unit  # (n-1, 2)
+    length = np.hypot(*step.T)
+    speed = length.mean()
+    sine = (step[:-1, 0] * step[1:, 1] - step[:-1, 1] * step[1:, 0]) / np.maximum(
+        length[:-1] * length[1:], 1e-9
+    )
+    circles = bool(
+        speed > 0.5 and (abs(sine) > 0.4).all() and abs(np.sign(sine).sum()) == len(sine)
+    )
     ratio = thing.r[k].max() / thing.r[k].min()
     grows = True if ratio > 1.25 else False if ratio < 1.05 else None
     spins = bool((abs(np.diff(thing.angle[k])) >= 3).all())
-    decide = lambda v, no, yes: True if v >= yes else False if v <= no else None
-    still = decide(-speed, -.2, -.12)
-    words = dict(circles=circles, growing=grows, spinning=spins, still=None if still and (grows is not False or spins) else still, speed=speed)
+
+    def decide(v, no, yes):
+        return True if v >= yes else False if v <= no else None
+
+    still = decide(-speed, -0.2, -0.12)
+    words = {
+        "circles": circles,
+        "growing": grows,
+        "spinning": spins,
+        "still": None if still and (grows is not False or spins) else still,
+        "speed": speed,
+    }
     mean = step.mean(0)
-    for word, way in dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1)).items():
-        words[word] = None if circles else False if still else decide(mean @ way / np.hypot(*mean), .5, .9)
-    words['fast'] = None if circles else decide(speed, .55, .65)
-    words['slowly'] = None if circles else False if still else decide(-speed, -.65, -.55)
+    for word, way in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.items():
+        words[word] = (
+            None if circles else False if still else decide(mean @ way / np.hypot(*mean), 0.5, 0.9)
+        )
+    words["fast"] = None if circles else decide(speed, 0.55, 0.65)
+    words["slowly"] = None if circles else False if still else decide(-speed, -0.65, -0.55)
     return words
 
 # %% ../../nbs/01c_data.refshapes.ipynb #1a9fef20
 def _all(values) -> bool | None:
     "False wins, then unknown."
     values = list(values)
-    return False if any(v is False for v in values) else None if any(v is None for v in values) else True
+    return (
+        False
+        if any(v is False for v in values)
+        else None
+        if any(v is None for v in values)
+        else True
+    )
 
-def _ordered(v: np.ndarray, yes, no) -> bool | None: # (n,) differences in the frames that show both
+
+def _ordered(
+    v: np.ndarray, yes, no
+) -> bool | None:  # (n,) differences in the frames that show both
     return None if not len(v) else True if (v > yes).all() else False if (v <= no).all() else None
 
 # %% ../../nbs/01c_data.refshapes.ipynb #324e3a12
 class Judge:
     "Says of any sentence and object of a scene whether it is true, false or undecided."
+
     def __init__(self, scene: Scene):
         frames, height, width = scene.labels.shape
         self.facts, self.unit, scale = scene.facts, stride(frames), min(height, width)
-        self.side = dict(left=width * UNITS // scale, top=height * UNITS // scale)
+        self.side = {"left": width * UNITS // scale, "top": height * UNITS // scale}
         self.motion = [observe(t, self.unit) if frames >= 3 else {} for t in self.facts]
         self.shapes = [self._full(t, frames, height, width) for t in self.facts]
 
-    def _full(self, thing, frames, height, width): # (T, H, W) bool: the whole object, hidden or not
-        patch, left, top = lookup(thing, min(height, width)); p = patch.shape[1]
+    def _full(
+        self, thing, frames, height, width
+    ):  # (T, H, W) bool: the whole object, hidden or not
+        patch, left, top = lookup(thing, min(height, width))
+        p = patch.shape[1]
         out = np.zeros((frames, height + 2 * p, width + 2 * p), bool)
         for t in range(frames):
             y, x = (int(np.clip(v[t] + p, 0, n + p)) for v, n in ((top, height), (left, width)))
-            out[t, y:y + p, x:x + p] = patch[t] > 0
-        return out[:, p:p + height, p:p + width]
+            out[t, y : y + p, x : x + p] = patch[t] > 0
+        return out[:, p : p + height, p : p + width]
 
     def look(self, i: int, word: str) -> bool | None:
         t = self.facts[i]
-        if word in NOUNS: return True
-        if word not in SIZES: return word in (t.shape, t.colour, t.texture)
+        if word in NOUNS:
+            return True
+        if word not in SIZES:
+            return word in (t.shape, t.colour, t.texture)
         r = t.r / UNITS
-        return None if r.min() < .13 and r.max() > .155 else bool((r.max() <= .13) == (word == 'small'))
+        return (
+            None
+            if r.min() < 0.13 and r.max() > 0.155
+            else bool((r.max() <= 0.13) == (word == "small"))
+        )
 
     def tail(self, i: int, text: str) -> bool | None:
-        words = [w for w in text.split() if w not in ('on', 'at', 'in', 'the', 'corner', 'moving', 'standing', 'going')]
-        if text.split()[0] not in ('on', 'at', 'in') or 'circles' in words: return _all(self.motion[i].get(w) for w in words)
+        words = [
+            w
+            for w in text.split()
+            if w not in ("on", "at", "in", "the", "corner", "moving", "standing", "going")
+        ]
+        if text.split()[0] not in ("on", "at", "in") or "circles" in words:
+            return _all(self.motion[i].get(w) for w in words)
         t, answers = self.facts[i], []
         for word in words:
-            v = (t.x / self.side['left'] if word in ('left', 'right') else t.y / self.side['top'])[t.seen]
-            v = v if word in ('left', 'top') else 1 - v
-            answers.append(True if v.max() < .4501 else False if v.min() > .5499 else None)
+            v = (t.x / self.side["left"] if word in ("left", "right") else t.y / self.side["top"])[
+                t.seen
+            ]
+            v = v if word in ("left", "top") else 1 - v
+            answers.append(True if v.max() < 0.4501 else False if v.min() > 0.5499 else None)
         return _all(answers)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #a9a0bec5
@@ -623,39 +1073,56 @@ def related(j: Judge, i: int, word: str, k: int) -> bool | None:
     "Whether object `i` stands in the relation `word` to object `k`."
     a, b = j.facts[i], j.facts[k]
     both = a.seen & b.seen
-    if word in ('in front of', 'behind'):
-        if (a.depth < b.depth) != (word == 'in front of') or i == k: return False
-        shared, smaller = (j.shapes[i] & j.shapes[k]).sum(), min(j.shapes[n][j.facts[n].seen].sum() for n in (i, k))
-        return False if shared == 0 else True if shared > .07 * smaller else None
-    d = {'left of': b.x - a.x, 'right of': a.x - b.x, 'above': b.y - a.y, 'below': a.y - b.y}[word][both]
-    return _ordered(d / UNITS, .09, 0)
+    if word in ("in front of", "behind"):
+        if (a.depth < b.depth) != (word == "in front of") or i == k:
+            return False
+        shared, smaller = (
+            (j.shapes[i] & j.shapes[k]).sum(),
+            min(j.shapes[n][j.facts[n].seen].sum() for n in (i, k)),
+        )
+        return False if shared == 0 else True if shared > 0.07 * smaller else None
+    d = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[word][
+        both
+    ]
+    return _ordered(d / UNITS, 0.09, 0)
+
 
 def surpasses(j: Judge, i: int, word: str, k: int) -> bool | None:
     "Whether object `i` has more of the superlative `word` than object `k`."
     a, b = j.facts[i], j.facts[k]
     both = a.seen & b.seen
-    if word == 'fastest':
-        v, w = (j.motion[n].get('speed') for n in (i, k))
+    if word == "fastest":
+        v, w = (j.motion[n].get("speed") for n in (i, k))
         return None if v is None or w is None else True if v > 1.2 * w else False if v < w else None
-    d = dict(leftmost=b.x - a.x, rightmost=a.x - b.x, highest=b.y - a.y, lowest=a.y - b.y,
-             largest=a.r / b.r * UNITS - UNITS, smallest=b.r / a.r * UNITS - UNITS)[word][both]
-    return _ordered(d / UNITS, .07, 0)
+    d = {
+        "leftmost": b.x - a.x,
+        "rightmost": a.x - b.x,
+        "highest": b.y - a.y,
+        "lowest": a.y - b.y,
+        "largest": a.r / b.r * UNITS - UNITS,
+        "smallest": b.r / a.r * UNITS - UNITS,
+    }[word][both]
+    return _ordered(d / UNITS, 0.07, 0)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #95f281ea
 def holds(
     judge: Judge,
     text: str,
-    object_id: int, # from 1
-) -> bool | None:   # None: within the margin
+    object_id: int,  # from 1
+) -> bool | None:  # None: within the margin
     "Whether the sentence is true of the object."
     best, looks, tail, anchor = parse(text)
     i, everyone = object_id - 1, range(len(judge.facts))
-    named = lambda i: _all(judge.look(i, w) for w in looks)
+
+    def named(i):
+        return _all(judge.look(i, w) for w in looks)
+
     parts = [named(i)]
     if anchor:
         meant = [k for k in everyone if _all(judge.look(k, w) for w in anchor) is not False]
         parts.append(related(judge, i, tail, meant[0]) if len(meant) == 1 else None)
-    elif tail: parts.append(judge.tail(i, tail))
+    elif tail:
+        parts.append(judge.tail(i, tail))
     if best and parts[0] is not False:
         won = [surpasses(judge, i, best, k) for k in everyone if k != i and named(k) is not False]
         lost = any(surpasses(judge, k, best, i) for k in everyone if k != i and named(k))
@@ -663,157 +1130,321 @@ def holds(
     return _all(parts)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #836731c0
-SPLITS = ('train', 'valid', 'test')
+SPLITS = ("train", "valid", "test")
+
 
 def video_seed(seed: int, split: str, index: int) -> int:
     "The scene seed of one written video: no two splits share any, and none lies below 2**40, which is left to training."
     return (seed + 1 << 40) | (SPLITS.index(split) << 36) | index
 
+
 def _scenes(split, level, videos, seed, frames, size) -> Iterator[tuple[str, Scene]]:
-    levels = list(LEVELS) if level == 'all' else [level]
+    levels = list(LEVELS) if level == "all" else [level]
     for i in range(videos):
         name = levels[i % len(levels)]
-        yield f"{'test-' * (split == 'test')}{name}-{i:05d}", scene(video_seed(seed, split, i), name, frames, size)
+        yield (
+            f"{'test-' * (split == 'test')}{name}-{i:05d}",
+            scene(video_seed(seed, split, i), name, frames, size),
+        )
 
 # %% ../../nbs/01c_data.refshapes.ipynb #10ade064
 def _write_video(root: Path, split: str, name: str, s: Scene, names: list[str]):
     "One video's masks and frames, each folder whole."
-    labels, pictures = (root/split/kind/name for kind in ('Annotations', 'JPEGImages'))
+    labels, pictures = (root / split / kind / name for kind in ("Annotations", "JPEGImages"))
     if not labels.exists():
         with whole_folder(labels) as tmp:
-            for frame, a in zip(names, s.labels): write_labels(tmp/f'{frame}.png', a)
+            for frame, a in zip(names, s.labels):
+                write_labels(tmp / f"{frame}.png", a)
     if not pictures.exists():
         with whole_folder(pictures) as tmp:
             for frame, a in zip(names, s.frames):
-                Image.fromarray(a).save(tmp/f'{frame}.jpg', quality=95)
+                Image.fromarray(a).save(tmp / f"{frame}.jpg", quality=95)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #fef5c21b
 def _videos(root: Path, split: str, scenes: Iterable[tuple[str, Scene]], each: int = 0):
     "The layout of Ref-YouTube-VOS; with `each` sentences for every object, that of Ref-DAVIS17."
     expressions, objects = {}, {}
     for name, s in scenes:
-        names, told = [f'{(1 if each else 5) * t:05d}' for t in range(len(s.frames))], s.expressions
+        names, told = [f"{(1 if each else 5) * t:05d}" for t in range(len(s.frames))], s.expressions
         _write_video(root, split, name, s, names)
         if each:
-            of = [[e for e in told if e.object_id == o] for o in sorted({e.object_id for e in told})]
+            of = [
+                [e for e in told if e.object_id == o] for o in sorted({e.object_id for e in told})
+            ]
             told = [es[a % len(es)] for es in of for a in range(each)]
-        said = {str(k): {'exp': e.text, 'obj_id': str(e.object_id), 'kind': e.kind} for k, e in enumerate(told)}
-        expressions[name] = {'expressions': said, 'frames': names}
-        shown = [[f for f, a in zip(names, s.labels) if (a == k + 1).any()] for k in range(len(s.facts))]
-        objects[name] = {'objects': {str(k + 1): {'category': t.shape, 'frames': shown[k]} for k, t in enumerate(s.facts)}}
-    write_json(root/split/'meta.json', {'videos': objects})
-    write_json(root/'meta_expressions'/split/'meta_expressions.json', {'videos': expressions})
+        said = {
+            str(k): {"exp": e.text, "obj_id": str(e.object_id), "kind": e.kind}
+            for k, e in enumerate(told)
+        }
+        expressions[name] = {"expressions": said, "frames": names}
+        shown = [
+            [f for f, a in zip(names, s.labels) if (a == k + 1).any()] for k in range(len(s.facts))
+        ]
+        objects[name] = {
+            "objects": {
+                str(k + 1): {"category": t.shape, "frames": shown[k]} for k, t in enumerate(s.facts)
+            }
+        }
+    write_json(root / split / "meta.json", {"videos": objects})
+    write_json(root / "meta_expressions" / split / "meta_expressions.json", {"videos": expressions})
 
 # %% ../../nbs/01c_data.refshapes.ipynb #036dab89
 def _code(mask: np.ndarray) -> dict:
     "A (H, W) mask as run lengths that JSON can hold."
     rle = rle_encode(mask)
-    return dict(size=rle['size'], counts=rle['counts'].decode())
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
 
 def _mevis(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
     "The layout of MeViS: lists of objects and annotations, all masks in one file."
     videos, masks = {}, {}
     for name, s in scenes:
-        names, looks = [f'{t:05d}' for t in range(len(s.frames))], {(t.colour, t.shape) for t in s.facts}
-        with whole_folder(root/split/'JPEGImages'/name) as tmp:
-            for frame, a in zip(names, s.frames): Image.fromarray(a).save(tmp/f'{frame}.jpg', quality=95)
+        names, looks = (
+            [f"{t:05d}" for t in range(len(s.frames))],
+            {(t.colour, t.shape) for t in s.facts},
+        )
+        with whole_folder(root / split / "JPEGImages" / name) as tmp:
+            for frame, a in zip(names, s.frames):
+                Image.fromarray(a).save(tmp / f"{frame}.jpg", quality=95)
         ids = [len(masks) + k for k in range(len(s.facts))]
-        for k, id in enumerate(ids): masks[str(id)] = [_code(a == k + 1) if (a == k + 1).any() else None for a in s.labels]
+        for k, id in enumerate(ids):
+            masks[str(id)] = [_code(a == k + 1) if (a == k + 1).any() else None for a in s.labels]
         nobody = next((c, f) for f in SHAPES for c in COLOURS if (c, f) not in looks)
-        asked = [(e.text, [e.object_id - 1], e.kind) for e in s.expressions] + [('every object', list(range(len(ids))), 'several'), (f'the {nobody[0]} {nobody[1]}', [], 'none')]
-        videos[name] = dict(frames=names, expressions={str(n): dict(exp=text, obj_id=who, anno_id=[ids[k] for k in who], kind=kind) for n, (text, who, kind) in enumerate(asked)})
-    write_json(root/split/'mask_dict.json', masks, None)
-    write_json(root/split/'meta_expressions.json', {'videos': videos})
+        asked = [(e.text, [e.object_id - 1], e.kind) for e in s.expressions] + [
+            ("every object", list(range(len(ids))), "several"),
+            (f"the {nobody[0]} {nobody[1]}", [], "none"),
+        ]
+        videos[name] = {
+            "frames": names,
+            "expressions": {
+                str(n): {"exp": text, "obj_id": who, "anno_id": [ids[k] for k in who], "kind": kind}
+                for n, (text, who, kind) in enumerate(asked)
+            },
+        }
+    write_json(root / split / "mask_dict.json", masks, None)
+    write_json(root / split / "meta_expressions.json", {"videos": videos})
 
 # %% ../../nbs/01c_data.refshapes.ipynb #463b1d0f
-def _first_said(s: Scene) -> dict[int, Sentence]: # object id -> its first sentence
+def _first_said(s: Scene) -> dict[int, Sentence]:  # object id -> its first sentence
     return {e.object_id: e for e in reversed(s.expressions)}
 
-def _some(frames: int) -> list[int]: return sorted({0, frames // 2, frames - 1})
 
-def _a2d_masks(path: Path, labels: np.ndarray): # (H, W)
+def _some(frames: int) -> list[int]:
+    return sorted({0, frames // 2, frames - 1})
+
+
+def _a2d_masks(path: Path, labels: np.ndarray):  # (H, W)
     "One annotated frame: `instance`, `reMask` and `reBBox`."
     import h5py
+
     ids = [int(i) for i in np.unique(labels) if i]
-    masks = np.stack([(labels == i).T for i in ids]).astype(np.uint8); boxes = np.array([mask_box(m.T) for m in masks], float).T
-    with whole(path) as tmp, h5py.File(tmp, 'w') as f:
-        f['instance'], f['reMask'], f['reBBox'] = np.array(ids, float)[:, None], masks if len(ids) > 1 else masks[0], boxes
+    masks = np.stack([(labels == i).T for i in ids]).astype(np.uint8)
+    boxes = np.array([mask_box(m.T) for m in masks], float).T
+    with whole(path) as tmp, h5py.File(tmp, "w") as f:
+        f["instance"], f["reMask"], f["reBBox"] = (
+            np.array(ids, float)[:, None],
+            masks if len(ids) > 1 else masks[0],
+            boxes,
+        )
+
 
 def _a2d(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
     "The layout of A2D-Sentences: films, HDF5 masks, the list of samples, and for test the masks as run lengths."
     from rvos_nb.data.video import write_video
+
     rows, images, annotations = [], [], []
     for name, s in scenes:
         height, width = s.labels.shape[1:]
-        write_video(root/f'Release/clips320H/{name}.mp4', s.frames)
+        write_video(root / f"Release/clips320H/{name}.mp4", s.frames)
         at = [t for t in _some(len(s.labels)) if s.labels[t].any()]
-        for t in at: _a2d_masks(root/f'text_annotations/a2d_annotation_with_instances/{name}/{t + 1:05d}.h5', s.labels[t])
+        for t in at:
+            _a2d_masks(
+                root / f"text_annotations/a2d_annotation_with_instances/{name}/{t + 1:05d}.h5",
+                s.labels[t],
+            )
         for (o, e), t in ((pair, t) for pair in sorted(_first_said(s).items()) for t in at):
-            mask, key = s.labels[t] == o, f'v_{name}_f_{t + 1}_i_{o}'
-            if not mask.any(): continue
-            rows.append([e.text, name, t + 1, o]); images.append(dict(id=key, height=height, width=width))
-            annotations.append(dict(id=len(images), image_id=key, category_id=1, iscrowd=0, area=int(mask.sum()), segmentation=_code(mask)))
-    write_json(root/f'a2d_sentences_single_frame_{split}_annotations.json', rows, None)
-    if split == 'test': write_json(root/'a2d_sentences_test_annotations_in_coco_format.json', dict(images=images, annotations=annotations, categories=[dict(id=1, name='dummy')]), None)
+            mask, key = s.labels[t] == o, f"v_{name}_f_{t + 1}_i_{o}"
+            if not mask.any():
+                continue
+            rows.append([e.text, name, t + 1, o])
+            images.append({"id": key, "height": height, "width": width})
+            annotations.append(
+                {
+                    "id": len(images),
+                    "image_id": key,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "segmentation": _code(mask),
+                }
+            )
+    write_json(root / f"a2d_sentences_single_frame_{split}_annotations.json", rows, None)
+    if split == "test":
+        write_json(
+            root / "a2d_sentences_test_annotations_in_coco_format.json",
+            {
+                "images": images,
+                "annotations": annotations,
+                "categories": [{"id": 1, "name": "dummy"}],
+            },
+            None,
+        )
 
 # %% ../../nbs/01c_data.refshapes.ipynb #c83ce3bf
 def _jhmdb(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
     "The layout of JHMDB-Sentences: pictures, Matlab masks, and the frozen list of samples with the paths of its makers."
     from scipy.io import savemat
+
     rows = []
     for name, s in scenes:
-        e, usable, action = s.expressions[0], max(1, len(s.frames) - 1), name.split('-')[-2]
-        pictures, masks = (f'{kind}/{action}/{name}' for kind in ('Rename_Images', 'puppet_mask'))
-        with whole_folder(root/pictures) as tmp:
-            for t, a in enumerate(s.frames): Image.fromarray(a).save(tmp/f'{t + 1:05d}.png')
-        with whole_folder(root/masks) as tmp: savemat(tmp/'puppet_mask.mat', {'part_mask': (s.labels[:usable] == e.object_id).astype(np.uint8).transpose(1, 2, 0)})
-        base = '/data/jhmdb_sentences'
-        rows += [[name, f'{base}/{pictures}/{t + 1:05d}.png', f'{base}/{masks}/puppet_mask.mat', usable, e.text] for t in _some(usable)]
-    write_json(root/'jhmdb_sentences_samples_metadata.json', rows, None)
+        e, usable, action = s.expressions[0], max(1, len(s.frames) - 1), name.split("-")[-2]
+        pictures, masks = (f"{kind}/{action}/{name}" for kind in ("Rename_Images", "puppet_mask"))
+        with whole_folder(root / pictures) as tmp:
+            for t, a in enumerate(s.frames):
+                Image.fromarray(a).save(tmp / f"{t + 1:05d}.png")
+        with whole_folder(root / masks) as tmp:
+            savemat(
+                tmp / "puppet_mask.mat",
+                {
+                    "part_mask": (s.labels[:usable] == e.object_id)
+                    .astype(np.uint8)
+                    .transpose(1, 2, 0)
+                },
+            )
+        base = "/data/jhmdb_sentences"
+        rows += [
+            [
+                name,
+                f"{base}/{pictures}/{t + 1:05d}.png",
+                f"{base}/{masks}/puppet_mask.mat",
+                usable,
+                e.text,
+            ]
+            for t in _some(usable)
+        ]
+    write_json(root / "jhmdb_sentences_samples_metadata.json", rows, None)
 
 # %% ../../nbs/01c_data.refshapes.ipynb #d919a131
 def _refcoco(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
     "The layout of RefCOCO, converted: one image entry and one annotation for each sentence."
-    dataset, _, part = split.rpartition('_'); dataset = dataset or 'refcocog'
+    dataset, _, part = split.rpartition("_")
+    dataset = dataset or "refcocog"
     images, annotations = [], []
     for i, (_, s) in enumerate(scenes):
-        number, (height, width) = 100_000 * list(LAYOUTS['refcoco']).index(part) + i + 1, s.labels.shape[1:]
-        name = f'COCO_train2014_{number:012d}.jpg'
-        with whole(root/'train2014'/name) as tmp: Image.fromarray(s.frames[0]).save(tmp, quality=95)
+        number, (height, width) = (
+            100_000 * list(LAYOUTS["refcoco"]).index(part) + i + 1,
+            s.labels.shape[1:],
+        )
+        name = f"COCO_train2014_{number:012d}.jpg"
+        with whole(root / "train2014" / name) as tmp:
+            Image.fromarray(s.frames[0]).save(tmp, quality=95)
         for e in s.expressions:
-            if not (mask := s.labels[0] == e.object_id).any(): continue
+            if not (mask := s.labels[0] == e.object_id).any():
+                continue
             id, (x1, y1, x2, y2) = len(images) + 1, mask_box(mask)
-            images.append(dict(id=id, file_name=name, height=height, width=width, original_id=number, caption=e.text, dataset_name=dataset))
-            annotations.append(dict(id=id, image_id=id, category_id=1, iscrowd=0, area=int(mask.sum()), bbox=[x1, y1, x2 + 1 - x1, y2 + 1 - y1], segmentation=_code(mask)))
-    write_json(root/dataset/f'instances_{dataset}_{part}.json', dict(images=images, annotations=annotations, categories=[]), None)
+            images.append(
+                {
+                    "id": id,
+                    "file_name": name,
+                    "height": height,
+                    "width": width,
+                    "original_id": number,
+                    "caption": e.text,
+                    "dataset_name": dataset,
+                }
+            )
+            annotations.append(
+                {
+                    "id": id,
+                    "image_id": id,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "bbox": [x1, y1, x2 + 1 - x1, y2 + 1 - y1],
+                    "segmentation": _code(mask),
+                }
+            )
+    write_json(
+        root / dataset / f"instances_{dataset}_{part}.json",
+        {"images": images, "annotations": annotations, "categories": []},
+        None,
+    )
 
-LAYOUTS: dict[str, dict[str, str]] = { # layout -> its splits, and the split of RefShapes whose scenes each shows
-    'ref-youtube-vos': dict(train='train', valid='valid', test='test'), 'ref-davis17': dict(train='train', valid='valid'), 'mevis': dict(train='train', valid_u='valid', test='test'),
-    'a2d-sentences': dict(train='train', test='test'), 'jhmdb-sentences': dict(test='test'), 'refcoco': dict(train='train', val='valid', test='test')}
-WRITERS: dict[str, Callable] = {'ref-youtube-vos': _videos, 'ref-davis17': lambda *args: _videos(*args, each=4), 'mevis': _mevis, 'a2d-sentences': _a2d, 'jhmdb-sentences': _jhmdb, 'refcoco': _refcoco}
+
+LAYOUTS: dict[
+    str, dict[str, str]
+] = {  # layout -> its splits, and the split of RefShapes whose scenes each shows
+    "ref-youtube-vos": {"train": "train", "valid": "valid", "test": "test"},
+    "ref-davis17": {"train": "train", "valid": "valid"},
+    "mevis": {"train": "train", "valid_u": "valid", "test": "test"},
+    "a2d-sentences": {"train": "train", "test": "test"},
+    "jhmdb-sentences": {"test": "test"},
+    "refcoco": {"train": "train", "val": "valid", "test": "test"},
+}
+WRITERS: dict[str, Callable] = {
+    "ref-youtube-vos": _videos,
+    "ref-davis17": lambda *args: _videos(*args, each=4),
+    "mevis": _mevis,
+    "a2d-sentences": _a2d,
+    "jhmdb-sentences": _jhmdb,
+    "refcoco": _refcoco,
+}
 
 # %% ../../nbs/01c_data.refshapes.ipynb #bae2b8f8
 def write(
-    root,              # the data set's folder
-    split: str,        # 'train', 'valid' or 'test', or what the layout calls them
-    level: str,        # 'easy', 'medium', 'hard', or 'all': the three in turn
-    videos: int,       # how many
-    seed: int,         # of the data set
+    root,  # the data set's folder
+    split: str,  # 'train', 'valid' or 'test', or what the layout calls them
+    level: str,  # 'easy', 'medium', 'hard', or 'all': the three in turn
+    videos: int,  # how many
+    seed: int,  # of the data set
     frames: int = 12,
-    size: tuple[int, int] = (96, 144), # (H, W) pixels
-    layout: str = 'ref-youtube-vos',   # one of LAYOUTS
+    size: tuple[int, int] = (96, 144),  # (H, W) pixels
+    layout: str = "ref-youtube-vos",  # one of LAYOUTS
 ) -> None:
     "Write a split in the layout of a benchmark. Raises `Problem` for wrong arguments, or where other scenes lie already."
     root = Path(root)
-    if layout not in LAYOUTS: raise Problem('layout', repr(layout), ' or '.join(LAYOUTS), 'choose one of them')
-    splits, part = LAYOUTS[layout], split.rpartition('_')[2] if layout == 'refcoco' else split
-    if part not in splits: raise Problem('split', repr(split), ' or '.join(splits), 'choose one of them')
-    if level not in (*LEVELS, 'all'): raise Problem('level', repr(level), ' or '.join([*LEVELS, 'all']), 'choose one of them')
-    if videos < 1: raise Problem('videos', str(videos), '1 or more', 'ask for at least one')
-    recipe = dict(benchmark='RefShapes', level=level, seed=seed, frames=frames, size=list(size)) | (dict(layout=layout) if layout != 'ref-youtube-vos' else {})
-    tree = layout in ('ref-youtube-vos', 'ref-davis17'); mark = root/'meta_expressions'/split/'refshapes.json' if tree else root/f'refshapes_{split}.json'
-    strange = (root/split).exists() if tree else root.exists() and any(root.iterdir()) and not any(root.glob('refshapes_*.json'))
-    found = read_json(mark) if mark.exists() else 'another data set' if strange else None
-    if found not in (None, recipe): raise Problem(mark.parent if not tree else root/split, str(found), str(recipe), 'write into another folder, or remove this one')
+    if layout not in LAYOUTS:
+        raise Problem("layout", repr(layout), " or ".join(LAYOUTS), "choose one of them")
+    splits, part = LAYOUTS[layout], split.rpartition("_")[2] if layout == "refcoco" else split
+    if part not in splits:
+        raise Problem("split", repr(split), " or ".join(splits), "choose one of them")
+    if level not in (*LEVELS, "all"):
+        raise Problem("level", repr(level), " or ".join([*LEVELS, "all"]), "choose one of them")
+    if videos < 1:
+        raise Problem("videos", str(videos), "1 or more", "ask for at least one")
+    recipe = {
+        "benchmark": "RefShapes",
+        "level": level,
+        "seed": seed,
+        "frames": frames,
+        "size": list(size),
+    } | ({"layout": layout} if layout != "ref-youtube-vos" else {})
+    tree = layout in ("ref-youtube-vos", "ref-davis17")
+    mark = (
+        root / "meta_expressions" / split / "refshapes.json"
+        if tree
+        else root / f"refshapes_{split}.json"
+    )
+    strange = (
+        (root / split).exists()
+        if tree
+        else root.exists() and any(root.iterdir()) and not any(root.glob("refshapes_*.json"))
+    )
+    found = read_json(mark) if mark.exists() else "another data set" if strange else None
+    if found not in (None, recipe):
+        raise Problem(
+            mark.parent if not tree else root / split,
+            str(found),
+            str(recipe),
+            "write into another folder, or remove this one",
+        )
     write_json(mark, recipe)
-    WRITERS[layout](root, split, progress(_scenes(splits[part], level, videos, seed, frames, tuple(size)), f'RefShapes {split}', videos))
+    WRITERS[layout](
+        root,
+        split,
+        progress(
+            _scenes(splits[part], level, videos, seed, frames, tuple(size)),
+            f"RefShapes {split}",
+            videos,
+        ),
+    )

@@ -12,276 +12,429 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
 import cv2
 import numpy as np
 from PIL import Image
+
 from ..core import Problem, natural_key
 from .clips import SequenceBatch, generator
 from .masks import read_labels
 from .video import read_frame
 
 # %% ../../nbs/01e2_data.sequences.ipynb #a7b507eb
-PICTURES = {'jpegimages', 'images', 'image', 'imgs', 'img'}      # folder names, in lower case, that say what is in them
-MASKS = {'annotations', 'masks', 'mask', 'labels', 'gt', 'segmentationobject'}
+PICTURES = {
+    "jpegimages",
+    "images",
+    "image",
+    "imgs",
+    "img",
+}  # folder names, in lower case, that say what is in them
+MASKS = {"annotations", "masks", "mask", "labels", "gt", "segmentationobject"}
+
 
 @lru_cache
 def pairs_in(
-    folder: str,                       # holds pictures and masks, at any depth
-) -> tuple[tuple[Path, Path], ...]:    # (picture, mask), in natural order of their names
+    folder: str,  # holds pictures and masks, at any depth
+) -> tuple[tuple[Path, Path], ...]:  # (picture, mask), in natural order of their names
     "All pictures that have a mask. Raises `Problem` where there are none."
     groups: dict = {}
-    if not folder: raise Problem('training pictures', 'no folder', 'a folder of pictures and masks of the same name', 'name it: -p images FOLDER')
-    for path in Path(folder).rglob('*'):
-        if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'): continue
-        *above, name = path.relative_to(folder).with_suffix('').parts
-        plain = path.suffix.lower() != '.png'
-        is_mask = not plain and (any(p.lower() in MASKS for p in above) or not any(p.lower() in PICTURES for p in above))
-        key = '/'.join([p for p in above if p.lower() not in PICTURES | MASKS] + [name])
+    if not folder:
+        raise Problem(
+            "training pictures",
+            "no folder",
+            "a folder of pictures and masks of the same name",
+            "name it: -p images FOLDER",
+        )
+    for path in Path(folder).rglob("*"):
+        if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            continue
+        *above, name = path.relative_to(folder).with_suffix("").parts
+        plain = path.suffix.lower() != ".png"
+        is_mask = not plain and (
+            any(p.lower() in MASKS for p in above) or not any(p.lower() in PICTURES for p in above)
+        )
+        key = "/".join([p for p in above if p.lower() not in PICTURES | MASKS] + [name])
         groups.setdefault(key, {})[is_mask] = path
-    pairs = tuple((groups[k][False], groups[k][True]) for k in sorted(groups, key=natural_key) if len(groups[k]) == 2)
-    if not pairs: raise Problem(folder, 'no picture with a mask', 'pictures (JPEG or PNG) and masks (PNG) of the same name', 'check the folder: NAME.jpg and NAME.png, or JPEGImages/ and Annotations/')
+    pairs = tuple(
+        (groups[k][False], groups[k][True])
+        for k in sorted(groups, key=natural_key)
+        if len(groups[k]) == 2
+    )
+    if not pairs:
+        raise Problem(
+            folder,
+            "no picture with a mask",
+            "pictures (JPEG or PNG) and masks (PNG) of the same name",
+            "check the folder: NAME.jpg and NAME.png, or JPEGImages/ and Annotations/",
+        )
     return pairs
 
 # %% ../../nbs/01e2_data.sequences.ipynb #142ee0c0
 def read_pair(
     picture: Path,
     mask: Path,
-) -> tuple[np.ndarray, np.ndarray]: # (H, W, 3) uint8 RGB; (H, W) uint8 ids, 255 is ignored
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 RGB; (H, W) uint8 ids, 255 is ignored
     "A picture and its labels. Raises `Problem` for files that are broken or of different size."
     frame = read_frame(picture)
     labels = read_labels(mask, frame.shape[:2])
-    with Image.open(mask) as im: grey = im.mode == 'L'
+    with Image.open(mask) as im:
+        grey = im.mode == "L"
     return frame, (labels > 127).astype(np.uint8) if grey and labels.max() > 10 else labels
 
 # %% ../../nbs/01e2_data.sequences.ipynb #6e3f2390
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, RGB
 
+
 @contextmanager
 def torch_follows(rng: np.random.Generator):
     "Inside, PyTorch's random numbers follow from `rng`; outside nothing changes."
     import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
         yield
 
-@lru_cache
-def colours(look: str): # '', 'v1' or 'v2' -> a transform of PIL pictures
-    "How colours change from frame to frame."
-    from torchvision.transforms import v2
-    if look == 'v1': return v2.ColorJitter(.1, .1, .1, .03)
-    some = lambda t, p: v2.RandomApply([t], p)
-    return v2.Compose([some(v2.ColorJitter(.4, .4, .2, .1), .8), v2.RandomGrayscale(.2), some(v2.GaussianBlur(13, (.1, 2.)), .3)]) if look else v2.Identity()
 
 @lru_cache
-def shapes(size: tuple[int, int]): # (H, W) -> three transforms of (PIL picture, Mask)
+def colours(look: str):  # '', 'v1' or 'v2' -> a transform of PIL pictures
+    "How colours change from frame to frame."
+    from torchvision.transforms import v2
+
+    if look == "v1":
+        return v2.ColorJitter(0.1, 0.1, 0.1, 0.03)
+
+    def some(t, p):
+        return v2.RandomApply([t], p)
+
+    return (
+        v2.Compose(
+            [
+                some(v2.ColorJitter(0.4, 0.4, 0.2, 0.1), 0.8),
+                v2.RandomGrayscale(0.2),
+                some(v2.GaussianBlur(13, (0.1, 2.0)), 0.3),
+            ]
+        )
+        if look
+        else v2.Identity()
+    )
+
+
+@lru_cache
+def shapes(size: tuple[int, int]):  # (H, W) -> three transforms of (PIL picture, Mask)
     "Flip, bend and cut, as published (Yang et al. 2021, section 5)."
     from torchvision import tv_tensors
     from torchvision.transforms import InterpolationMode, v2
+
     how, fill = InterpolationMode.BICUBIC, {Image.Image: MEAN_COLOUR, tv_tensors.Mask: 0}
-    return (v2.RandomHorizontalFlip(.3), v2.RandomAffine(20, (.1, .1), (.9, 1.1), 10, interpolation=how, fill=fill),
-            v2.RandomResizedCrop(size, scale=(.8, 1.), interpolation=how))
+    return (
+        v2.RandomHorizontalFlip(0.3),
+        v2.RandomAffine(20, (0.1, 0.1), (0.9, 1.1), 10, interpolation=how, fill=fill),
+        v2.RandomResizedCrop(size, scale=(0.8, 1.0), interpolation=how),
+    )
 
 # %% ../../nbs/01e2_data.sequences.ipynb #652a7d84
 def synthesise(
-    frame: np.ndarray,      # (H, W, 3) uint8 RGB
-    labels: np.ndarray,     # (H, W) uint8
-    frames: int,            # T
+    frame: np.ndarray,  # (H, W, 3) uint8 RGB
+    labels: np.ndarray,  # (H, W) uint8
+    frames: int,  # T
     size: tuple[int, int],  # (H', W') of the sequence
-    look: str,              # 'v1' or 'v2', see `colours`
+    look: str,  # 'v1' or 'v2', see `colours`
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]: # (T, H', W', 3) uint8; (T, H', W') uint8
+) -> tuple[np.ndarray, np.ndarray]:  # (T, H', W', 3) uint8; (T, H', W') uint8
     "A sequence from one picture."
     from torchvision import tv_tensors
-    if rng.random() < .5: frame, labels = frame[:, ::-1], labels[:, ::-1]
+
+    if rng.random() < 0.5:
+        frame, labels = frame[:, ::-1], labels[:, ::-1]
     (flip, bend, cut), out = shapes(size), []
     with torch_follows(rng):
         for t in range(frames):
             pair = Image.fromarray(np.ascontiguousarray(frame)), tv_tensors.Mask(labels.copy())
-            if t: pair = bend(*flip(*pair))
+            if t:
+                pair = bend(*flip(*pair))
             out.append(cut(colours(look)(pair[0]), pair[1]))
     return np.stack([np.asarray(x) for x, _ in out]), np.stack([y.numpy() for _, y in out])
 
 # %% ../../nbs/01e2_data.sequences.ipynb #c518ae96
 def dealt(
-    labels: np.ndarray, # (T, H, W) uint8
-    limit: int,         # identities
+    labels: np.ndarray,  # (T, H, W) uint8
+    limit: int,  # identities
     rng: np.random.Generator,
-    area: int = 0,      # an object must have more pixels than this in the first frame
-) -> np.ndarray:        # (T, H, W) uint8 with ids 1..n, n <= limit; 255 stays
+    area: int = 0,  # an object must have more pixels than this in the first frame
+) -> np.ndarray:  # (T, H, W) uint8 with ids 1..n, n <= limit; 255 stays
     "Objects of the first frame in random order, numbered without gaps."
-    ids = rng.permutation(np.flatnonzero(np.bincount(labels[0].ravel(), minlength=256)[1:255] > area) + 1)[:limit]
-    table = np.zeros(256, np.uint8); table[255] = 255
+    ids = rng.permutation(
+        np.flatnonzero(np.bincount(labels[0].ravel(), minlength=256)[1:255] > area) + 1
+    )[:limit]
+    table = np.zeros(256, np.uint8)
+    table[255] = 255
     table[ids] = np.arange(1, len(ids) + 1)
     return table[labels]
 
 # %% ../../nbs/01e2_data.sequences.ipynb #4726fda7
 def paste(
-    below: tuple[np.ndarray, np.ndarray], # frames (T, H, W, 3) uint8, labels (T, H, W) uint8 with ids up to `limit`
-    above: tuple[np.ndarray, np.ndarray], # the same; its objects go on top
-    limit: int,                           # identities
+    below: tuple[
+        np.ndarray, np.ndarray
+    ],  # frames (T, H, W, 3) uint8, labels (T, H, W) uint8 with ids up to `limit`
+    above: tuple[np.ndarray, np.ndarray],  # the same; its objects go on top
+    limit: int,  # identities
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:       # one sequence, ids 1..n, n <= limit
+) -> tuple[np.ndarray, np.ndarray]:  # one sequence, ids 1..n, n <= limit
     "Lay the objects of one sequence over another."
     (x, a), (y, b) = below, above
     front = (b > 0) & (b < 255)
-    return np.where(front[..., None], y, x), dealt(np.where(front, b + np.uint8(limit), a), limit, rng, area=100)
+    return np.where(front[..., None], y, x), dealt(
+        np.where(front, b + np.uint8(limit), a), limit, rng, area=100
+    )
 
 # %% ../../nbs/01e2_data.sequences.ipynb #ce804eb2
 class Sequences:
     "What stages of pictures and of films share: drawing, pasting, stacking."
-    def __post_init__(self):
-        for name in ('steps', 'frames', 'clips', 'objects'):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise Problem(f'training stage, {name}', repr(getattr(self, name)), 'a whole number above 0', 'correct it in the recipe')
-        if self.look not in ('', 'v1', 'v2'): raise Problem('training stage, look', repr(self.look), "'', 'v1' or 'v2'", 'correct it in the recipe')
 
-    def sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: # frames, labels
+    def __post_init__(self):
+        for name in ("steps", "frames", "clips", "objects"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise Problem(
+                    f"training stage, {name}",
+                    repr(getattr(self, name)),
+                    "a whole number above 0",
+                    "correct it in the recipe",
+                )
+        if self.look not in ("", "v1", "v2"):
+            raise Problem(
+                "training stage, look",
+                repr(self.look),
+                "'', 'v1' or 'v2'",
+                "correct it in the recipe",
+            )
+
+    def sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # frames, labels
         "One sequence with at least one object, the objects of a second one pasted over it at times."
         for _ in range(100):
             frames, labels = self.draw(rng)
-            if rng.random() < self.paste: frames, labels = paste((frames, labels), self.draw(rng), self.objects, rng)
-            if ((labels[0] > 0) & (labels[0] < 255)).any(): return frames, labels
-        raise Problem('training stage', 'a hundred sequences without an object', 'masks that mark objects', 'check the masks of the training data')
+            if rng.random() < self.paste:
+                frames, labels = paste((frames, labels), self.draw(rng), self.objects, rng)
+            if ((labels[0] > 0) & (labels[0] < 255)).any():
+                return frames, labels
+        raise Problem(
+            "training stage",
+            "a hundred sequences without an object",
+            "masks that mark objects",
+            "check the masks of the training data",
+        )
 
     def batch(self, seed: int, step: int) -> SequenceBatch:
         "Batch number `step` of the stage: the same arguments give the same bytes."
         rng = generator(seed, step)
         frames, labels = zip(*(self.sequence(rng) for _ in range(self.clips)))
         labels = np.stack(labels, 1)
-        return SequenceBatch(np.stack(frames, 1), labels, labels[0].max((1, 2), where=labels[0] < 255, initial=0).astype(np.int64))
+        return SequenceBatch(
+            np.stack(frames, 1),
+            labels,
+            labels[0].max((1, 2), where=labels[0] < 255, initial=0).astype(np.int64),
+        )
+
 
 @dataclass(frozen=True)
 class Stills(Sequences):
     "A training stage of sequences synthesised from pictures; the defaults are the published PRE."
+
     steps: int
-    folders: Sequence[str]             # of pictures with masks, see `pairs_in`
-    frames: int = 5                    # T
-    clips: int = 16                    # sequences per batch
-    size: Sequence[int] = (465, 465)   # (H, W); 464 where corners are not aligned
-    objects: int = 10                  # identities at most
-    look: str = 'v1'                   # colours: 'v1' of AOT, 'v2' of DeAOT
-    paste: float = 1.                  # share of the sequences that get a second one pasted over
+    folders: Sequence[str]  # of pictures with masks, see `pairs_in`
+    frames: int = 5  # T
+    clips: int = 16  # sequences per batch
+    size: Sequence[int] = (465, 465)  # (H, W); 464 where corners are not aligned
+    objects: int = 10  # identities at most
+    look: str = "v1"  # colours: 'v1' of AOT, 'v2' of DeAOT
+    paste: float = 1.0  # share of the sequences that get a second one pasted over
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         groups = [pairs_in(str(f)) for f in self.folders]
         i = int(rng.integers(sum(map(len, groups))))
         for group in groups:
-            if i < len(group): break
+            if i < len(group):
+                break
             i -= len(group)
-        frames, labels = synthesise(*read_pair(*group[i]), self.frames, tuple(self.size), self.look, rng)
+        frames, labels = synthesise(
+            *read_pair(*group[i]), self.frames, tuple(self.size), self.look, rng
+        )
         return frames, dealt(labels, self.objects, rng)
 
 # %% ../../nbs/01e2_data.sequences.ipynb #f971ec15
 @lru_cache
 def films_in(
-    folder: str,                                  # of YouTube-VOS or DAVIS, or anything laid out like them
-) -> tuple[tuple[tuple[Path, Path], ...], ...]:   # per film: (picture, mask) of every frame that has a mask, in order
+    folder: str,  # of YouTube-VOS or DAVIS, or anything laid out like them
+) -> tuple[
+    tuple[tuple[Path, Path], ...], ...
+]:  # per film: (picture, mask) of every frame that has a mask, in order
     "All training films of a folder. Raises `Problem` where there are none, or a mask has no picture."
-    if not folder: raise Problem('training films', 'no folder', 'a folder of YouTube-VOS or DAVIS', 'name it: -p youtube FOLDER, -p davis FOLDER')
-    root = next((Path(folder)/part for part in ('', 'train') if (Path(folder)/part/'Annotations').is_dir()), None)
-    if not root: raise Problem(folder, 'no folder Annotations', 'JPEGImages/VIDEO/FRAME.jpg and Annotations/VIDEO/FRAME.png', 'name the folder that holds both')
-    images, masks = (root/name/'480p' if (root/name/'480p').is_dir() else root/name for name in ('JPEGImages', 'Annotations'))
-    listed, films = root/'ImageSets'/'2017'/'train.txt', []
-    names = listed.read_text().split() if listed.is_file() else sorted((p.name for p in masks.iterdir() if p.is_dir()), key=natural_key)
+    if not folder:
+        raise Problem(
+            "training films",
+            "no folder",
+            "a folder of YouTube-VOS or DAVIS",
+            "name it: -p youtube FOLDER, -p davis FOLDER",
+        )
+    root = next(
+        (
+            Path(folder) / part
+            for part in ("", "train")
+            if (Path(folder) / part / "Annotations").is_dir()
+        ),
+        None,
+    )
+    if not root:
+        raise Problem(
+            folder,
+            "no folder Annotations",
+            "JPEGImages/VIDEO/FRAME.jpg and Annotations/VIDEO/FRAME.png",
+            "name the folder that holds both",
+        )
+    images, masks = (
+        root / name / "480p" if (root / name / "480p").is_dir() else root / name
+        for name in ("JPEGImages", "Annotations")
+    )
+    listed, films = root / "ImageSets" / "2017" / "train.txt", []
+    names = (
+        listed.read_text().split()
+        if listed.is_file()
+        else sorted((p.name for p in masks.iterdir() if p.is_dir()), key=natural_key)
+    )
     for name in names:
-        film = tuple((images/name/f'{m.stem}.jpg', m) for m in sorted((masks/name).glob('*.png'), key=lambda m: natural_key(m.stem)))
-        if film: films.append(film)
-    if not films: raise Problem(masks, 'no films', 'a folder of PNG masks for each film', 'check the folder')
+        film = tuple(
+            (images / name / f"{m.stem}.jpg", m)
+            for m in sorted((masks / name).glob("*.png"), key=lambda m: natural_key(m.stem))
+        )
+        if film:
+            films.append(film)
+    if not films:
+        raise Problem(masks, "no films", "a folder of PNG masks for each film", "check the folder")
     missing = next((x for film in films for x, _ in film if not x.is_file()), None)
-    if missing: raise Problem(missing, 'no such file', 'a picture for every mask', 'copy the film again')
+    if missing:
+        raise Problem(missing, "no such file", "a picture for every mask", "copy the film again")
     return tuple(films)
 
 # %% ../../nbs/01e2_data.sequences.ipynb #0d1daf0e
 def bounce(
-    i: int, # an index that may lie outside
-    n: int, # frames
-) -> int:   # 0 .. n - 1
+    i: int,  # an index that may lie outside
+    n: int,  # frames
+) -> int:  # 0 .. n - 1
     "The index reflected at both ends."
-    if n == 1: return 0
+    if n == 1:
+        return 0
     i %= 2 * (n - 1)
     return i if i < n else 2 * (n - 1) - i
 
+
 def sample_film(
-    masks: Sequence, # of a film, in order: what `read` takes
-    frames: int,     # T
-    gap: int,        # largest step
+    masks: Sequence,  # of a film, in order: what `read` takes
+    frames: int,  # T
+    gap: int,  # largest step
     rng: np.random.Generator,
     read=read_labels,
-) -> tuple[list[int], np.ndarray]: # T indices, the reference first; (T, H, W) uint8
+) -> tuple[list[int], np.ndarray]:  # T indices, the reference first; (T, H, W) uint8
     "Which frames of a film make a sequence, and their labels."
-    order = range(len(masks)) if rng.random() < .5 else range(len(masks))[::-1]
+    order = range(len(masks)) if rng.random() < 0.5 else range(len(masks))[::-1]
     for _ in range(6):
         for _ in range(20):
-            first = int(rng.integers(len(masks))); start = read(masks[order[first]])
-            if ((start > 0) & (start < 255)).sum() > 200: break
+            first = int(rng.integers(len(masks)))
+            start = read(masks[order[first]])
+            if ((start > 0) & (start < 255)).sum() > 200:
+                break
         at = [first, *(first + np.cumsum(rng.integers(1, gap + 1, frames - 1)))]
         at = [order[bounce(int(i), len(masks))] for i in at]
         labels = np.stack([start, *(read(masks[i]) for i in at[1:])])
-        if not set(np.unique(labels[1:])) - set(np.unique(start)) - {0, 255}: break
+        if not set(np.unique(labels[1:])) - set(np.unique(start)) - {0, 255}:
+            break
     return at, labels
 
 # %% ../../nbs/01e2_data.sequences.ipynb #6dac6dda
 def crop_at(
-    labels: np.ndarray,      # (H, W) uint8, of the reference
-    size: tuple[int, int],   # (H', W') of the crop
+    labels: np.ndarray,  # (H, W) uint8, of the reference
+    size: tuple[int, int],  # (H', W') of the crop
     rng: np.random.Generator,
-) -> tuple[slice, slice]:    # rows and columns, inside the frame
+) -> tuple[slice, slice]:  # rows and columns, inside the frame
     "A random crop that shows an object where five tries find one."
     for _ in range(5):
         y, x = (int(rng.integers(max(n - m, 0) + 1)) for n, m in zip(labels.shape, size))
         crop = slice(y, y + size[0]), slice(x, x + size[1])
-        if (np.bincount(labels[crop].ravel(), minlength=256)[1:255] > 100).any(): break
+        if (np.bincount(labels[crop].ravel(), minlength=256)[1:255] > 100).any():
+            break
     return crop
 
+
 def reframe(
-    frames: np.ndarray,     # (T, H, W, 3) uint8 RGB
-    labels: np.ndarray,     # (T, H, W) uint8
+    frames: np.ndarray,  # (T, H, W, 3) uint8 RGB
+    labels: np.ndarray,  # (T, H, W) uint8
     size: tuple[int, int],  # (H', W') of the result
-    limit: int,             # identities
-    look: str,              # colours, drawn per frame: '' or 'v2'
+    limit: int,  # identities
+    look: str,  # colours, drawn per frame: '' or 'v2'
     rng: np.random.Generator,
-    short: int = 480,       # short side at scale 1
-) -> tuple[np.ndarray, np.ndarray]: # (T, H', W', 3) uint8; (T, H', W') uint8
+    short: int = 480,  # short side at scale 1
+) -> tuple[np.ndarray, np.ndarray]:  # (T, H', W', 3) uint8; (T, H', W') uint8
     "Scale, crop, deal, colour, flip and pad one sequence (Yang et al. 2021, section 5)."
-    scale = rng.uniform(.7, 1.3) * short / min(labels.shape[1:])
+    scale = rng.uniform(0.7, 1.3) * short / min(labels.shape[1:])
     wide = tuple(max(int(n * scale), 1) for n in labels.shape[:0:-1])
     frames = np.stack([cv2.resize(f, wide, interpolation=cv2.INTER_CUBIC) for f in frames])
     labels = np.stack([cv2.resize(l, wide, interpolation=cv2.INTER_NEAREST) for l in labels])
     ys, xs = crop_at(labels[0], size, rng)
     frames, labels = frames[:, ys, xs], dealt(labels[:, ys, xs], limit, rng)
     if look:
-        with torch_follows(rng): frames = np.stack([np.asarray(colours(look)(Image.fromarray(f))) for f in frames])
-    if rng.random() < .5: frames, labels = frames[:, :, ::-1], labels[:, :, ::-1]
+        with torch_follows(rng):
+            frames = np.stack([np.asarray(colours(look)(Image.fromarray(f))) for f in frames])
+    if rng.random() < 0.5:
+        frames, labels = frames[:, :, ::-1], labels[:, :, ::-1]
     t, h, w = labels.shape
     y, x = int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1))
     canvas, marks = np.full((t, *size, 3), MEAN_COLOUR, np.uint8), np.zeros((t, *size), np.uint8)
-    canvas[:, y:y + h, x:x + w], marks[:, y:y + h, x:x + w] = frames, labels
+    canvas[:, y : y + h, x : x + w], marks[:, y : y + h, x : x + w] = frames, labels
     return canvas, marks
 
 # %% ../../nbs/01e2_data.sequences.ipynb #4ab42ce5
 @dataclass(frozen=True)
 class Films(Sequences):
     "A training stage of sequences from films; the defaults are the published PRE_YTB_DAV."
+
     steps: int
-    sources: Sequence[dict]            # each {folder, repeat, gap}: how often its films count, largest step between frames
-    frames: int = 5                    # T
-    clips: int = 16                    # sequences per batch
-    size: Sequence[int] = (465, 465)   # (H, W); 464 where corners are not aligned
-    objects: int = 10                  # identities at most
-    look: str = ''                     # colours: '' in AOT, 'v2' in DeAOT
-    paste: float = .3                  # share of the sequences that get a second one pasted over
-    short: int = 480                   # short side of a frame at scale 1
+    sources: Sequence[
+        dict
+    ]  # each {folder, repeat, gap}: how often its films count, largest step between frames
+    frames: int = 5  # T
+    clips: int = 16  # sequences per batch
+    size: Sequence[int] = (465, 465)  # (H, W); 464 where corners are not aligned
+    objects: int = 10  # identities at most
+    look: str = ""  # colours: '' in AOT, 'v2' in DeAOT
+    paste: float = 0.3  # share of the sequences that get a second one pasted over
+    short: int = 480  # short side of a frame at scale 1
 
     def __post_init__(self):
         super().__post_init__()
         for s in self.sources:
-            if not isinstance(s, dict) or set(s) != {'folder', 'repeat', 'gap'} or min(s['repeat'], s['gap']) < 1:
-                raise Problem('training stage, sources', repr(s), 'entries {folder: …, repeat: 1, gap: 3}', 'correct it in the recipe')
+            if (
+                not isinstance(s, dict)
+                or set(s) != {"folder", "repeat", "gap"}
+                or min(s["repeat"], s["gap"]) < 1
+            ):
+                raise Problem(
+                    "training stage, sources",
+                    repr(s),
+                    "entries {folder: …, repeat: 1, gap: 3}",
+                    "correct it in the recipe",
+                )
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        groups = [(films_in(str(s['folder'])), s['gap'], s['repeat']) for s in self.sources]
+        groups = [(films_in(str(s["folder"])), s["gap"], s["repeat"]) for s in self.sources]
         share = np.array([len(films) * repeat for films, _, repeat in groups], float)
         films, gap, _ = groups[rng.choice(len(groups), p=share / share.sum())]
         film = films[rng.integers(len(films))]
         at, labels = sample_film([mask for _, mask in film], self.frames, gap, rng)
-        return reframe(np.stack([read_frame(film[i][0]) for i in at]), labels, tuple(self.size), self.objects, self.look, rng, self.short)
+        return reframe(
+            np.stack([read_frame(film[i][0]) for i in at]),
+            labels,
+            tuple(self.size),
+            self.objects,
+            self.look,
+            rng,
+            self.short,
+        )

@@ -24,169 +24,261 @@ from ..core import Problem, natural_key, whole
 @dataclass(frozen=True)
 class Video:
     "A video of a data set: its pixels stay on disk until they are asked for."
+
     id: str
-    frames: tuple[str, ...] # names without extension, in order
-    folder: Path            # where FRAME.jpg lies, or a video file
+    frames: tuple[str, ...]  # names without extension, in order
+    folder: Path  # where FRAME.jpg lies, or a video file
+
 
 @dataclass(frozen=True)
 class Expression:
     "One sentence about one video."
+
     video: str
     id: str
     text: str
     object_id: str | None = None
     kind: str | None = None
-    frame: int | None = None # position in the video's frames; None: the sentence is about all of them
+    frame: int | None = (
+        None  # position in the video's frames; None: the sentence is about all of them
+    )
 
 # %% ../../nbs/01b_data.video.ipynb #330409d9
 def read_frame(
-    path,        # a JPEG or PNG
-) -> np.ndarray: # (H, W, 3) uint8 RGB
+    path,  # a JPEG or PNG
+) -> np.ndarray:  # (H, W, 3) uint8 RGB
     "Decode one picture. Raises `Problem` where it is missing, truncated or no picture."
     try:
-        with Image.open(path) as im: return np.array(im.convert('RGB'))
-    except FileNotFoundError: raise Problem(path, 'no such file', 'the frame that the data set lists', 'copy the frame again, or take it off the list') from None
+        with Image.open(path) as im:
+            return np.array(im.convert("RGB"))
+    except FileNotFoundError:
+        raise Problem(
+            path,
+            "no such file",
+            "the frame that the data set lists",
+            "copy the frame again, or take it off the list",
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise Problem(path, f'a picture that cannot be read ({e})', 'a complete JPEG or PNG', 'copy the frame again') from None
+        raise Problem(
+            path,
+            f"a picture that cannot be read ({e})",
+            "a complete JPEG or PNG",
+            "copy the frame again",
+        ) from None
+
 
 def frame_path(
     video: Video,
-    name: str,   # a frame's name without extension
+    name: str,  # a frame's name without extension
 ) -> Path:
     "Where a frame lies: .jpg, .jpeg or .png; the .jpg path where none of them exists."
-    for ext in ('.jpg', '.jpeg', '.png', '.JPG', '.JPEG', '.PNG'):
-        if (p := Path(video.folder)/(name + ext)).exists(): return p
-    return Path(video.folder)/(name + '.jpg')
+    for ext in (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG"):
+        if (p := Path(video.folder) / (name + ext)).exists():
+            return p
+    return Path(video.folder) / (name + ".jpg")
 
 # %% ../../nbs/01b_data.video.ipynb #d913f393
 def read_video(
     video: Video,
-    ahead: int = 4,          # frames decoded before they are asked for
-    names: Iterable[str] | None = None, # a choice or order of frames; all by default
-) -> Iterator[np.ndarray]:   # (H, W, 3) uint8 RGB each
+    ahead: int = 4,  # frames decoded before they are asked for
+    names: Iterable[str] | None = None,  # a choice or order of frames; all by default
+) -> Iterator[np.ndarray]:  # (H, W, 3) uint8 RGB each
     "Yield the frames. Raises `Problem` naming the file where one is missing, broken or of another size."
     names = list(video.frames if names is None else names)
-    if Path(video.folder).is_file(): yield from _read_file(video, names); return
+    if Path(video.folder).is_file():
+        yield from _read_file(video, names)
+        return
     size, pending = None, deque()
     with ThreadPoolExecutor(max(1, min(ahead, 4))) as pool:
         for i in range(len(names) + ahead):
-            if i < len(names): path = frame_path(video, names[i]); pending.append((path, pool.submit(read_frame, path)))
-            if i < ahead: continue
+            if i < len(names):
+                path = frame_path(video, names[i])
+                pending.append((path, pool.submit(read_frame, path)))
+            if i < ahead:
+                continue
             path, frame = pending[0][0], pending.popleft()[1].result()
             size = size or frame.shape
             if frame.shape != size:
-                raise Problem(path, f'{frame.shape[0]}x{frame.shape[1]} pixels', f'{size[0]}x{size[1]}, as the frames before it', 'replace the frame by one of the right size')
+                raise Problem(
+                    path,
+                    f"{frame.shape[0]}x{frame.shape[1]} pixels",
+                    f"{size[0]}x{size[1]}, as the frames before it",
+                    "replace the frame by one of the right size",
+                )
             yield frame
 
 # %% ../../nbs/01b_data.video.ipynb #2d736ef8
 def write_video(
-    path,                         # .mp4
-    frames: Iterable[np.ndarray], # (H, W, 3) uint8 RGB each, all of one size
-    fps: float = 6,               # frames a second; a Fraction is kept exactly
+    path,  # .mp4
+    frames: Iterable[np.ndarray],  # (H, W, 3) uint8 RGB each, all of one size
+    fps: float = 6,  # frames a second; a Fraction is kept exactly
 ):
     "Encode the frames, whole file or none. Raises ValueError where there are no frames."
     import av
-    with whole(path) as tmp, av.open(str(tmp), 'w', format='mp4') as box:
+
+    with whole(path) as tmp, av.open(str(tmp), "w", format="mp4") as box:
         stream = None
         for frame in frames:
-            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode='edge')
+            frame = np.pad(
+                frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
+            )
             if stream is None:
-                stream = box.add_stream('libx264', rate=Fraction(fps).limit_denominator(100_000)); stream.pix_fmt = 'yuv420p'
-                stream.height, stream.width = frame.shape[:2]; stream.options = {'crf': '20', 'preset': 'veryfast'}
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')): box.mux(packet)
-        if stream is None: raise ValueError('frames: expected at least one frame, got none')
-        for packet in stream.encode(): box.mux(packet)
+                stream = box.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
+                stream.pix_fmt = "yuv420p"
+                stream.height, stream.width = frame.shape[:2]
+                stream.options = {"crf": "20", "preset": "veryfast"}
+            for packet in stream.encode(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            ):
+                box.mux(packet)
+        if stream is None:
+            raise ValueError("frames: expected at least one frame, got none")
+        for packet in stream.encode():
+            box.mux(packet)
 
 # %% ../../nbs/01b_data.video.ipynb #41443ca8
 @contextmanager
 def _film(path):
     "An open video file and its first picture stream; `Problem` naming the file where it cannot be decoded."
     import av
+
     try:
-        with av.open(str(path), metadata_errors='replace') as box: yield box, box.streams.video[0] # titles may be in any encoding
+        with av.open(str(path), metadata_errors="replace") as box:
+            yield box, box.streams.video[0]  # titles may be in any encoding
     except (av.error.FFmpegError, IndexError) as e:
-        raise Problem(path, f'a file that cannot be decoded ({e})', 'a video that FFmpeg can read', 'convert it, for instance to mp4') from None
+        raise Problem(
+            path,
+            f"a file that cannot be decoded ({e})",
+            "a video that FFmpeg can read",
+            "convert it, for instance to mp4",
+        ) from None
+
 
 def _decode(path) -> Iterator[np.ndarray]:
     "The frames of a video file, (H, W, 3) uint8 RGB."
     with _film(path) as (box, stream):
-        stream.thread_type = 'AUTO'
-        for frame in box.decode(stream): yield frame.to_ndarray(format='rgb24')
+        stream.thread_type = "AUTO"
+        for frame in box.decode(stream):
+            yield frame.to_ndarray(format="rgb24")
+
 
 def count_frames(
-    path, # a video file
+    path,  # a video file
 ) -> int:
     "The number of frames of a file, by its index where that says, by packets otherwise. Raises `Problem` for what is no video."
-    with _film(path) as (box, stream): return stream.frames or sum(1 for p in box.demux(stream) if p.size)
+    with _film(path) as (box, stream):
+        return stream.frames or sum(1 for p in box.demux(stream) if p.size)
 
 # %% ../../nbs/01b_data.video.ipynb #66f8533d
 def _times(path) -> list[int]:
     "When each frame is shown, in order, from the packets and without decoding; empty where the file does not say."
-    with _film(path) as (box, stream): times = [p.pts for p in box.demux(stream) if p.size and not p.is_discard]
+    with _film(path) as (box, stream):
+        times = [p.pts for p in box.demux(stream) if p.size and not p.is_discard]
     return sorted(times) if None not in times and len(set(times)) == len(times) else []
+
 
 def _sought(path, first: int, times: list[int]) -> Iterator[tuple]:
     "(position, frame) from the last key frame before `first` on; nothing where there is no going there."
     place = {t: i for i, t in enumerate(times)}
-    if not place or first not in range(len(times)): return
+    if not place or first not in range(len(times)):
+        return
     with _film(path) as (box, stream):
-        stream.thread_type = 'AUTO'; box.seek(times[first], stream=stream)
+        stream.thread_type = "AUTO"
+        box.seek(times[first], stream=stream)
         for n, frame in enumerate(box.decode(stream)):
             at = place.get(frame.pts)
-            if at is None or n == 0 and not (frame.key_frame and at <= first): return
+            if at is None or (n == 0 and not (frame.key_frame and at <= first)):
+                return
             yield at, frame
+
 
 def _piece(path, wanted: set[int], times: list[int]) -> dict[int, np.ndarray]:
     "Some frames of a film by position, all that there are."
+
     def played():
-        with _film(path) as (box, stream): stream.thread_type = 'AUTO'; yield from enumerate(box.decode(stream))
+        with _film(path) as (box, stream):
+            stream.thread_type = "AUTO"
+            yield from enumerate(box.decode(stream))
+
     for frames in (_sought(path, min(wanted), times), played()):
         found = {}
         for i, frame in frames:
-            if i in wanted: found[i] = frame.to_ndarray(format='rgb24')
-            if len(found) == len(wanted): return found
+            if i in wanted:
+                found[i] = frame.to_ndarray(format="rgb24")
+            if len(found) == len(wanted):
+                return found
     return found
+
 
 def _read_file(
     video: Video,
     names: list[str],
-    hold: int = 32,     # frames in memory at a time, where the order does not rise
+    hold: int = 32,  # frames in memory at a time, where the order does not rise
 ) -> Iterator[np.ndarray]:
     "Frames of a video file in the order of `names`: streamed where the order rises, in pieces otherwise."
     wanted = [int(n) for n in names]
-    def lacks(i, there): return Problem(video.folder, f'{there} frames', f'frame {i:05d} too', 'convert the file again, or ask for fewer frames')
+
+    def lacks(i, there):
+        return Problem(
+            video.folder,
+            f"{there} frames",
+            f"frame {i:05d} too",
+            "convert the file again, or ask for fewer frames",
+        )
+
     if all(a < b for a, b in zip(wanted, wanted[1:])):
         i = -1
         for i, frame in enumerate(_decode(video.folder)):
-            if i == wanted[0]: yield frame; wanted.pop(0)
-            if not wanted: return
+            if i == wanted[0]:
+                yield frame
+                wanted.pop(0)
+            if not wanted:
+                return
         raise lacks(wanted[0], i + 1)
     times = _times(video.folder)
     for start in range(0, len(wanted), hold):
-        piece = wanted[start:start + hold]; found = _piece(video.folder, set(piece), times)
+        piece = wanted[start : start + hold]
+        found = _piece(video.folder, set(piece), times)
         for i in piece:
-            if i not in found: raise lacks(i, len(times) or i)
+            if i not in found:
+                raise lacks(i, len(times) or i)
             yield found[i]
 
 # %% ../../nbs/01b_data.video.ipynb #55cd9716
 def open_clip(
-    path,                # a folder of pictures or a video file
-    id: str | None = None, # the file's name without extension by default
+    path,  # a folder of pictures or a video file
+    id: str | None = None,  # the file's name without extension by default
 ) -> Video:
     "A `Video` over one's own clip. Raises `Problem` where there is nothing to read."
     path = Path(path)
     if path.is_dir():
-        names = sorted({p.stem for p in path.iterdir() if p.suffix.lower() in ('.jpg', '.jpeg', '.png') and not p.name.startswith('.')}, key=natural_key)
-    elif path.exists(): names = [f'{i:05d}' for i in range(count_frames(path))]
-    else: raise Problem(path, 'no such file or folder', 'a video file or a folder of pictures', 'check the path')
-    if not names: raise Problem(path, 'no frames', 'a video file or a folder of .jpg or .png pictures', 'check the path')
+        names = sorted(
+            {
+                p.stem
+                for p in path.iterdir()
+                if p.suffix.lower() in (".jpg", ".jpeg", ".png") and not p.name.startswith(".")
+            },
+            key=natural_key,
+        )
+    elif path.exists():
+        names = [f"{i:05d}" for i in range(count_frames(path))]
+    else:
+        raise Problem(
+            path, "no such file or folder", "a video file or a folder of pictures", "check the path"
+        )
+    if not names:
+        raise Problem(
+            path, "no frames", "a video file or a folder of .jpg or .png pictures", "check the path"
+        )
     return Video(id or path.stem, tuple(names), path)
 
 # %% ../../nbs/01b_data.video.ipynb #e1d85f2c
 def frame_rate(
     video: Video,
-    default: float = 24, # for a folder of pictures, and for a file that does not say
-) -> Fraction:           # frames a second
+    default: float = 24,  # for a folder of pictures, and for a file that does not say
+) -> Fraction:  # frames a second
     "The mean rate of a video file. Raises `Problem` where the file cannot be decoded."
-    if not Path(video.folder).is_file(): return Fraction(default)
-    with _film(video.folder) as (_, stream): return Fraction(stream.average_rate or default)
+    if not Path(video.folder).is_file():
+        return Fraction(default)
+    with _film(video.folder) as (_, stream):
+        return Fraction(stream.average_rate or default)

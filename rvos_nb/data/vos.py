@@ -20,57 +20,146 @@ from .video import Video, open_clip
 @dataclass(frozen=True)
 class Annotated:
     "A video with label maps."
+
     id: str
-    folder: Path             # holds FRAME.png
+    folder: Path  # holds FRAME.png
     frames: tuple[str, ...]  # the annotated ones, in order
-    pictures: Path           # where the pictures lie
-    first: Mapping[str, str] = field(default_factory=dict)       # object -> its first frame, where the listing says
-    category: Mapping[str, str] = field(default_factory=dict)    # object -> category, the same
+    pictures: Path  # where the pictures lie
+    first: Mapping[str, str] = field(
+        default_factory=dict
+    )  # object -> its first frame, where the listing says
+    category: Mapping[str, str] = field(default_factory=dict)  # object -> category, the same
+
 
 def _annotated(folder: Path, pictures: Path, id: str, entry: Mapping = {}) -> Annotated:
     "Index one video. Raises `Problem` where it has no annotation."
-    frames = sorted((p.stem for p in (folder/check_id(id, folder)).glob('*.png')), key=natural_key)
-    if not frames: raise Problem(folder/id, 'no annotation', 'FRAME.png with object ids', 'copy the annotations of this video')
-    objects = entry.get('objects', {})
-    return Annotated(id, folder/id, tuple(frames), pictures/id, {o: min(d['frames'], key=natural_key) for o, d in objects.items() if d.get('frames')}, {o: d['category'] for o, d in objects.items() if d.get('category')})
+    frames = sorted(
+        (p.stem for p in (folder / check_id(id, folder)).glob("*.png")), key=natural_key
+    )
+    if not frames:
+        raise Problem(
+            folder / id,
+            "no annotation",
+            "FRAME.png with object ids",
+            "copy the annotations of this video",
+        )
+    objects = entry.get("objects", {})
+    return Annotated(
+        id,
+        folder / id,
+        tuple(frames),
+        pictures / id,
+        {o: min(d["frames"], key=natural_key) for o, d in objects.items() if d.get("frames")},
+        {o: d["category"] for o, d in objects.items() if d.get("category")},
+    )
+
 
 def vos_videos(
-    root,                 # a data set in the layout of DAVIS-2017 or YouTube-VOS
-    split: str = 'valid', # DAVIS calls it val
-) -> tuple[str, list[Annotated], set[str]]: # 'davis' or 'youtube', the videos, the categories of training
+    root,  # a data set in the layout of DAVIS-2017 or YouTube-VOS
+    split: str = "valid",  # DAVIS calls it val
+) -> tuple[
+    str, list[Annotated], set[str]
+]:  # 'davis' or 'youtube', the videos, the categories of training
     "Find annotated videos. Raises `Problem` for another layout."
-    root = Path(root); check_id(split, 'split')
-    listing, meta = root/'ImageSets'/'2017'/f"{'val' if split == 'valid' else split}.txt", root/split/'meta.json'
+    root = Path(root)
+    check_id(split, "split")
+    listing, meta = (
+        root / "ImageSets" / "2017" / f"{'val' if split == 'valid' else split}.txt",
+        root / split / "meta.json",
+    )
     if listing.exists():
-        folder = next((f for f in (root/'Annotations'/'480p', root/'Annotations'/'Full-Resolution', root/'Annotations') if f.is_dir()), root/'Annotations'/'480p')
-        pictures = root/'JPEGImages'/folder.relative_to(root/'Annotations')
-        return 'davis', [_annotated(folder, pictures, v) for v in listing.read_text().split()], set()
-    if not meta.exists(): raise Problem(root, f'neither {listing.relative_to(root)} nor {meta.relative_to(root)}', 'the layout of DAVIS-2017 or of YouTube-VOS', 'check the folder and the split')
-    videos, train = _videos_of(meta), root/'train'/'meta.json'
-    seen = {d.get('category') for v in (_videos_of(train) if train.exists() else {}).values() for d in v.get('objects', {}).values()}
-    return 'youtube', [_annotated(root/split/'Annotations', root/split/'JPEGImages', v, entry) for v, entry in videos.items()], seen - {None}
+        folder = next(
+            (
+                f
+                for f in (
+                    root / "Annotations" / "480p",
+                    root / "Annotations" / "Full-Resolution",
+                    root / "Annotations",
+                )
+                if f.is_dir()
+            ),
+            root / "Annotations" / "480p",
+        )
+        pictures = root / "JPEGImages" / folder.relative_to(root / "Annotations")
+        return (
+            "davis",
+            [_annotated(folder, pictures, v) for v in listing.read_text().split()],
+            set(),
+        )
+    if not meta.exists():
+        raise Problem(
+            root,
+            f"neither {listing.relative_to(root)} nor {meta.relative_to(root)}",
+            "the layout of DAVIS-2017 or of YouTube-VOS",
+            "check the folder and the split",
+        )
+    videos, train = _videos_of(meta), root / "train" / "meta.json"
+    seen = {
+        d.get("category")
+        for v in (_videos_of(train) if train.exists() else {}).values()
+        for d in v.get("objects", {}).values()
+    }
+    return (
+        "youtube",
+        [
+            _annotated(root / split / "Annotations", root / split / "JPEGImages", v, entry)
+            for v, entry in videos.items()
+        ],
+        seen - {None},
+    )
+
 
 def _videos_of(meta: Path) -> dict:
     "The videos of a meta.json; `Problem` where it has another form."
     content = read_json(meta)
-    videos = content.get('videos') if isinstance(content, dict) else None
-    if not isinstance(videos, dict) or not all(isinstance(v, dict) for v in videos.values()): raise Problem(meta, 'another form', '{"videos": {VIDEO: {"objects": {ID: {"category": …, "frames": […]}}}}}', 'is this a meta.json of YouTube-VOS?')
+    videos = content.get("videos") if isinstance(content, dict) else None
+    if not isinstance(videos, dict) or not all(isinstance(v, dict) for v in videos.values()):
+        raise Problem(
+            meta,
+            "another form",
+            '{"videos": {VIDEO: {"objects": {ID: {"category": …, "frames": […]}}}}}',
+            "is this a meta.json of YouTube-VOS?",
+        )
     return videos
 
 # %% ../../nbs/01f_data.vos.ipynb #07fd8409
 def shown(
     video: Annotated,
-    kind: str,      # 'davis' or 'youtube'
-) -> tuple[Video, dict[int, np.ndarray]]: # the pictures; position -> (H, W) uint8 ids of the objects given there
+    kind: str,  # 'davis' or 'youtube'
+) -> tuple[
+    Video, dict[int, np.ndarray]
+]:  # the pictures; position -> (H, W) uint8 ids of the objects given there
     "The task that a video sets. Raises `Problem` for pictures or label maps that are missing."
-    clip, given, known = open_clip(video.pictures, video.id), {}, {255} if kind == 'davis' else {255, *(int(o) for o in video.first)}
-    starts = {video.first[o]: [int(p) for p in video.first if video.first[p] == video.first[o]] for o in video.first}
-    for name in video.frames[:1] if kind == 'davis' else video.frames:
-        labels = read_labels(video.folder/f'{name}.png')
-        new = [i for i in np.unique(labels[labels > 0]).tolist() if i not in known] + starts.get(name, [])
+    clip, given, known = (
+        open_clip(video.pictures, video.id),
+        {},
+        {255} if kind == "davis" else {255, *(int(o) for o in video.first)},
+    )
+    starts = {
+        video.first[o]: [int(p) for p in video.first if video.first[p] == video.first[o]]
+        for o in video.first
+    }
+    for name in video.frames[:1] if kind == "davis" else video.frames:
+        labels = read_labels(video.folder / f"{name}.png")
+        new = [i for i in np.unique(labels[labels > 0]).tolist() if i not in known] + starts.get(
+            name, []
+        )
         known.update(new)
-        if not np.isin(labels, new).any(): continue
-        if name not in clip.frames: raise Problem(video.pictures, f'no picture {name}', 'a picture of every annotated frame', 'copy the pictures of this video')
+        if not np.isin(labels, new).any():
+            continue
+        if name not in clip.frames:
+            raise Problem(
+                video.pictures,
+                f"no picture {name}",
+                "a picture of every annotated frame",
+                "copy the pictures of this video",
+            )
         given[clip.frames.index(name)] = np.where(np.isin(labels, new), labels, 0).astype(np.uint8)
-    if not given: raise Problem(video.folder, 'no object', 'at least one object in the label maps', 'leave this video out')
+    if not given:
+        raise Problem(
+            video.folder,
+            "no object",
+            "at least one object in the label maps",
+            "leave this video out",
+        )
     return clip, given

@@ -10,40 +10,52 @@ __all__ = ['BACKBONES', 'fold_time', 'ResNet', 'ConvBlock', 'TimeConv', 'ConvTin
 import math
 from collections.abc import Sequence
 from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
 from ..core import Problem
 
 # %% ../../nbs/02a_models.backbones.ipynb #a432e35e
 def fold_time(
-    x: Tensor, # (B, T, 3, H, W) normalised pixels
-) -> Tensor:   # (B·T, 3, H, W)
+    x: Tensor,  # (B, T, 3, H, W) normalised pixels
+) -> Tensor:  # (B·T, 3, H, W)
     "Fold the frames of every clip into the batch; raises `Problem` for another shape."
     if x.ndim != 5 or x.shape[2] != 3:
-        raise Problem('backbone input', f"shape {tuple(x.shape)}", "(B, T, 3, H, W)", "add the missing axis, for one frame T=1")
-    return rearrange(x, 'b t c h w -> (b t) c h w')
+        raise Problem(
+            "backbone input",
+            f"shape {tuple(x.shape)}",
+            "(B, T, 3, H, W)",
+            "add the missing axis, for one frame T=1",
+        )
+    return rearrange(x, "b t c h w -> (b t) c h w")
 
 # %% ../../nbs/02a_models.backbones.ipynb #3919b8b1
 class ResNet(nn.Module):
     "Torchvision's ResNet with frozen normalisation, no classifier, and untrained stem and `layer1` (ReferFormer §3)."
+
     strides = [4, 8, 16, 32]
 
-    def __init__(self,
-        name: str = 'resnet50', # 'resnet50' or 'resnet101'
+    def __init__(
+        self,
+        name: str = "resnet50",  # 'resnet50' or 'resnet101'
     ):
         super().__init__()
         body = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
-        for part in ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'): setattr(self, part, getattr(body, part))
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, part, getattr(body, part))
         self.channels = [256, 512, 1024, 2048]
-        for part in (self.conv1, self.layer1): part.requires_grad_(False)
+        for part in (self.conv1, self.layer1):
+            part.requires_grad_(False)
 
-    def forward(self,
-        x: Tensor,        # (B, T, 3, H, W) normalised pixels
-    ) -> list[Tensor]:    # four of (B·T, C, h, w)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, 3, H, W) normalised pixels
+    ) -> list[Tensor]:  # four of (B·T, C, h, w)
         "Features at strides 4, 8, 16, 32."
         x, levels = self.maxpool(self.relu(self.bn1(self.conv1(fold_time(x))))), []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -54,10 +66,12 @@ class ResNet(nn.Module):
 # %% ../../nbs/02a_models.backbones.ipynb #a06726d6
 class ConvBlock(nn.Module):
     "A residual block that halves the map: two 3×3 convolutions beside a strided 1×1 one."
-    def __init__(self,
-        before: int, # channels in
+
+    def __init__(
+        self,
+        before: int,  # channels in
         after: int,  # channels out
-        groups: int, # channel groups of the normalisation
+        groups: int,  # channel groups of the normalisation
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(before, after, 3, 2, 1, bias=False)
@@ -66,9 +80,10 @@ class ConvBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, after)
         self.skip = nn.Conv2d(before, after, 1, 2, bias=False)
 
-    def forward(self,
-        x: Tensor, # (N, before, h, w)
-    ) -> Tensor:   # (N, after, ⌈h/2⌉, ⌈w/2⌉)
+    def forward(
+        self,
+        x: Tensor,  # (N, before, h, w)
+    ) -> Tensor:  # (N, after, ⌈h/2⌉, ⌈w/2⌉)
         "relu(skip(x) + f(x))."
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
@@ -76,106 +91,166 @@ class ConvBlock(nn.Module):
 # %% ../../nbs/02a_models.backbones.ipynb #0614c793
 class TimeConv(nn.Module):
     "A residual convolution of width 3 along time; the frames of a clip are neighbours in the batch."
-    def __init__(self,
-        channels: int, # C
+
+    def __init__(
+        self,
+        channels: int,  # C
     ):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0))
 
-    def forward(self,
-        x: Tensor,   # (B·T, C, h, w)
-        frames: int, # T
-    ) -> Tensor:     # (B·T, C, h, w)
+    def forward(
+        self,
+        x: Tensor,  # (B·T, C, h, w)
+        frames: int,  # T
+    ) -> Tensor:  # (B·T, C, h, w)
         "relu(x + conv over time)."
-        if frames == 1: return F.relu(x + F.conv2d(x, self.conv.weight[:, :, 1:2], self.conv.bias))
+        if frames == 1:
+            return F.relu(x + F.conv2d(x, self.conv.weight[:, :, 1:2], self.conv.bias))
         h, w = x.shape[-2:]
-        y = self.conv(rearrange(x.permute(0, 2, 3, 1), '(b t) h w c -> b t (h w) c', t=frames).permute(0, 3, 1, 2))
-        return F.relu(x + rearrange(y.permute(0, 2, 3, 1), 'b t (h w) c -> (b t) h w c', h=h, w=w).permute(0, 3, 1, 2))
+        y = self.conv(
+            rearrange(x.permute(0, 2, 3, 1), "(b t) h w c -> b t (h w) c", t=frames).permute(
+                0, 3, 1, 2
+            )
+        )
+        return F.relu(
+            x
+            + rearrange(y.permute(0, 2, 3, 1), "b t (h w) c -> (b t) h w c", h=h, w=w).permute(
+                0, 3, 1, 2
+            )
+        )
 
 # %% ../../nbs/02a_models.backbones.ipynb #46e2838f
 class ConvTiny(nn.Module):
     "A small convolutional backbone that sees motion; trained from scratch."
+
     strides = [4, 8, 16, 32]
 
-    def __init__(self,
-        widths: Sequence[int] = (32, 48, 64, 96),   # channels at strides 4, 8, 16, 32
-        groups: int = 8,                            # channel groups of the normalisation; must divide half the first width
-        time_strides: Sequence[int] = (8, 16, 32),  # strides that are followed by a convolution over time
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 48, 64, 96),  # channels at strides 4, 8, 16, 32
+        groups: int = 8,  # channel groups of the normalisation; must divide half the first width
+        time_strides: Sequence[int] = (
+            8,
+            16,
+            32,
+        ),  # strides that are followed by a convolution over time
     ):
         super().__init__()
-        if len(widths) != 4 or any(w % groups for w in (widths[0] // 2, *widths)) or not set(time_strides) <= set(self.strides):
-            raise Problem('conv_tiny', f"widths {list(widths)}, groups {groups}, time_strides {list(time_strides)}",
-                          "four widths that the groups divide (also half the first), and strides out of 4, 8, 16, 32", "correct the configuration")
+        if (
+            len(widths) != 4
+            or any(w % groups for w in (widths[0] // 2, *widths))
+            or not set(time_strides) <= set(self.strides)
+        ):
+            raise Problem(
+                "conv_tiny",
+                f"widths {list(widths)}, groups {groups}, time_strides {list(time_strides)}",
+                "four widths that the groups divide (also half the first), and strides out of 4, 8, 16, 32",
+                "correct the configuration",
+            )
         self.channels, before = list(widths), widths[0] // 2
-        self.stem, self.norm = nn.Conv2d(3, before, 3, 2, 1, bias=False), nn.GroupNorm(groups, before)
-        self.blocks = nn.ModuleList(ConvBlock(a, b, groups) for a, b in zip((before, *widths), widths))
-        self.times = nn.ModuleDict({str(s): TimeConv(w) for s, w in zip(self.strides, widths) if s in time_strides})
+        self.stem, self.norm = (
+            nn.Conv2d(3, before, 3, 2, 1, bias=False),
+            nn.GroupNorm(groups, before),
+        )
+        self.blocks = nn.ModuleList(
+            ConvBlock(a, b, groups) for a, b in zip((before, *widths), widths)
+        )
+        self.times = nn.ModuleDict(
+            {str(s): TimeConv(w) for s, w in zip(self.strides, widths) if s in time_strides}
+        )
 
-    def forward(self,
-        x: Tensor,        # (B, T, 3, H, W) normalised pixels
-    ) -> list[Tensor]:    # four of (B·T, C, h, w), channels last in memory
+    def forward(
+        self,
+        x: Tensor,  # (B, T, 3, H, W) normalised pixels
+    ) -> list[Tensor]:  # four of (B·T, C, h, w), channels last in memory
         "Features at strides 4, 8, 16, 32."
         frames, levels = x.shape[1], []
         x = fold_time(x).contiguous(memory_format=torch.channels_last)
         x = F.relu(self.norm(self.stem(x)), inplace=True)
         for stride, block in zip(self.strides, self.blocks):
             x = block(x)
-            if str(stride) in self.times: x = self.times[str(stride)](x, frames)
+            if str(stride) in self.times:
+                x = self.times[str(stride)](x, frames)
             levels.append(x)
         return levels
 
 # %% ../../nbs/02a_models.backbones.ipynb #ea9f3c0e
 BACKBONES: dict[str, tuple[str, dict]] = {
-    'conv_tiny': ('rvos_nb.models.backbones:ConvTiny', {}),
-    'resnet50': ('rvos_nb.models.backbones:ResNet', dict(name='resnet50')),
-    'resnet101': ('rvos_nb.models.backbones:ResNet', dict(name='resnet101')),
-    'swin_t_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='tiny', drop=0.2)),
-    'swin_s_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='small', drop=0.2)),
-    'swin_b_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='base', drop=0.3)),
-    'swin_l_p4w7': ('rvos_nb.models.swin:Swin', dict(variant='large', drop=0.3)),
-    'video_swin_t_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='tiny')),
-    'video_swin_s_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='small')),
-    'video_swin_b_p4w7': ('rvos_nb.models.video_swin:VideoSwin', dict(variant='base')),
+    "conv_tiny": ("rvos_nb.models.backbones:ConvTiny", {}),
+    "resnet50": ("rvos_nb.models.backbones:ResNet", {"name": "resnet50"}),
+    "resnet101": ("rvos_nb.models.backbones:ResNet", {"name": "resnet101"}),
+    "swin_t_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "tiny", "drop": 0.2}),
+    "swin_s_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "small", "drop": 0.2}),
+    "swin_b_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "base", "drop": 0.3}),
+    "swin_l_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "large", "drop": 0.3}),
+    "video_swin_t_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "tiny"}),
+    "video_swin_s_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "small"}),
+    "video_swin_b_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "base"}),
 }
 
+
 def build_backbone(
-    name: str, # a key of `BACKBONES`
-    **options, # what the class takes besides, such as `widths` of 'conv_tiny' or `drop` of the Swins
-) -> nn.Module: # has `channels`, `strides`, and maps (B, T, 3, H, W) to four (B·T, C, h, w)
+    name: str,  # a key of `BACKBONES`
+    **options,  # what the class takes besides, such as `widths` of 'conv_tiny' or `drop` of the Swins
+) -> nn.Module:  # has `channels`, `strides`, and maps (B, T, 3, H, W) to four (B·T, C, h, w)
     "A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published files; raises `Problem`."
-    if name not in BACKBONES: raise Problem('backbone', repr(name), "one of " + ', '.join(BACKBONES), "correct the model's configuration")
+    if name not in BACKBONES:
+        raise Problem(
+            "backbone",
+            repr(name),
+            "one of " + ", ".join(BACKBONES),
+            "correct the model's configuration",
+        )
     where, fixed = BACKBONES[name]
-    module, kind = where.split(':')
-    try: return getattr(import_module(module), kind)(**fixed | options)
-    except TypeError as e: raise Problem(f'backbone {name}', f"options {sorted(options)} ({e})", "options that this backbone has", "correct the model's configuration") from e
+    module, kind = where.split(":")
+    try:
+        return getattr(import_module(module), kind)(**fixed | options)
+    except TypeError as e:
+        raise Problem(
+            f"backbone {name}",
+            f"options {sorted(options)} ({e})",
+            "options that this backbone has",
+            "correct the model's configuration",
+        ) from e
 
 # %% ../../nbs/02a_models.backbones.ipynb #16d2c771
 def resize_mask(
-    mask: Tensor,           # (..., H, W) bool, True = padding
+    mask: Tensor,  # (..., H, W) bool, True = padding
     size: tuple[int, int],  # (h, w) of a feature level
-) -> Tensor:                # (..., h, w) bool
+) -> Tensor:  # (..., h, w) bool
     "The padding mask at a feature level's size (nearest, as in DETR)."
     flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-    return F.interpolate(flat, size=tuple(size), mode='nearest').bool().reshape(*mask.shape[:-2], *size)
+    return (
+        F.interpolate(flat, size=tuple(size), mode="nearest")
+        .bool()
+        .reshape(*mask.shape[:-2], *size)
+    )
 
 # %% ../../nbs/02a_models.backbones.ipynb #2b3b4e7b
 def sine_features(
-    position: Tensor, # (...) float
-    dim: int,         # d, even
-) -> Tensor:          # (..., d), sine and cosine interleaved
+    position: Tensor,  # (...) float
+    dim: int,  # d, even
+) -> Tensor:  # (..., d), sine and cosine interleaved
     "Sines and cosines of `position`, frequencies falling from 1 to 1/10000."
-    if dim % 2: raise Problem('sine_features', f"dim {dim}", "an even number", "choose another hidden size")
-    frequency = 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim)
+    if dim % 2:
+        raise Problem("sine_features", f"dim {dim}", "an even number", "choose another hidden size")
+    frequency = 10000 ** (
+        torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim
+    )
     angle = position[..., None] / frequency
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
 
 # %% ../../nbs/02a_models.backbones.ipynb #80176b77
 def sine_position_2d(
-    mask: Tensor, # (N, h, w) bool, True = padding
-    dim: int,     # channels in all, a multiple of 4
-) -> Tensor:      # (N, dim, h, w) float32, y channels then x channels
+    mask: Tensor,  # (N, h, w) bool, True = padding
+    dim: int,  # channels in all, a multiple of 4
+) -> Tensor:  # (N, dim, h, w) float32, y channels then x channels
     "DETR's position encoding of the cells of a map; no parameters."
-    if dim % 4: raise Problem('sine_position_2d', f"dim {dim}", "a multiple of 4", "choose another hidden size")
+    if dim % 4:
+        raise Problem(
+            "sine_position_2d", f"dim {dim}", "a multiple of 4", "choose another hidden size"
+        )
     axes = []
     for axis in (1, 2):
         count = (~mask).cumsum(axis, dtype=torch.float32)

@@ -10,7 +10,7 @@ __all__ = ['MARKS', 'START', 'Shapes', 'SWIN', 'family_in', 'numbered', 'backbon
 # %% ../../nbs/03i_models.convert.ipynb #93f73e69
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,172 +22,332 @@ from .files import read_pickle, sort_out
 from .heads import dynamic_size
 
 # %% ../../nbs/03i_models.convert.ipynb #493629b0
-MARKS = dict(uninext='detr.detr.', wavecl='wavelet_vlf_h.', mutr='MTA.', soc='vlf.', deaot='LSTT.layers.0.linear_QV.', aot='LSTT.layers.0.linear_Q.',
-             referformer='fusion_module.')  # family -> how the names of some of its tensors begin
-START = ('patch_embed.', 'backbone.patch_embed.', 'conv1.', 'features.0.', 'stem.')  # a backbone by itself
+MARKS = {
+    "uninext": "detr.detr.",
+    "wavecl": "wavelet_vlf_h.",
+    "mutr": "MTA.",
+    "soc": "vlf.",
+    "deaot": "LSTT.layers.0.linear_QV.",
+    "aot": "LSTT.layers.0.linear_Q.",
+    "referformer": "fusion_module.",
+}  # family -> how the names of some of its tensors begin
+START = (
+    "patch_embed.",
+    "backbone.patch_embed.",
+    "conv1.",
+    "features.0.",
+    "stem.",
+)  # a backbone by itself
 
 
 def family_in(
-    names,         # of tensors
-    where='file',  # what to name in an error
+    names,  # of tensors
+    where="file",  # what to name in an error
 ) -> str:
     "The family that a set of tensors belongs to; Problem where there is none."
     for family, mark in MARKS.items():
-        if any(n.startswith(mark) for n in names): return family
-    what = 'the start file of a backbone' if any(n.startswith(START) for n in names) else f'{len(names)} tensors of an unknown model ({", ".join(sorted(names)[:3])}, …)'
-    raise Problem(where, what, 'a checkpoint of ' + ', '.join(sorted(MARKS)), 'name a whole published model; training takes a start file as it is')
+        if any(n.startswith(mark) for n in names):
+            return family
+    what = (
+        "the start file of a backbone"
+        if any(n.startswith(START) for n in names)
+        else f"{len(names)} tensors of an unknown model ({', '.join(sorted(names)[:3])}, …)"
+    )
+    raise Problem(
+        where,
+        what,
+        "a checkpoint of " + ", ".join(sorted(MARKS)),
+        "name a whole published model; training takes a start file as it is",
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #b9913fed
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape
-SWIN = {(96, 6): 't', (96, 18): 's', (128, 18): 'b', (192, 18): 'l'}  # width and depth of the third stage -> size
+SWIN = {
+    (96, 6): "t",
+    (96, 18): "s",
+    (128, 18): "b",
+    (192, 18): "l",
+}  # width and depth of the third stage -> size
 
 
 def numbered(names, prefix: str) -> int:
     "How many modules of a list there are: `prefix` is followed by their number."
-    return len({n[len(prefix):].split('.')[0] for n in names if n.startswith(prefix)})
+    return len({n[len(prefix) :].split(".")[0] for n in names if n.startswith(prefix)})
 
 
 def backbone_of(
     shapes: Shapes,
-    prefix: str,       # of the backbone's tensors
-) -> tuple[str, dict]: # a key of `BACKBONES` ('' where unknown); its options
+    prefix: str,  # of the backbone's tensors
+) -> tuple[str, dict]:  # a key of `BACKBONES` ('' where unknown); its options
     "The backbone of a referring model."
-    if prefix + 'conv1.weight' in shapes: return {6: 'resnet50', 23: 'resnet101'}.get(numbered(shapes, prefix + 'layer3.'), ''), {}
-    if patch := shapes.get(prefix + 'patch_embed.proj.weight'):
-        size = SWIN.get((patch[0], numbered(shapes, prefix + 'layers.2.blocks.')))
-        return f'{"video_" * (len(patch) == 5)}swin_{size}_p4w7' if size else '', {}
-    if prefix + 'stem.weight' in shapes:
-        times = sorted({int(n[len(prefix):].split('.')[1]) for n in shapes if n.startswith(prefix + 'times.')})
-        return 'conv_tiny', dict(widths=[shapes[f'{prefix}blocks.{i}.conv1.weight'][0] for i in range(numbered(shapes, prefix + 'blocks.'))], time_strides=times)
-    return '', {}
+    if prefix + "conv1.weight" in shapes:
+        return {6: "resnet50", 23: "resnet101"}.get(numbered(shapes, prefix + "layer3."), ""), {}
+    if patch := shapes.get(prefix + "patch_embed.proj.weight"):
+        size = SWIN.get((patch[0], numbered(shapes, prefix + "layers.2.blocks.")))
+        return f"{'video_' * (len(patch) == 5)}swin_{size}_p4w7" if size else "", {}
+    if prefix + "stem.weight" in shapes:
+        times = sorted(
+            {int(n[len(prefix) :].split(".")[1]) for n in shapes if n.startswith(prefix + "times.")}
+        )
+        return "conv_tiny", {
+            "widths": [
+                shapes[f"{prefix}blocks.{i}.conv1.weight"][0]
+                for i in range(numbered(shapes, prefix + "blocks."))
+            ],
+            "time_strides": times,
+        }
+    return "", {}
 
 
 def encoder_of(shapes: Shapes) -> str:
     "The encoder of an AOT, by the names of `vos.aot.ENCODERS`; '' where unknown."
-    if 'encoder.features.0.0.weight' in shapes: return 'mobilenetv2'
-    if 'encoder.blocks.0.down.0.weight' in shapes: return 'conv_tiny_vos'
-    if 'encoder.conv1.weight' in shapes: return backbone_of(shapes, 'encoder.')[0]
-    rows = shapes.get('encoder.layers.0.blocks.0.attn.relative_position_bias_table', (0,))[0]
-    return {(128, 169): 'swin_b', (192, 529): 'swin_l'}.get((shapes.get('encoder.patch_embed.proj.weight', (0,))[0], rows), '')
+    if "encoder.features.0.0.weight" in shapes:
+        return "mobilenetv2"
+    if "encoder.blocks.0.down.0.weight" in shapes:
+        return "conv_tiny_vos"
+    if "encoder.conv1.weight" in shapes:
+        return backbone_of(shapes, "encoder.")[0]
+    rows = shapes.get("encoder.layers.0.blocks.0.attn.relative_position_bias_table", (0,))[0]
+    return {(128, 169): "swin_b", (192, 529): "swin_l"}.get(
+        (shapes.get("encoder.patch_embed.proj.weight", (0,))[0], rows), ""
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #58d403d4
 def factors(
     products: tuple[int, ...],  # heads times points of the encoder and of the decoder
-    wanted: int,                # heads by the options of the file, else 8
-) -> tuple[int, ...]:           # heads, points of the encoder, points of the decoder
+    wanted: int,  # heads by the options of the file, else 8
+) -> tuple[int, ...]:  # heads, points of the encoder, points of the decoder
     "Split heads × points; Problem where the heads do not divide it."
     for heads in (wanted, 8):
-        if heads and not any(p % heads for p in products): return heads, *(p // heads for p in products)
-    raise Problem('attention', f'heads × points {products}', 'a multiple of 8 heads', 'this is no published ReferFormer')
+        if heads and not any(p % heads for p in products):
+            return heads, *(p // heads for p in products)
+    raise Problem(
+        "attention",
+        f"heads × points {products}",
+        "a multiple of 8 heads",
+        "this is no published ReferFormer",
+    )
 
 
 def mask_head(
-    numbers: int,    # what the controller answers
+    numbers: int,  # what the controller answers
     mask_dim: int,
-    options: dict,   # of the training
-) -> dict:           # dynamic_mask_channels, controller_layers, rel_coord
+    options: dict,  # of the training
+) -> dict:  # dynamic_mask_channels, controller_layers, rel_coord
     "Which mask head has so many weights; the published one first, then that of the options. Problem where none has."
-    for channels, layers in ((8, 3), (options.get('dynamic_mask_channels', 8), options.get('controller_layers', 3))):
+    for channels, layers in (
+        (8, 3),
+        (options.get("dynamic_mask_channels", 8), options.get("controller_layers", 3)),
+    ):
         for rel in (True, False):
-            if dynamic_size(mask_dim, channels, layers, rel) == numbers: return dict(dynamic_mask_channels=channels, controller_layers=layers, rel_coord=rel)
-    raise Problem('controller', f'{numbers} numbers per query', f'2153 or 2137 for {mask_dim} mask features', 'this is no published ReferFormer')
+            if dynamic_size(mask_dim, channels, layers, rel) == numbers:
+                return {
+                    "dynamic_mask_channels": channels,
+                    "controller_layers": layers,
+                    "rel_coord": rel,
+                }
+    raise Problem(
+        "controller",
+        f"{numbers} numbers per query",
+        f"2153 or 2137 for {mask_dim} mask features",
+        "this is no published ReferFormer",
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #74f2ef4a
 def text_options(shapes: Shapes) -> dict:
     "RoBERTa's configuration, from its tensors."
     from rvos_nb.models.text import ROBERTA_BASE
-    words, layer = shapes['text_encoder.embeddings.word_embeddings.weight'], 'text_encoder.encoder.layer.'
-    return ROBERTA_BASE | dict(
-        vocab_size=words[0], hidden_size=words[1], num_hidden_layers=numbered(shapes, layer), num_attention_heads=max(1, words[1] // 64),
-        intermediate_size=shapes[f'{layer}0.intermediate.dense.weight'][0], max_position_embeddings=shapes['text_encoder.embeddings.position_embeddings.weight'][0],
-        type_vocab_size=shapes['text_encoder.embeddings.token_type_embeddings.weight'][0])
+
+    words, layer = (
+        shapes["text_encoder.embeddings.word_embeddings.weight"],
+        "text_encoder.encoder.layer.",
+    )
+    return ROBERTA_BASE | {
+        "vocab_size": words[0],
+        "hidden_size": words[1],
+        "num_hidden_layers": numbered(shapes, layer),
+        "num_attention_heads": max(1, words[1] // 64),
+        "intermediate_size": shapes[f"{layer}0.intermediate.dense.weight"][0],
+        "max_position_embeddings": shapes["text_encoder.embeddings.position_embeddings.weight"][0],
+        "type_vocab_size": shapes["text_encoder.embeddings.token_type_embeddings.weight"][0],
+    }
 
 
 def referformer_options(
     tensors: Mapping[str, Tensor],
-    options: dict,                 # of the training; they decide only what no shape shows
-) -> dict:                         # of `ReferFormerConfig`
+    options: dict,  # of the training; they decide only what no shape shows
+) -> dict:  # of `ReferFormerConfig`
     "The configuration of a ReferFormer, from its tensors; KeyError for a tensor that is not there."
     s = {n: tuple(t.shape) for n, t in tensors.items()}
-    levels, (queries, width), part = s['transformer.level_embed'][0], s['query_embed.weight'], 'transformer.{}.layers.'
-    seen = [s[part.format(a) + f'0.{b}.attention_weights.weight'][0] // levels for a, b in (('encoder', 'self_attn'), ('decoder', 'cross_attn'))]
-    heads, enc_points, dec_points = factors(tuple(seen), options.get('nheads', 8))
-    backbone, extra = backbone_of(s, 'backbone.0.body.')
-    boxes = [[tensors[f'bbox_embed.{i}.layers.2.{k}'] for k in ('weight', 'bias')] for i in range(numbered(s, 'bbox_embed.'))]
-    refine = any(n.startswith('transformer.decoder.bbox_embed.') for n in s) or any(not torch.equal(a, b) for box in boxes[1:] for a, b in zip(boxes[0], box))
-    mask_dim = s['pixel_decoder.mask_features.weight'][0]
+    levels, (queries, width), part = (
+        s["transformer.level_embed"][0],
+        s["query_embed.weight"],
+        "transformer.{}.layers.",
+    )
+    seen = [
+        s[part.format(a) + f"0.{b}.attention_weights.weight"][0] // levels
+        for a, b in (("encoder", "self_attn"), ("decoder", "cross_attn"))
+    ]
+    heads, enc_points, dec_points = factors(tuple(seen), options.get("nheads", 8))
+    backbone, extra = backbone_of(s, "backbone.0.body.")
+    boxes = [
+        [tensors[f"bbox_embed.{i}.layers.2.{k}"] for k in ("weight", "bias")]
+        for i in range(numbered(s, "bbox_embed."))
+    ]
+    refine = any(n.startswith("transformer.decoder.bbox_embed.") for n in s) or any(
+        not torch.equal(a, b) for box in boxes[1:] for a, b in zip(boxes[0], box)
+    )
+    mask_dim = s["pixel_decoder.mask_features.weight"][0]
     return dict(
-        backbone=backbone, backbone_options=extra, text=text_options(s), num_feature_levels=levels, num_queries=queries, hidden_dim=width,
-        enc_layers=numbered(s, part.format('encoder')), dec_layers=numbered(s, part.format('decoder')), dim_feedforward=s['transformer.encoder.layers.0.linear1.weight'][0],
-        nheads=heads, enc_n_points=enc_points, dec_n_points=dec_points, num_classes=s['class_embed.0.weight'][0], with_box_refine=refine, mask_dim=mask_dim,
-        dropout=options.get('dropout', 0.1), **mask_head(s['controller.layers.2.weight'][0], mask_dim, options))
+        backbone=backbone,
+        backbone_options=extra,
+        text=text_options(s),
+        num_feature_levels=levels,
+        num_queries=queries,
+        hidden_dim=width,
+        enc_layers=numbered(s, part.format("encoder")),
+        dec_layers=numbered(s, part.format("decoder")),
+        dim_feedforward=s["transformer.encoder.layers.0.linear1.weight"][0],
+        nheads=heads,
+        enc_n_points=enc_points,
+        dec_n_points=dec_points,
+        num_classes=s["class_embed.0.weight"][0],
+        with_box_refine=refine,
+        mask_dim=mask_dim,
+        dropout=options.get("dropout", 0.1),
+        **mask_head(s["controller.layers.2.weight"][0], mask_dim, options),
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #062496fb
 def aot_options(
     tensors: Mapping[str, Tensor],
-    family: str,                   # aot or deaot
-) -> dict:                         # of the family's configuration
+    family: str,  # aot or deaot
+) -> dict:  # of the family's configuration
     "What the tensors of an AOT or DeAOT tell; KeyError for a tensor that is not there."
     s = {n: tuple(t.shape) for n, t in tensors.items()}
-    window, bank = s['LSTT.layers.0.short_term_attn.relative_emb_k.weight'], s['patch_wise_id_bank.weight']
-    heads = 1 if family == 'deaot' else bank[0] // window[1]
-    return dict(encoder=encoder_of(s), layers=numbered(s, 'LSTT.layers.'), dim=bank[0], heads=heads, reach=(round((window[0] // heads) ** .5) - 1) // 2,
-                max_objects=bank[1] - 1, id_kernel=bank[2], align_corners=bank[2] % 2 == 1)
+    window, bank = (
+        s["LSTT.layers.0.short_term_attn.relative_emb_k.weight"],
+        s["patch_wise_id_bank.weight"],
+    )
+    heads = 1 if family == "deaot" else bank[0] // window[1]
+    return {
+        "encoder": encoder_of(s),
+        "layers": numbered(s, "LSTT.layers."),
+        "dim": bank[0],
+        "heads": heads,
+        "reach": (round((window[0] // heads) ** 0.5) - 1) // 2,
+        "max_objects": bank[1] - 1,
+        "id_kernel": bank[2],
+        "align_corners": bank[2] % 2 == 1,
+    }
 
 
 def variants_of(
     family: str,  # aot or deaot
-    read: dict,   # of `aot_options`
-) -> list[str]:   # names of published variants with these options, L before B
+    read: dict,  # of `aot_options`
+) -> list[str]:  # names of published variants with these options, L before B
     "Which published variants have this architecture."
-    return sorted((n for n, c in zoo.variants(family).items() if all(getattr(c, k) == v for k, v in read.items())), reverse=True)
+    return sorted(
+        (
+            n
+            for n, c in zoo.variants(family).items()
+            if all(getattr(c, k) == v for k, v in read.items())
+        ),
+        reverse=True,
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #e799b25e
 @dataclass
 class Recognised:
     "What a file is."
+
     family: str
-    variant: str                 # a name of the zoo's table, or one made of family and backbone
-    config: dict                 # of the family's configuration
+    variant: str  # a name of the zoo's table, or one made of family and backbone
+    config: dict  # of the family's configuration
     notes: list[str] = field(default_factory=list)
 
 
 def chosen(
     fits: list[str],  # architectures that fit, the likeliest first
-    model: str,       # what the caller named; '' for nothing
-    where,            # what to name in an error
-) -> str:             # a name of the table, or the first that fits
+    model: str,  # what the caller named; '' for nothing
+    where,  # what to name in an error
+) -> str:  # a name of the table, or the first that fits
     "The variant; Problem for a name that is unknown or does not fit."
-    if not model: return fits[0]
+    if not model:
+        return fits[0]
     row = zoo.published().get(zoo.plain_name(model))
-    if row is None and zoo.plain_name(model) not in fits: raise Problem('--model', repr(model), 'a name that `rvos models` lists', f'leave it out, or name {" or ".join(fits)}')
-    if row and row.get('variant', row['name']) not in fits: raise Problem(where, f'a checkpoint of {" or ".join(fits)}', f'{row["name"]}, as --model says', 'leave --model out, or name the right file')
-    return row['name'] if row else zoo.plain_name(model)
+    if row is None and zoo.plain_name(model) not in fits:
+        raise Problem(
+            "--model",
+            repr(model),
+            "a name that `rvos models` lists",
+            f"leave it out, or name {' or '.join(fits)}",
+        )
+    if row and row.get("variant", row["name"]) not in fits:
+        raise Problem(
+            where,
+            f"a checkpoint of {' or '.join(fits)}",
+            f"{row['name']}, as --model says",
+            "leave --model out, or name the right file",
+        )
+    return row["name"] if row else zoo.plain_name(model)
 
 # %% ../../nbs/03i_models.convert.ipynb #9c5dcd74
 def recognise(
     tensors: Mapping[str, Tensor],  # by their published names
-    options: dict = {},             # of the training
-    model: str = '',                # a name of the zoo's table, where the caller knows it
-    where='file',                   # what to name in an error
+    options: dict = {},  # of the training
+    model: str = "",  # a name of the zoo's table, where the caller knows it
+    where="file",  # what to name in an error
 ) -> Recognised:
     "What a set of tensors is; Problem where no family of this package fits, or `model` does not."
     family, notes = family_in(tensors, where), []
     try:
         if family not in zoo.FAMILIES:
-            backbone = backbone_of({n: tuple(t.shape) for n, t in tensors.items()}, 'backbone.0.body.')[0]
-            raise Problem(where, f'a checkpoint of {family}' + f' with backbone {backbone}' * bool(backbone), 'one of ' + ', '.join(zoo.FAMILIES), 'use a version of this package that has it')
-        if family == 'referformer':
+            backbone = backbone_of(
+                {n: tuple(t.shape) for n, t in tensors.items()}, "backbone.0.body."
+            )[0]
+            raise Problem(
+                where,
+                f"a checkpoint of {family}" + f" with backbone {backbone}" * bool(backbone),
+                "one of " + ", ".join(zoo.FAMILIES),
+                "use a version of this package that has it",
+            )
+        if family == "referformer":
             config = referformer_options(tensors, options)
-            fits = ['referformer-' + config['backbone'].removesuffix('_p4w7').replace('_', '-')]
-            if not config['backbone']: raise Problem(where, 'a ReferFormer with an unknown backbone', 'ResNet-50 or -101, Swin or Video-Swin', 'use a version of this package that has it')
+            fits = ["referformer-" + config["backbone"].removesuffix("_p4w7").replace("_", "-")]
+            if not config["backbone"]:
+                raise Problem(
+                    where,
+                    "a ReferFormer with an unknown backbone",
+                    "ResNet-50 or -101, Swin or Video-Swin",
+                    "use a version of this package that has it",
+                )
         else:
             config = aot_options(tensors, family)
             fits = variants_of(family, config)
-            if not fits: raise Problem(where, f'an unpublished {family} ({", ".join(f"{k} {v}" for k, v in config.items())})', 'one of ' + ', '.join(zoo.variants(family)), 'give its configuration a name among the variants of its family')
-    except KeyError as e: raise Problem(where, f'a checkpoint of {family} without the tensor {e.args[0]}', 'all tensors of the model', 'use the whole file of its authors') from e
-    notes += [f'its options say {k} {options[k]}, its tensors {v}: the tensors are believed' for k, v in config.items() if k in options and options[k] != v]
-    if len(fits) > 1 and not model: notes.append(f'{" and ".join(fits)} have the same tensors and differ in use only: taken for {fits[0]}; --model names another')
+            if not fits:
+                raise Problem(
+                    where,
+                    f"an unpublished {family} ({', '.join(f'{k} {v}' for k, v in config.items())})",
+                    "one of " + ", ".join(zoo.variants(family)),
+                    "give its configuration a name among the variants of its family",
+                )
+    except KeyError as e:
+        raise Problem(
+            where,
+            f"a checkpoint of {family} without the tensor {e.args[0]}",
+            "all tensors of the model",
+            "use the whole file of its authors",
+        ) from e
+    notes += [
+        f"its options say {k} {options[k]}, its tensors {v}: the tensors are believed"
+        for k, v in config.items()
+        if k in options and options[k] != v
+    ]
+    if len(fits) > 1 and not model:
+        notes.append(
+            f"{' and '.join(fits)} have the same tensors and differ in use only: taken for {fits[0]}; --model names another"
+        )
     variant = chosen(fits, model, where)
     known = zoo.variants(family).get(variant)
     return Recognised(family, variant, vars(known) if known else config, notes)
@@ -196,65 +356,137 @@ def recognise(
 @dataclass
 class Converted:
     "What was made, and what was left out."
+
     folder: Path
     found: Recognised
-    count: int                    # parameters and buffers
-    dropped: dict[str, list[str]] # reason -> names
+    count: int  # parameters and buffers
+    dropped: dict[str, list[str]]  # reason -> names
 
     def __str__(self) -> str:
-        def some(names): return f'{len(names)} ' + ('entry' if len(names) == 1 else 'entries') + f' ({", ".join(names[:3])}{", …" * (len(names) > 3)})'
-        head = f'{self.folder}: {self.found.variant}, {self.count / 1e6:.1f} million numbers, float32'
-        return '\n'.join([head, *(f'dropped {some(names)}: {why}' for why, names in self.dropped.items()), *(f'note: {n}' for n in self.found.notes)])
+        def some(names):
+            return (
+                f"{len(names)} "
+                + ("entry" if len(names) == 1 else "entries")
+                + f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+            )
+
+        head = (
+            f"{self.folder}: {self.found.variant}, {self.count / 1e6:.1f} million numbers, float32"
+        )
+        return "\n".join(
+            [
+                head,
+                *(f"dropped {some(names)}: {why}" for why, names in self.dropped.items()),
+                *(f"note: {n}" for n in self.found.notes),
+            ]
+        )
 
 
 def tokenizer_for(
     vocabulary: int,  # rows of the word table
-    tokenizer: str,   # a folder, or a name; '' for none
-    where,            # what to name in an error
-):                    # a tokenizer to be copied, or the name of one
+    tokenizer: str,  # a folder, or a name; '' for none
+    where,  # what to name in an error
+):  # a tokenizer to be copied, or the name of one
     "The tokenizer that goes with a text encoder; Problem where none is named and none is known."
     from rvos_nb.models.text import ROBERTA_BASE, tokenizer_from
+
     if tokenizer:
         words = tokenizer_from(tokenizer)
-        if len(words) > vocabulary: raise Problem(tokenizer, f'a tokenizer of {len(words)} words', f'one of at most {vocabulary}, the rows of the word table', 'name the tokenizer that the model was trained with')
+        if len(words) > vocabulary:
+            raise Problem(
+                tokenizer,
+                f"a tokenizer of {len(words)} words",
+                f"one of at most {vocabulary}, the rows of the word table",
+                "name the tokenizer that the model was trained with",
+            )
         return words
-    if vocabulary == ROBERTA_BASE['vocab_size']: return 'roberta-base'
-    raise Problem(where, f'a text encoder of {vocabulary} words', f'the {ROBERTA_BASE["vocab_size"]} of roberta-base, or its tokenizer', 'add --tokenizer FOLDER')
+    if vocabulary == ROBERTA_BASE["vocab_size"]:
+        return "roberta-base"
+    raise Problem(
+        where,
+        f"a text encoder of {vocabulary} words",
+        f"the {ROBERTA_BASE['vocab_size']} of roberta-base, or its tokenizer",
+        "add --tokenizer FOLDER",
+    )
 
 # %% ../../nbs/03i_models.convert.ipynb #d0605df4
 def free(
-    out,          # where the folder shall be
+    out,  # where the folder shall be
     force: bool,  # replace a checkpoint that lies there
 ) -> Path:
     "The output folder; Problem where something lies there that may not be replaced."
     out = Path(out)
-    if not out.exists(): return out
-    if not (out/'model.safetensors').is_file() or not (out/'config.json').is_file():
-        raise Problem(out, 'something that is no checkpoint of this package', 'a new folder', 'choose another output folder')
-    if not force: raise Problem(out, 'a checkpoint that is already there', 'a new folder', 'choose another, or add --force to replace it')
+    if not out.exists():
+        return out
+    if not (out / "model.safetensors").is_file() or not (out / "config.json").is_file():
+        raise Problem(
+            out,
+            "something that is no checkpoint of this package",
+            "a new folder",
+            "choose another output folder",
+        )
+    if not force:
+        raise Problem(
+            out,
+            "a checkpoint that is already there",
+            "a new folder",
+            "choose another, or add --force to replace it",
+        )
     return out
 
 # %% ../../nbs/03i_models.convert.ipynb #d360f315
 def convert(
-    file,               # published: `.pth`
-    out,                # the folder to make
-    model: str = '',    # a name of `rvos models`, where it cannot be read from the file or shall be checked
-    tokenizer: str = '',# a folder with the tokenizer, to be copied in; '' stores the name where one is known
-    force: bool = False,# replace a checkpoint that lies there
+    file,  # published: `.pth`
+    out,  # the folder to make
+    model: str = "",  # a name of `rvos models`, where it cannot be read from the file or shall be checked
+    tokenizer: str = "",  # a folder with the tokenizer, to be copied in; '' stores the name where one is known
+    force: bool = False,  # replace a checkpoint that lies there
 ) -> Converted:
     "Turn a published checkpoint into a folder that `zoo.load` reads; every fault is a Problem, and then no folder appears."
     out, published = free(out, force), sort_out(read_pickle(file), file)
     found = recognise(published.tensors, published.options, model, file)
     cls, config_class = zoo.family_of(found.family)
     config = zoo.read_config(config_class, found.config, file)
-    with torch.device('meta'): wanted, aliases = zoo.unique_tensors(cls(config))
-    zoo.check_tensors(wanted, {n: t for n, t in published.tensors.items() if n not in aliases}, file)
-    words = tokenizer_for(config.text['vocab_size'], tokenizer, file) if getattr(cls, 'reads_sentences', False) else None
-    if isinstance(words, str): found.notes.append(f'reads sentences with the tokenizer {words}, which is looked up when the model is loaded; --tokenizer FOLDER copies one in')
-    dropped = published.dropped | {'second names of tensors that are kept once': twice for twice in [[n for n in published.tensors if n in aliases]] if twice}
-    with open(file, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    about = {k: v for k, v in zoo.published().get(found.variant, {}).items() if k in ('page', 'licence')}
-    said = dict(family=found.family, config=config, card=dict(variant=found.variant, source=Path(file).name, sha256=digest, epoch=published.epoch) | about)
+    with torch.device("meta"):
+        wanted, aliases = zoo.unique_tensors(cls(config))
+    zoo.check_tensors(
+        wanted, {n: t for n, t in published.tensors.items() if n not in aliases}, file
+    )
+    words = (
+        tokenizer_for(config.text["vocab_size"], tokenizer, file)
+        if getattr(cls, "reads_sentences", False)
+        else None
+    )
+    if isinstance(words, str):
+        found.notes.append(
+            f"reads sentences with the tokenizer {words}, which is looked up when the model is loaded; --tokenizer FOLDER copies one in"
+        )
+    dropped = published.dropped | {
+        "second names of tensors that are kept once": twice
+        for twice in [[n for n in published.tensors if n in aliases]]
+        if twice
+    }
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    about = {
+        k: v for k, v in zoo.published().get(found.variant, {}).items() if k in ("page", "licence")
+    }
+    said = {
+        "family": found.family,
+        "config": config,
+        "card": {
+            "variant": found.variant,
+            "source": Path(file).name,
+            "sha256": digest,
+            "epoch": published.epoch,
+        }
+        | about,
+    }
     with whole_folder(out) as tmp:
-        zoo.write_files(tmp, said | ({'tokenizer': words} if isinstance(words, str) else {}), {n: published.tensors[n].float() for n in wanted}, None if isinstance(words, str) else words)
+        zoo.write_files(
+            tmp,
+            said | ({"tokenizer": words} if isinstance(words, str) else {}),
+            {n: published.tensors[n].float() for n in wanted},
+            None if isinstance(words, str) else words,
+        )
     return Converted(out, found, sum(t.numel() for t in wanted.values()), dropped)

@@ -8,32 +8,44 @@ __all__ = ['Attention', 'keeps', 'in_pieces', 'VisionLanguageFusion', 'tokens', 
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #db860ee9
 from collections.abc import Callable, Iterator
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from .video_swin import piece_size
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #ebdb91be
 class Attention(nn.Module):
     "Multi-head attention, batch first, never materialising its weights; tensors named as in `nn.MultiheadAttention`."
+
     def __init__(self, dim=256, heads=8, dropout=0.0):
         super().__init__()
-        if dim % heads: raise ValueError(f"heads: expected a divisor of {dim}, got {heads}")
+        if dim % heads:
+            raise ValueError(f"heads: expected a divisor of {dim}, got {heads}")
         self.heads, self.dropout = heads, dropout
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
+        self.in_proj_weight, self.in_proj_bias = (
+            nn.Parameter(torch.empty(3 * dim, dim)),
+            nn.Parameter(torch.zeros(3 * dim)),
+        )
         self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight); nn.init.zeros_(self.out_proj.bias)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(
         self,
-        query: Tensor,                  # (N, Lq, C)
-        key: Tensor,                    # (N, Lk, C); N may be 1 here or in `query`: one video, many sentences
-        value: Tensor,                  # (N, Lk, C)
+        query: Tensor,  # (N, Lq, C)
+        key: Tensor,  # (N, Lk, C); N may be 1 here or in `query`: one video, many sentences
+        value: Tensor,  # (N, Lk, C)
         padding: Tensor | None = None,  # (N, Lk) True where a key must not be seen
-    ) -> Tensor:                        # (N, Lq, C)
+    ) -> Tensor:  # (N, Lq, C)
         inputs = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in inputs)   # (N, heads, L, dim)
-        if len(q) != len(k): q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in inputs
+        )  # (N, heads, L, dim)
+        if len(q) != len(k):
+            q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))
         mask = None if padding is None else ~padding[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -43,178 +55,238 @@ def keeps(x: Tensor) -> bool:
     "Whether intermediate results are kept anyway, so that nothing is gained by pieces: for gradients, or while a graph is compiled."
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
+
 def in_pieces(
-    work: Callable,   # from tensors (N, l, C) to one tensor (N, l, D), each l alone
-    *rows: Tensor,    # (N or 1, L, C) each, cut along L
-) -> Tensor:          # (N, L, D)
+    work: Callable,  # from tensors (N, l, C) to one tensor (N, l, D), each l alone
+    *rows: Tensor,  # (N or 1, L, C) each, cut along L
+) -> Tensor:  # (N, L, D)
     "`work(*rows)`, a piece at a time where nothing is kept."
     n, length = max(len(r) for r in rows), rows[0].shape[1]
     step = max(piece_size(rows[0].device) // (4 * n), 1)
-    if keeps(rows[0]) or length <= step: return work(*rows)
+    if keeps(rows[0]) or length <= step:
+        return work(*rows)
     out = None
     for i in range(0, length, step):
-        y = work(*(r[:, i:i + step] for r in rows))
-        if out is None: out = y.new_empty(len(y), length, y.shape[-1])
-        out[:, i:i + step] = y
+        y = work(*(r[:, i : i + step] for r in rows))
+        if out is None:
+            out = y.new_empty(len(y), length, y.shape[-1])
+        out[:, i : i + step] = y
     return out
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #c20314e5
 class VisionLanguageFusion(nn.Module):
     "Early fusion of ReferFormer: pixels times what they heard. Published name `fusion_module`, no dropout there."
+
     def __init__(self, dim=256, heads=8, dropout=0.0):
         super().__init__()
         self.multihead_attn = Attention(dim, heads, dropout)
 
     def forward(
         self,
-        vision: Tensor,             # (B, T·h·w, C) pixels of a clip; B may be 1 where there are several sentences
-        words: Tensor,              # (B, L, C)
-        word_mask: Tensor | None,   # (B, L) True at padding
-        word_pos: Tensor,           # (B, L, C)
-    ) -> Tensor:                    # (B, T·h·w, C)
-        return in_pieces(lambda v: v * self.multihead_attn(v, words + word_pos, words, word_mask), vision)
+        vision: Tensor,  # (B, T·h·w, C) pixels of a clip; B may be 1 where there are several sentences
+        words: Tensor,  # (B, L, C)
+        word_mask: Tensor | None,  # (B, L) True at padding
+        word_pos: Tensor,  # (B, L, C)
+    ) -> Tensor:  # (B, T·h·w, C)
+        return in_pieces(
+            lambda v: v * self.multihead_attn(v, words + word_pos, words, word_mask), vision
+        )
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #1796eb33
 def tokens(
-    levels: Tensor, # (B·T, C, h, w), or (1, C, h, w) for something that is the same in all frames
-    frames: int,    # T
-) -> Tensor:        # (B, T·h·w, C)
+    levels: Tensor,  # (B·T, C, h, w), or (1, C, h, w) for something that is the same in all frames
+    frames: int,  # T
+) -> Tensor:  # (B, T·h·w, C)
     "The pixels of each clip in one row, frame by frame."
-    if len(levels) == 1: levels = levels.expand(frames, -1, -1, -1)
-    return rearrange(levels, '(b t) c h w -> b (t h w) c', t=frames)
+    if len(levels) == 1:
+        levels = levels.expand(frames, -1, -1, -1)
+    return rearrange(levels, "(b t) c h w -> b (t h w) c", t=frames)
+
 
 def maps(
-    x: Tensor,               # (B, T·h·w, C)
-    size: tuple[int, int],   # (h, w)
-) -> Tensor:                 # (B·T, C, h, w)
+    x: Tensor,  # (B, T·h·w, C)
+    size: tuple[int, int],  # (h, w)
+) -> Tensor:  # (B·T, C, h, w)
     "The way back from `tokens`."
     return x.reshape(-1, *size, x.shape[-1]).movedim(-1, 1)
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #4bc881c8
 def thin(
-    x: Tensor,    # (N, C, h, w)
-    ratio: int,   # keep one pixel in `ratio` along both sides
-) -> Tensor:      # (N, C, max(1, h // ratio), max(1, w // ratio))
+    x: Tensor,  # (N, C, h, w)
+    ratio: int,  # keep one pixel in `ratio` along both sides
+) -> Tensor:  # (N, C, max(1, h // ratio), max(1, w // ratio))
     "Nearest-neighbour thinning, as published, except that a side shorter than `ratio` keeps one pixel instead of none."
     h, w = x.shape[-2:]
-    return x if ratio == 1 else F.interpolate(x, size=(max(h // ratio, 1), max(w // ratio, 1)), mode='nearest')
+    return (
+        x
+        if ratio == 1
+        else F.interpolate(x, size=(max(h // ratio, 1), max(w // ratio, 1)), mode="nearest")
+    )
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #92dfc99e
 class VisionLanguageBlock(nn.Module):
     "One level of the pyramid: thinned self-attention over all frames of a clip, attention to the words, feed-forward; post-norm."
+
     def __init__(self, dim=256, heads=8, feedforward=2048, dropout=0.1, ratio=1):
         super().__init__()
         self.ratio = ratio
-        self.self_attn, self.multihead_attn = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
+        self.self_attn, self.multihead_attn = (
+            Attention(dim, heads, dropout),
+            Attention(dim, heads, dropout),
+        )
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         for p in self.parameters():
-            if p.ndim > 1: nn.init.xavier_uniform_(p)
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p)
 
     def look(self, small, pos, mask, frames):
         "What the pixels of a thinned level `small` (B·T, C, h, w) see in all frames of their clip, as maps of its size."
         where, value = tokens(thin(pos, self.ratio), frames), tokens(small, frames)
-        if mask is not None: mask = tokens(thin(mask[:, None].float(), self.ratio), frames)[..., 0] > 0
+        if mask is not None:
+            mask = tokens(thin(mask[:, None].float(), self.ratio), frames)[..., 0] > 0
         return maps(self.self_attn(value + where, value + where, value, mask), small.shape[-2:])
 
     def think(self, y, pos, words, word_mask, word_pos):
         "Rows of pixels (B or 1, l, C) that have looked around listen to the words of B sentences."
         y = self.norm1(y)
-        y = self.norm2(y + self.dropout(self.multihead_attn(y + pos, words + word_pos, words, word_mask)))
-        return self.norm3(y + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(y), inplace=True)))))
+        y = self.norm2(
+            y + self.dropout(self.multihead_attn(y + pos, words + word_pos, words, word_mask))
+        )
+        return self.norm3(
+            y + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(y), inplace=True))))
+        )
 
     def listen(self, x, seen, pos, words, word_mask, word_pos, frames):
         "The level `x`, with what it has `seen`, after the words: (B, T·h·w, C). T may be some frames of a clip."
-        if seen.shape[-2:] != x.shape[-2:]: seen = F.interpolate(seen, size=x.shape[-2:], mode='bilinear', align_corners=False)
+        if seen.shape[-2:] != x.shape[-2:]:
+            seen = F.interpolate(seen, size=x.shape[-2:], mode="bilinear", align_corners=False)
         rows = tokens(x + self.dropout(seen), frames)
-        return in_pieces(lambda y, p: self.think(y, p, words, word_mask, word_pos), rows, tokens(pos, frames))
+        return in_pieces(
+            lambda y, p: self.think(y, p, words, word_mask, word_pos), rows, tokens(pos, frames)
+        )
 
     def forward(
         self,
-        x: Tensor,                  # (B·T, C, h, w) a level; B may be 1 where there are several sentences
-        pos: Tensor,                # (B·T or T or 1, C, h, w) its position encoding
-        mask: Tensor | None,        # (B·T or T, h, w) True at padding; None where nothing is padded
-        words: Tensor,              # (B, L, C)
-        word_mask: Tensor | None,   # (B, L) True at padding
-        word_pos: Tensor,           # (B, L, C)
-        frames: int,                # T
-    ) -> Tensor:                    # (B, T·h·w, C)
-        return self.listen(x, self.look(thin(x, self.ratio), pos, mask, frames), pos, words, word_mask, word_pos, frames)
+        x: Tensor,  # (B·T, C, h, w) a level; B may be 1 where there are several sentences
+        pos: Tensor,  # (B·T or T or 1, C, h, w) its position encoding
+        mask: Tensor | None,  # (B·T or T, h, w) True at padding; None where nothing is padded
+        words: Tensor,  # (B, L, C)
+        word_mask: Tensor | None,  # (B, L) True at padding
+        word_pos: Tensor,  # (B, L, C)
+        frames: int,  # T
+    ) -> Tensor:  # (B, T·h·w, C)
+        return self.listen(
+            x,
+            self.look(thin(x, self.ratio), pos, mask, frames),
+            pos,
+            words,
+            word_mask,
+            word_pos,
+            frames,
+        )
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #eae1bbaa
 class ConvNorm(nn.Conv2d):
     "Convolution without bias, GroupNorm, ReLU where asked; published names `weight` and `norm.*`."
+
     def __init__(self, channels_in, channels, kernel, groups, relu):
         super().__init__(channels_in, channels, kernel, padding=kernel // 2, bias=False)
         self.norm, self.relu = nn.GroupNorm(groups, channels), relu
         nn.init.kaiming_uniform_(self.weight, a=1)
 
-    def forward(self, x: Tensor) -> Tensor:   # (N, channels_in, h, w) -> (N, channels, h, w)
-        x = self.norm(F.linear(x.movedim(1, -1), self.weight.flatten(1)).movedim(-1, 1) if self.kernel_size == (1, 1) else super().forward(x))
+    def forward(self, x: Tensor) -> Tensor:  # (N, channels_in, h, w) -> (N, channels, h, w)
+        x = self.norm(
+            F.linear(x.movedim(1, -1), self.weight.flatten(1)).movedim(-1, 1)
+            if self.kernel_size == (1, 1)
+            else super().forward(x)
+        )
         return F.relu(x, inplace=True) if self.relu else x
 
+
 def join(
-    x: Tensor,              # (N, C, h, w) a level
-    above: Tensor | None,   # (N, C, h', w') what came of the coarser level; None at the coarsest
-) -> Tensor:                # (N, C, h, w)
+    x: Tensor,  # (N, C, h, w) a level
+    above: Tensor | None,  # (N, C, h', w') what came of the coarser level; None at the coarsest
+) -> Tensor:  # (N, C, h, w)
     "Add the coarser level, enlarged to nearest neighbours."
-    return x if above is None else x + F.interpolate(above, size=x.shape[-2:], mode='nearest')
+    return x if above is None else x + F.interpolate(above, size=x.shape[-2:], mode="nearest")
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #499e0685
 class CrossModalFPN(nn.Module):
     "The pixel decoder of ReferFormer (`pixel_decoder`): four levels that listen, coarse to fine; mask features at stride 4."
-    def __init__(self,
-        channels=256,        # of the backbone's stride-4 level; the others have `dim`
-        dim=256, mask_dim=256, heads=8, feedforward=2048, dropout=0.1,
-        groups=8,            # of every GroupNorm
-        ratios=(8, 4, 2, 1), # thinning of each level, fine to coarse
+
+    def __init__(
+        self,
+        channels=256,  # of the backbone's stride-4 level; the others have `dim`
+        dim=256,
+        mask_dim=256,
+        heads=8,
+        feedforward=2048,
+        dropout=0.1,
+        groups=8,  # of every GroupNorm
+        ratios=(8, 4, 2, 1),  # thinning of each level, fine to coarse
     ):
         super().__init__()
         for i, ratio in enumerate(ratios, 1):
-            setattr(self, f'adapter_{i}', ConvNorm(channels if i == 1 else dim, dim, 1, groups, relu=False))
-            setattr(self, f'cross_attn_{i}', VisionLanguageBlock(dim, heads, feedforward, dropout, ratio))
-            setattr(self, f'layer_{i}', ConvNorm(dim, dim, 3, groups, relu=True))
+            setattr(
+                self,
+                f"adapter_{i}",
+                ConvNorm(channels if i == 1 else dim, dim, 1, groups, relu=False),
+            )
+            setattr(
+                self,
+                f"cross_attn_{i}",
+                VisionLanguageBlock(dim, heads, feedforward, dropout, ratio),
+            )
+            setattr(self, f"layer_{i}", ConvNorm(dim, dim, 3, groups, relu=True))
         self.levels, self.mask_features = len(ratios), nn.Conv2d(dim, mask_dim, 3, padding=1)
-        nn.init.kaiming_uniform_(self.mask_features.weight, a=1); nn.init.zeros_(self.mask_features.bias)
+        nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
 
     def parts(self, i):
         "The modules of level `i`, counted from 1."
-        return [getattr(self, f'{name}_{i}') for name in ('adapter', 'cross_attn', 'layer')]
+        return [getattr(self, f"{name}_{i}") for name in ("adapter", "cross_attn", "layer")]
 
     def forward(
         self,
-        levels: list[Tensor],           # maps (B·T, C, h, w), fine to coarse; the first may have B = 1
-        positions: list[Tensor],        # per level (B·T or T or 1, C, h, w)
-        masks: list[Tensor] | None,     # per level (B·T or T, h, w), True at padding; None where nothing is padded
-        words: Tensor,                  # (B, L, C)
-        word_mask: Tensor | None,       # (B, L) True at padding
-        word_pos: Tensor,               # (B, L, C)
-        frames: int,                    # T
-    ) -> Tensor:                        # (B·T, mask_dim, h, w) at stride 4
-        if len(levels) != self.levels: raise ValueError(f"levels: expected {self.levels} maps, got {len(levels)}")
+        levels: list[Tensor],  # maps (B·T, C, h, w), fine to coarse; the first may have B = 1
+        positions: list[Tensor],  # per level (B·T or T or 1, C, h, w)
+        masks: list[Tensor]
+        | None,  # per level (B·T or T, h, w), True at padding; None where nothing is padded
+        words: Tensor,  # (B, L, C)
+        word_mask: Tensor | None,  # (B, L) True at padding
+        word_pos: Tensor,  # (B, L, C)
+        frames: int,  # T
+    ) -> Tensor:  # (B·T, mask_dim, h, w) at stride 4
+        if len(levels) != self.levels:
+            raise ValueError(f"levels: expected {self.levels} maps, got {len(levels)}")
         above = None
         for i in range(self.levels, 0, -1):
             (adapter, block, layer), mask = self.parts(i), None if masks is None else masks[i - 1]
             x = adapter(levels[i - 1])
-            x = maps(block(x, positions[i - 1], mask, words, word_mask, word_pos, frames), x.shape[-2:])
+            x = maps(
+                block(x, positions[i - 1], mask, words, word_mask, word_pos, frames), x.shape[-2:]
+            )
             above = layer(join(x, above))
         return self.mask_features(above)
 
 # %% ../../nbs/02d_models.crossmodal.ipynb #e64a99c6
 def some(
-    x: Tensor,               # (B·T, ...), or (1, ...) for something that is the same in all frames
-    span: tuple[int, int],   # first frame and the one after the last
-    frames: int,             # T
-) -> Tensor:                 # (B·n, ...) or (1, ...)
+    x: Tensor,  # (B·T, ...), or (1, ...) for something that is the same in all frames
+    span: tuple[int, int],  # first frame and the one after the last
+    frames: int,  # T
+) -> Tensor:  # (B·n, ...) or (1, ...)
     "The frames of `span` out of every clip."
-    if len(x) in (1, frames): return x[slice(*span)] if len(x) == frames else x
+    if len(x) in (1, frames):
+        return x[slice(*span)] if len(x) == frames else x
     return x.unflatten(0, (-1, frames))[:, slice(*span)].flatten(0, 1)
 
+
 def spans(
-    frames: int,    # T
-    cells: int,     # of one frame, for all sentences of a batch
-    like: Tensor,   # gives the device
+    frames: int,  # T
+    cells: int,  # of one frame, for all sentences of a batch
+    like: Tensor,  # gives the device
 ) -> list[tuple[int, int]]:
     "Cut a clip into spans of frames that are as large as a piece, or of one frame."
     step = frames if keeps(like) else max(piece_size(like.device) // cells, 1)
@@ -223,20 +295,49 @@ def spans(
 # %% ../../nbs/02d_models.crossmodal.ipynb #6120c72b
 def descend(
     fpn: CrossModalFPN,
-    levels, positions, masks, words, word_mask, word_pos, frames,   # as for `CrossModalFPN.forward`
-) -> Iterator[tuple[tuple[int, int], Tensor]]:   # a span of frames, and their maps (B·n, C, h, w), which `mask_features` would see next
+    levels,
+    positions,
+    masks,
+    words,
+    word_mask,
+    word_pos,
+    frames,  # as for `CrossModalFPN.forward`
+) -> Iterator[
+    tuple[tuple[int, int], Tensor]
+]:  # a span of frames, and their maps (B·n, C, h, w), which `mask_features` would see next
     "Go down the pyramid for some frames at a time, with the answers of `CrossModalFPN.forward`."
     cuts = spans(frames, len(words) * levels[0].shape[-2:].numel(), words)
-    def adapted(i, cut): return fpn.parts(i)[0](some(levels[i - 1], cut, frames))
+
+    def adapted(i, cut):
+        return fpn.parts(i)[0](some(levels[i - 1], cut, frames))
+
     seen = {}
     for i in range(1, fpn.levels + 1):
         block = fpn.parts(i)[1]
-        small = [thin(adapted(i, cut), block.ratio).unflatten(0, (-1, cut[1] - cut[0])) for cut in cuts]
-        seen[i] = block.look(torch.cat(small, 1).flatten(0, 1), positions[i - 1], None if masks is None else masks[i - 1], frames)
+        small = [
+            thin(adapted(i, cut), block.ratio).unflatten(0, (-1, cut[1] - cut[0])) for cut in cuts
+        ]
+        seen[i] = block.look(
+            torch.cat(small, 1).flatten(0, 1),
+            positions[i - 1],
+            None if masks is None else masks[i - 1],
+            frames,
+        )
     for cut in cuts:
         above = None
         for i in range(fpn.levels, 0, -1):
             (_, block, layer), x = fpn.parts(i), adapted(i, cut)
-            x = maps(block.listen(x, some(seen[i], cut, frames), some(positions[i - 1], cut, frames), words, word_mask, word_pos, cut[1] - cut[0]), x.shape[-2:])
+            x = maps(
+                block.listen(
+                    x,
+                    some(seen[i], cut, frames),
+                    some(positions[i - 1], cut, frames),
+                    words,
+                    word_mask,
+                    word_pos,
+                    cut[1] - cut[0],
+                ),
+                x.shape[-2:],
+            )
             above = layer(join(x, above))
         yield cut, above

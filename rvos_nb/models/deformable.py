@@ -8,8 +8,11 @@ __all__ = ['EncoderLayer', 'valid_ratios', 'cell_centres', 'Encoder', 'DecoderLa
 
 # %% ../../nbs/03b_models.deformable.ipynb #a35b1a47
 from dataclasses import dataclass
-import torch, torch.nn.functional as F
-from torch import nn, Tensor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from .crossmodal import Attention, in_pieces
 from .heads import refine_boxes
 from ..ops.deform_attn import MSDeformAttn
@@ -17,115 +20,155 @@ from ..ops.deform_attn import MSDeformAttn
 # %% ../../nbs/03b_models.deformable.ipynb #794b20c1
 class EncoderLayer(nn.Module):
     "Deformable self-attention over all levels of one frame, then a feed-forward; post-norm, ReLU."
+
     def __init__(self, dim=256, heads=8, feedforward=2048, dropout=0.1, levels=4, points=4):
         super().__init__()
         self.self_attn = MSDeformAttn(dim, levels, heads, points)
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
-        self.norm1, self.norm2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm1, self.norm2, self.dropout = (
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+            nn.Dropout(dropout),
+        )
 
     def forward(
         self,
-        x: Tensor,                      # (N, S, C) all levels of a frame, flattened
-        pos: Tensor,                    # (N or 1, S, C) position and level, added to the queries only
-        reference: Tensor,              # (N or 1, S, levels or 1, 2) each cell's own place
+        x: Tensor,  # (N, S, C) all levels of a frame, flattened
+        pos: Tensor,  # (N or 1, S, C) position and level, added to the queries only
+        reference: Tensor,  # (N or 1, S, levels or 1, 2) each cell's own place
         shapes: list[tuple[int, int]],  # (h, w) of each level
-        padding: Tensor | None,         # (N, S) True at padding
-    ) -> Tensor:                        # (N, S, C)
+        padding: Tensor | None,  # (N, S) True at padding
+    ) -> Tensor:  # (N, S, C)
         x = self.norm1(x + self.dropout(self.self_attn(x + pos, reference, x, shapes, padding)))
         return in_pieces(self.think, x)
 
     def think(self, x):
         "The feed-forward, row by row."
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))))
+        return self.norm2(
+            x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True))))
+        )
 
 # %% ../../nbs/03b_models.deformable.ipynb #a1b698b2
 def valid_ratios(
-    masks: list[Tensor],   # per level (N, h, w), True at padding
-) -> Tensor:               # (N, levels, 2) share of width and of height that is picture
+    masks: list[Tensor],  # per level (N, h, w), True at padding
+) -> Tensor:  # (N, levels, 2) share of width and of height that is picture
     "How much of each padded map is picture, read along its first row and column."
-    return torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
+    return torch.stack(
+        [
+            torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1)
+            for m in masks
+        ],
+        1,
+    )
 
 # %% ../../nbs/03b_models.deformable.ipynb #5d672679
 def cell_centres(
-    shapes: list[tuple[int, int]],   # (h, w) of each level
-    ratios: Tensor | None,           # (N, levels, 2), see `valid_ratios`; None where nothing is padded
-    like: Tensor,                    # gives device and dtype
-) -> Tensor:                         # (N or 1, S, levels or 1, 2) x, y
+    shapes: list[tuple[int, int]],  # (h, w) of each level
+    ratios: Tensor | None,  # (N, levels, 2), see `valid_ratios`; None where nothing is padded
+    like: Tensor,  # gives device and dtype
+) -> Tensor:  # (N or 1, S, levels or 1, 2) x, y
     "Where each cell of each level lies, in units of every level; one answer for all levels where nothing is padded."
-    def along(n): return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
-    grids = [torch.stack(torch.meshgrid(along(w), along(h), indexing='xy'), -1).view(1, -1, 1, 2) for h, w in shapes]
-    if ratios is None: return torch.cat(grids, 1)
-    return torch.cat([g / ratios[:, None, None, i] for i, g in enumerate(grids)], 1) * ratios[:, None]
+
+    def along(n):
+        return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
+
+    grids = [
+        torch.stack(torch.meshgrid(along(w), along(h), indexing="xy"), -1).view(1, -1, 1, 2)
+        for h, w in shapes
+    ]
+    if ratios is None:
+        return torch.cat(grids, 1)
+    return (
+        torch.cat([g / ratios[:, None, None, i] for i, g in enumerate(grids)], 1) * ratios[:, None]
+    )
 
 # %% ../../nbs/03b_models.deformable.ipynb #998b3248
 class Encoder(nn.Module):
     "`depth` encoder layers; `options` as for `EncoderLayer`."
+
     def __init__(self, depth, **options):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(**options) for _ in range(depth))
 
     def forward(self, x, pos, reference, shapes, padding):
-        for layer in self.layers: x = layer(x, pos, reference, shapes, padding)
+        for layer in self.layers:
+            x = layer(x, pos, reference, shapes, padding)
         return x
 
 # %% ../../nbs/03b_models.deformable.ipynb #99f8b928
 class DecoderLayer(nn.Module):
     "Self-attention among the queries of a frame, deformable attention into its maps, feed-forward; post-norm, ReLU."
+
     def __init__(self, dim=256, heads=8, feedforward=2048, dropout=0.1, levels=4, points=4):
         super().__init__()
-        self.cross_attn, self.self_attn = MSDeformAttn(dim, levels, heads, points), Attention(dim, heads, dropout)
+        self.cross_attn, self.self_attn = (
+            MSDeformAttn(dim, levels, heads, points),
+            Attention(dim, heads, dropout),
+        )
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
-        x: Tensor,                      # (N, Q, C) what the queries hold
-        pos: Tensor,                    # (N or 1, Q, C) the query embedding
-        reference: Tensor,              # (N, Q, levels or 1, 2 or 4) points or boxes
-        memory: Tensor,                 # (N, S, C) the encoder's answer
+        x: Tensor,  # (N, Q, C) what the queries hold
+        pos: Tensor,  # (N or 1, Q, C) the query embedding
+        reference: Tensor,  # (N, Q, levels or 1, 2 or 4) points or boxes
+        memory: Tensor,  # (N, S, C) the encoder's answer
         shapes: list[tuple[int, int]],  # (h, w) of each level
-        padding: Tensor | None,         # (N, S) True at padding
-    ) -> Tensor:                        # (N, Q, C)
+        padding: Tensor | None,  # (N, S) True at padding
+    ) -> Tensor:  # (N, Q, C)
         x = self.norm2(x + self.dropout(self.self_attn(x + pos, x + pos, x)))
-        x = self.norm1(x + self.dropout(self.cross_attn(x + pos, reference, memory, shapes, padding)))
+        x = self.norm1(
+            x + self.dropout(self.cross_attn(x + pos, reference, memory, shapes, padding))
+        )
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 # %% ../../nbs/03b_models.deformable.ipynb #87c6ef28
 class Decoder(nn.Module):
     "`depth` decoder layers; refines boxes where `bbox_embed`, one head per layer, has been set; `options` as for `DecoderLayer`."
+
     def __init__(self, depth, **options):
         super().__init__()
-        self.layers, self.bbox_embed = nn.ModuleList(DecoderLayer(**options) for _ in range(depth)), None
+        self.layers, self.bbox_embed = (
+            nn.ModuleList(DecoderLayer(**options) for _ in range(depth)),
+            None,
+        )
 
     def forward(
         self,
-        x: Tensor,                      # (N, Q, C)
-        pos: Tensor,                    # (N or 1, Q, C)
-        reference: Tensor,              # (N, Q, 2) or (N, Q, 4) in [0, 1] of the picture
-        memory: Tensor,                 # (N, S, C)
+        x: Tensor,  # (N, Q, C)
+        pos: Tensor,  # (N or 1, Q, C)
+        reference: Tensor,  # (N, Q, 2) or (N, Q, 4) in [0, 1] of the picture
+        memory: Tensor,  # (N, S, C)
         shapes: list[tuple[int, int]],  # (h, w) of each level
-        ratios: Tensor | None,          # (N, levels, 2), see `valid_ratios`
-        padding: Tensor | None,         # (N, S) True at padding
-    ) -> tuple[Tensor, Tensor]:         # (layers, N, Q, C) queries, (layers, N, Q, 2 or 4) references after each layer
+        ratios: Tensor | None,  # (N, levels, 2), see `valid_ratios`
+        padding: Tensor | None,  # (N, S) True at padding
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # (layers, N, Q, C) queries, (layers, N, Q, 2 or 4) references after each layer
         states, references = [], []
         for i, layer in enumerate(self.layers):
             at = reference[:, :, None]
-            if ratios is not None: at = at * ratios.repeat(1, 1, at.shape[-1] // 2)[:, None]
+            if ratios is not None:
+                at = at * ratios.repeat(1, 1, at.shape[-1] // 2)[:, None]
             x = layer(x, pos, at, memory, shapes, padding)
-            if self.bbox_embed is not None: reference = refine_boxes(self.bbox_embed[i](x), reference).detach()
-            states.append(x); references.append(reference)
+            if self.bbox_embed is not None:
+                reference = refine_boxes(self.bbox_embed[i](x), reference).detach()
+            states.append(x)
+            references.append(reference)
         return torch.stack(states), torch.stack(references)
 
 # %% ../../nbs/03b_models.deformable.ipynb #a893656c
 @dataclass
 class Decoded:
     "What the transformer answers; N frames, Q queries, C channels."
-    hs: Tensor               # (layers, N, Q, C) queries after each decoder layer
-    init_reference: Tensor   # (N, Q, 2) points before the first layer
-    references: Tensor       # (layers, N, Q, 4) boxes after each layer, no gradient; (layers, N, Q, 2) without refinement
-    memory: list[Tensor]     # encoder output as maps (N, C, h, w), one per level
-    tokens: Tensor           # (N, S, C) the same, flattened
+
+    hs: Tensor  # (layers, N, Q, C) queries after each decoder layer
+    init_reference: Tensor  # (N, Q, 2) points before the first layer
+    references: Tensor  # (layers, N, Q, 4) boxes after each layer, no gradient; (layers, N, Q, 2) without refinement
+    memory: list[Tensor]  # encoder output as maps (N, C, h, w), one per level
+    tokens: Tensor  # (N, S, C) the same, flattened
 
     def before(self, layer: int) -> Tensor:
         "The references that entered `layer`, counted from 0."
@@ -133,53 +176,99 @@ class Decoded:
 
 
 def unroll(
-    tokens: Tensor,                 # (N, S, C) all levels of a frame, flattened
+    tokens: Tensor,  # (N, S, C) all levels of a frame, flattened
     shapes: list[tuple[int, int]],  # (h, w) of each level
-) -> list[Tensor]:                  # (N, C, h, w) each, views
+) -> list[Tensor]:  # (N, C, h, w) each, views
     "Flattened levels as maps."
-    return [p.transpose(1, 2).unflatten(2, s) for p, s in zip(tokens.split([h * w for h, w in shapes], 1), shapes)]
+    return [
+        p.transpose(1, 2).unflatten(2, s)
+        for p, s in zip(tokens.split([h * w for h, w in shapes], 1), shapes)
+    ]
 
 # %% ../../nbs/03b_models.deformable.ipynb #5c0e9154
 def together(
-    parts: list[Decoded],   # of some frames of every clip each
-    clips: int,             # B
-) -> Decoded:               # of all frames, N = B·T
+    parts: list[Decoded],  # of some frames of every clip each
+    clips: int,  # B
+) -> Decoded:  # of all frames, N = B·T
     "Join the frames of every clip again."
-    if len(parts) == 1: return parts[0]
-    def joined(name, axis): return torch.cat([getattr(p, name).unflatten(axis, (clips, -1)) for p in parts], axis + 1).flatten(axis, axis + 1)
-    tokens, shapes = joined('tokens', 0), [tuple(m.shape[-2:]) for m in parts[0].memory]
-    return Decoded(joined('hs', 1), joined('init_reference', 0), joined('references', 1), unroll(tokens, shapes), tokens)
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name, axis):
+        return torch.cat(
+            [getattr(p, name).unflatten(axis, (clips, -1)) for p in parts], axis + 1
+        ).flatten(axis, axis + 1)
+
+    tokens, shapes = joined("tokens", 0), [tuple(m.shape[-2:]) for m in parts[0].memory]
+    return Decoded(
+        joined("hs", 1),
+        joined("init_reference", 0),
+        joined("references", 1),
+        unroll(tokens, shapes),
+        tokens,
+    )
 
 # %% ../../nbs/03b_models.deformable.ipynb #88b7bb2c
 class DeformableTransformer(nn.Module):
     "Encoder and decoder as ReferFormer uses them; the names of its tensors are the published ones under `transformer.`."
-    def __init__(self, dim=256, heads=8, encoder_layers=4, decoder_layers=4, feedforward=2048, dropout=0.1, levels=4, encoder_points=4, decoder_points=4):
+
+    def __init__(
+        self,
+        dim=256,
+        heads=8,
+        encoder_layers=4,
+        decoder_layers=4,
+        feedforward=2048,
+        dropout=0.1,
+        levels=4,
+        encoder_points=4,
+        decoder_points=4,
+    ):
         super().__init__()
-        options = dict(dim=dim, heads=heads, feedforward=feedforward, dropout=dropout, levels=levels)
+        options = {
+            "dim": dim,
+            "heads": heads,
+            "feedforward": feedforward,
+            "dropout": dropout,
+            "levels": levels,
+        }
         self.encoder = Encoder(encoder_layers, points=encoder_points, **options)
         self.decoder = Decoder(decoder_layers, points=decoder_points, **options)
-        self.level_embed, self.reference_points = nn.Parameter(torch.empty(levels, dim)), nn.Linear(dim, 2)
+        self.level_embed, self.reference_points = (
+            nn.Parameter(torch.empty(levels, dim)),
+            nn.Linear(dim, 2),
+        )
         for p in self.parameters():
-            if p.ndim > 1: nn.init.xavier_uniform_(p)
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p)
         for m in self.modules():
-            if isinstance(m, MSDeformAttn): m.reset_parameters()
-        nn.init.zeros_(self.reference_points.bias); nn.init.normal_(self.level_embed)
+            if isinstance(m, MSDeformAttn):
+                m.reset_parameters()
+        nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embed)
 
     def forward(
         self,
-        levels: list[Tensor],         # per level (N, C, h, w)
-        positions: list[Tensor],      # per level (N or 1, C, h, w)
-        masks: list[Tensor] | None,   # per level (N, h, w), True at padding; None where nothing is padded
-        query_embed: Tensor,          # (Q, C) where the queries look first
-        content: Tensor,              # (N, Q, C) what they look for: the sentence feature
+        levels: list[Tensor],  # per level (N, C, h, w)
+        positions: list[Tensor],  # per level (N or 1, C, h, w)
+        masks: list[Tensor]
+        | None,  # per level (N, h, w), True at padding; None where nothing is padded
+        query_embed: Tensor,  # (Q, C) where the queries look first
+        content: Tensor,  # (N, Q, C) what they look for: the sentence feature
     ) -> Decoded:
-        if len(levels) != len(self.level_embed): raise ValueError(f"levels: expected {len(self.level_embed)} maps, got {len(levels)}")
+        if len(levels) != len(self.level_embed):
+            raise ValueError(f"levels: expected {len(self.level_embed)} maps, got {len(levels)}")
         shapes = [tuple(x.shape[-2:]) for x in levels]
         x = torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1)
-        pos = torch.cat([p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)], 1)
+        pos = torch.cat(
+            [p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)], 1
+        )
         padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
         ratios = None if masks is None else valid_ratios(masks)
         memory = self.encoder(x, pos, cell_centres(shapes, ratios, x), shapes, padding)
-        with torch.autocast(x.device.type, enabled=False): start = self.reference_points(query_embed).sigmoid().expand(len(x), -1, -1)
-        hs, references = self.decoder(content, query_embed[None], start, memory, shapes, ratios, padding)
+        with torch.autocast(x.device.type, enabled=False):
+            start = self.reference_points(query_embed).sigmoid().expand(len(x), -1, -1)
+        hs, references = self.decoder(
+            content, query_embed[None], start, memory, shapes, ratios, padding
+        )
         return Decoded(hs, start, references, unroll(memory, shapes), memory)

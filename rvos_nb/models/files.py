@@ -27,88 +27,148 @@ from ..core import Problem
 # %% ../../nbs/02_models.files.ipynb #3c80c393
 class NumberKind:
     "Stands for `numpy.dtype` while a file is read: a code such as 'f8' and a byte order, nothing else."
-    order = '<'
+
+    order = "<"
 
     def __init__(self, code: str, *_):
-        if not isinstance(code, str) or not re.fullmatch('b1|[iu][1248]|f[248]', code): raise UnpicklingError(f'GLOBAL numpy.dtype({str(code)[:20]!r})')
+        if not isinstance(code, str) or not re.fullmatch("b1|[iu][1248]|f[248]", code):
+            raise UnpicklingError(f"GLOBAL numpy.dtype({str(code)[:20]!r})")
         self.code = code
 
-    def __setstate__(self, state: tuple): self.order = '>' if state[1] == '>' else '<'
+    def __setstate__(self, state: tuple):
+        self.order = ">" if state[1] == ">" else "<"
 
 
 def number(
     kind: NumberKind,
-    data: bytes,            # of one number
+    data: bytes,  # of one number
 ) -> bool | int | float:
     "Stands for NumPy's `scalar`."
-    if not isinstance(kind, NumberKind) or not isinstance(data, bytes) or len(data) != int(kind.code[1]):
-        raise UnpicklingError('GLOBAL numpy.scalar of something that is no number')
+    if (
+        not isinstance(kind, NumberKind)
+        or not isinstance(data, bytes)
+        or len(data) != int(kind.code[1])
+    ):
+        raise UnpicklingError("GLOBAL numpy.scalar of something that is no number")
     return np.frombuffer(data, kind.order + kind.code)[0].item()
 
 
-ALLOWED = [Namespace, (NumberKind, 'numpy.dtype'), (number, 'numpy.core.multiarray.scalar'), (number, 'numpy._core.multiarray.scalar')]
+ALLOWED = [
+    Namespace,
+    (NumberKind, "numpy.dtype"),
+    (number, "numpy.core.multiarray.scalar"),
+    (number, "numpy._core.multiarray.scalar"),
+]
 
 
 @contextmanager
 def only_allowed() -> Iterator[None]:
     "Inside, PyTorch's list is `ALLOWED` alone; what other libraries have put there is set aside meanwhile."
     before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals(); torch.serialization.add_safe_globals(ALLOWED)
-    try: yield
-    finally: torch.serialization.clear_safe_globals(); torch.serialization.add_safe_globals(before)
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(ALLOWED)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 # %% ../../nbs/02_models.files.ipynb #e1f1641d
 def strange(
-    path: Path,   # an existing file
-) -> str:         # what it is, where it cannot be weights; else ''
+    path: Path,  # an existing file
+) -> str:  # what it is, where it cannot be weights; else ''
     "Look at the first bytes of a file."
-    with open(path, 'rb') as f: head = f.read(512)
-    if not head: return 'an empty file'
-    if head.lstrip()[:1] == b'<': return 'a web page'
-    if head.startswith(b'version https://git-lfs'): return 'a Git LFS pointer, not the file it stands for'
-    if head[8:10] == b'{"': return 'a safetensors file'
-    if head.startswith(b'PK') and not zipfile.is_zipfile(path): return 'a file that was cut short'
-    if head[:1] == b'\x80' or head.startswith(b'PK') or b'\0' in head: return ''
-    return f'a text that begins with {head[:20].decode("utf-8", "replace").splitlines()[0]!r}'
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if not head:
+        return "an empty file"
+    if head.lstrip()[:1] == b"<":
+        return "a web page"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it stands for"
+    if head[8:10] == b'{"':
+        return "a safetensors file"
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "a file that was cut short"
+    if head[:1] == b"\x80" or head.startswith(b"PK") or b"\0" in head:
+        return ""
+    return f"a text that begins with {head[:20].decode('utf-8', 'replace').splitlines()[0]!r}"
 
 # %% ../../nbs/02_models.files.ipynb #64e9abcf
 def refusal(path: Path, error: Exception) -> Problem:
     "What stopped the reading of a file, as a `Problem`."
-    text = ' '.join(str(error).split())
-    name = re.search(r'GLOBAL (\S+)|whose module (\S+) is blocked|unrecognized function (.+?)( which|$)', text)
-    if name: return Problem(path, f'a file that wants to run code: it asks for {next(n for n in name.groups() if n)[:60]}', 'a checkpoint of tensors and plain values',
-                            'do not load it elsewhere either, unless you know who wrote it; its authors can save the tensors alone')
-    return Problem(path, f'a damaged file, or another kind of file ({type(error).__name__}: {text[:120]})', 'a checkpoint of tensors', "download it again from its authors' page")
+    text = " ".join(str(error).split())
+    name = re.search(
+        r"GLOBAL (\S+)|whose module (\S+) is blocked|unrecognized function (.+?)( which|$)", text
+    )
+    if name:
+        return Problem(
+            path,
+            f"a file that wants to run code: it asks for {next(n for n in name.groups() if n)[:60]}",
+            "a checkpoint of tensors and plain values",
+            "do not load it elsewhere either, unless you know who wrote it; its authors can save the tensors alone",
+        )
+    return Problem(
+        path,
+        f"a damaged file, or another kind of file ({type(error).__name__}: {text[:120]})",
+        "a checkpoint of tensors",
+        "download it again from its authors' page",
+    )
 
 
 def read_pickle(path) -> object:
     "What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it; raises `Problem`."
     path = Path(path)
-    if not path.is_file(): raise Problem(path, 'a folder' if path.is_dir() else 'no such file', 'a published checkpoint', 'check the path')
-    if what := strange(path): raise Problem(path, what, 'a checkpoint of tensors', "download the file itself from its authors' page")
+    if not path.is_file():
+        raise Problem(
+            path,
+            "a folder" if path.is_dir() else "no such file",
+            "a published checkpoint",
+            "check the path",
+        )
+    if what := strange(path):
+        raise Problem(
+            path, what, "a checkpoint of tensors", "download the file itself from its authors' page"
+        )
     try:
-        with only_allowed(), warnings.catch_warnings(action='ignore'): # about dialects of pickle
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e: raise refusal(path, e) from e  # a hostile stream may raise anything
+        with only_allowed(), warnings.catch_warnings(action="ignore"):  # about dialects of pickle
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as e:
+        raise refusal(path, e) from e  # a hostile stream may raise anything
 
 # %% ../../nbs/02_models.files.ipynb #133b3fdf
-KEYS, AVERAGES = ('model', 'state_dict', 'model_state_dict'), ('ema', 'model_ema', 'ema_state_dict', 'ema_model_state_dict', 'state_dict_ema')
-NOISE = {'num_batches_tracked': 'counters of normalisation', 'n_averaged': 'counters of the moving average', 'total_params': 'counters of a profiler',
-         'total_ops': 'counters of a profiler', 'empty_weight': 'weights of the loss', 'mask_token': 'never used by the published code'}
+KEYS, AVERAGES = (
+    ("model", "state_dict", "model_state_dict"),
+    ("ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "state_dict_ema"),
+)
+NOISE = {
+    "num_batches_tracked": "counters of normalisation",
+    "n_averaged": "counters of the moving average",
+    "total_params": "counters of a profiler",
+    "total_ops": "counters of a profiler",
+    "empty_weight": "weights of the loss",
+    "mask_token": "never used by the published code",
+}
 
 
 def noise(
-    name: str,     # of a tensor, without `module.`
-    value,         # what lies there
-) -> str:          # why it is left out; '' where it is not
+    name: str,  # of a tensor, without `module.`
+    value,  # what lies there
+) -> str:  # why it is left out; '' where it is not
     "Whether an entry of a published state is part of the model."
-    if not isinstance(value, Tensor): return 'no tensors'
-    return NOISE.get(name.rsplit('.', 1)[-1]) or ('' if value.is_floating_point() else 'integers that the model computes')
+    if not isinstance(value, Tensor):
+        return "no tensors"
+    return NOISE.get(name.rsplit(".", 1)[-1]) or (
+        "" if value.is_floating_point() else "integers that the model computes"
+    )
 
 # %% ../../nbs/02_models.files.ipynb #f8be2454
 @dataclass
 class Published:
     "What a published file says: floating-point tensors by their published names, the options and epoch of its training, and what was left out."
+
     tensors: dict[str, Tensor]
     options: dict = field(default_factory=dict)
     epoch: int | None = None
@@ -116,23 +176,43 @@ class Published:
 
 
 def sort_out(
-    file,          # of `read_pickle`
-    where='file',  # what to name in an error
+    file,  # of `read_pickle`
+    where="file",  # what to name in an error
 ) -> Published:
     "Find the model in a published file; raises `Problem` where there is none."
     parts = file if isinstance(file, Mapping) else {}
     found = [k for k in (*KEYS, *AVERAGES) if isinstance(parts.get(k), Mapping)]
-    state, dropped = ({n: v for k in found for n, v in parts[k].items()} if found else parts), defaultdict(list)
+    state, dropped = (
+        ({n: v for k in found for n, v in parts[k].items()} if found else parts),
+        defaultdict(list),
+    )
     tensors = {}
     for name, value in state.items():
-        short = str(name).removeprefix('module.')
-        if reason := noise(short, value): dropped[reason].append(short)
-        else: tensors[short] = value
-    if not tensors: raise Problem(where, 'no tensors of a model', f'a state under one of {", ".join(KEYS)}, or by itself', 'name a checkpoint')
-    if found: dropped['state of the training'] += [str(k) for k in parts if k not in (*found, 'args', 'epoch')]
-    if len(found) > 1: dropped['weights for which there is a moving average'] += [k for k in found if k in KEYS]
-    options, epoch = parts.get('args'), parts.get('epoch')
-    return Published(tensors, dict(vars(options)) if isinstance(options, Namespace) else {}, epoch if isinstance(epoch, int) else None, {k: v for k, v in dropped.items() if v})
+        short = str(name).removeprefix("module.")
+        if reason := noise(short, value):
+            dropped[reason].append(short)
+        else:
+            tensors[short] = value
+    if not tensors:
+        raise Problem(
+            where,
+            "no tensors of a model",
+            f"a state under one of {', '.join(KEYS)}, or by itself",
+            "name a checkpoint",
+        )
+    if found:
+        dropped["state of the training"] += [
+            str(k) for k in parts if k not in (*found, "args", "epoch")
+        ]
+    if len(found) > 1:
+        dropped["weights for which there is a moving average"] += [k for k in found if k in KEYS]
+    options, epoch = parts.get("args"), parts.get("epoch")
+    return Published(
+        tensors,
+        dict(vars(options)) if isinstance(options, Namespace) else {},
+        epoch if isinstance(epoch, int) else None,
+        {k: v for k, v in dropped.items() if v},
+    )
 
 
 def read_published(path) -> dict[str, Tensor]:

@@ -7,60 +7,67 @@ __all__ = ['MLP', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'inverse_sigmoid', 'refine
            'pixel_centres', 'coordinate_plane', 'convolve_few', 'dynamic_mask_head', 'aligned_bilinear']
 
 # %% ../../nbs/02e_models.heads.ipynb #afbc1e58
-import torch, torch.nn.functional as F
-from torch import nn, Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # %% ../../nbs/02e_models.heads.ipynb #9e348b9c
 class MLP(nn.Module):
     "`depth` linear layers with ReLU between them; published names `layers.k`."
+
     def __init__(self, dim_in, hidden, dim_out, depth=3):
         super().__init__()
         sizes = [dim_in] + [hidden] * (depth - 1) + [dim_out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
 
-    def forward(self, x: Tensor) -> Tensor:   # (..., dim_in) -> (..., dim_out)
-        for layer in self.layers[:-1]: x = F.relu(layer(x))
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
         return self.layers[-1](x)
 
 # %% ../../nbs/02e_models.heads.ipynb #3a351df1
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:   # (..., 4) -> (..., 4)
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:  # (..., 4) -> (..., 4)
     "Centre and size to left, top, right, bottom."
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - size / 2, centre + size / 2], -1)
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:   # (..., 4) -> (..., 4)
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:  # (..., 4) -> (..., 4)
     "Left, top, right, bottom to centre and size."
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
 
 # %% ../../nbs/02e_models.heads.ipynb #42f09727
 def inverse_sigmoid(
-    x: Tensor,            # any shape; values outside of [0, 1] are clamped
-    eps: float = 1e-5,    # keeps the answer within about ±11.5
-) -> Tensor:              # same shape
+    x: Tensor,  # any shape; values outside of [0, 1] are clamped
+    eps: float = 1e-5,  # keeps the answer within about ±11.5
+) -> Tensor:  # same shape
     "The number whose sigmoid is `x`."
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 # %% ../../nbs/02e_models.heads.ipynb #f928f7a6
 def refine_boxes(
-    delta: Tensor,       # (..., 4) answer of a box head
-    reference: Tensor,   # (..., 2) points or (..., 4) boxes in [0, 1]
-) -> Tensor:             # (..., 4) cxcywh in [0, 1]
+    delta: Tensor,  # (..., 4) answer of a box head
+    reference: Tensor,  # (..., 2) points or (..., 4) boxes in [0, 1]
+) -> Tensor:  # (..., 4) cxcywh in [0, 1]
     "The reference, moved by `delta` before the sigmoid."
-    delta, reference = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (delta, reference))   # places need their digits
+    delta, reference = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (delta, reference)
+    )  # places need their digits
     before = inverse_sigmoid(reference)
     return (delta + F.pad(before, (0, 4 - before.shape[-1]))).sigmoid()
 
 # %% ../../nbs/02e_models.heads.ipynb #643ba62b
 def dynamic_shapes(
-    inputs: int,         # channels the first convolution sees
-    channels: int = 8,   # width of the small network
-    layers: int = 3,     # its depth
+    inputs: int,  # channels the first convolution sees
+    channels: int = 8,  # width of the small network
+    layers: int = 3,  # its depth
 ) -> list[tuple[int, int]]:
     "(outputs, inputs) of each convolution of the small network."
     outputs = [channels] * (layers - 1) + [1]
-    return list(zip(outputs, [inputs] + outputs))
+    return list(zip(outputs, [inputs, *outputs]))
+
 
 def dynamic_size(mask_dim=256, channels=8, layers=3, relative=True) -> int:
     "How many numbers the controller answers per query; `relative` counts the two coordinates in."
@@ -68,73 +75,94 @@ def dynamic_size(mask_dim=256, channels=8, layers=3, relative=True) -> int:
 
 # %% ../../nbs/02e_models.heads.ipynb #230efca7
 def pixel_centres(
-    h: int, w: int,      # size of a map
-    stride: int = 4,     # of the map on the input
+    h: int,
+    w: int,  # size of a map
+    stride: int = 4,  # of the map on the input
     device=None,
-) -> tuple[Tensor, Tensor]:   # x (w,), y (h,) float32
+) -> tuple[Tensor, Tensor]:  # x (w,), y (h,) float32
     "Centres of the map's columns and rows, in input pixels."
     x, y = (torch.arange(n, device=device) * stride + stride // 2 for n in (w, h))
     return x.float(), y.float()
 
 # %% ../../nbs/02e_models.heads.ipynb #950f14a9
 def coordinate_plane(
-    mix: Tensor,               # (B·T·Q, channels, 2) weights of Δx and Δy
-    reference: Tensor,         # (B, T, Q, 2) x, y in [0, 1]
-    sizes: Tensor,             # (B, 2) h, w in pixels, of which `reference` is a fraction
-    size: tuple[int, int],     # (h, w) of the map
+    mix: Tensor,  # (B·T·Q, channels, 2) weights of Δx and Δy
+    reference: Tensor,  # (B, T, Q, 2) x, y in [0, 1]
+    sizes: Tensor,  # (B, 2) h, w in pixels, of which `reference` is a fraction
+    size: tuple[int, int],  # (h, w) of the map
     stride: int = 4,
-) -> Tensor:                   # (B·T·Q, channels, h·w)
+) -> Tensor:  # (B·T·Q, channels, h·w)
     "`mix` applied to reference minus cell centre."
     x, y = pixel_centres(*size, stride, reference.device)
-    at = (reference * sizes.to(reference)[:, None, None].flip(-1)).flatten(0, 2)    # (B·T·Q, 2) in pixels
+    at = (reference * sizes.to(reference)[:, None, None].flip(-1)).flatten(
+        0, 2
+    )  # (B·T·Q, 2) in pixels
     column, row = mix[..., :1] * (at[:, :1] - x)[:, None], mix[..., 1:] * (at[:, 1:] - y)[:, None]
     return (row[..., None] + column[..., None, :]).flatten(2)
 
 # %% ../../nbs/02e_models.heads.ipynb #dfe4052f
 def convolve_few(
-    weights: Tensor,   # (N, O, C) applied to the channels of what `conv` would answer; O well below C
-    conv: nn.Conv2d,   # C_in to C channels, stride 1, the map keeps its size
-    x: Tensor,         # (N, C_in, h, w)
-) -> Tensor:           # (N, O, h·w)
+    weights: Tensor,  # (N, O, C) applied to the channels of what `conv` would answer; O well below C
+    conv: nn.Conv2d,  # C_in to C channels, stride 1, the map keeps its size
+    x: Tensor,  # (N, C_in, h, w)
+) -> Tensor:  # (N, O, h·w)
     "`weights` @ `conv`(x), without computing `conv`(x)."
-    kernels = torch.einsum('noc,cikl->nokli', weights, conv.weight.flip(2, 3)).flatten(1, 3)     # (N, O·k·k, C_in)
+    kernels = torch.einsum("noc,cikl->nokli", weights, conv.weight.flip(2, 3)).flatten(
+        1, 3
+    )  # (N, O·k·k, C_in)
     taps = torch.bmm(kernels, x.flatten(2))
-    return F.fold(taps, x.shape[-2:], conv.kernel_size, padding=conv.padding).flatten(2) + weights @ conv.bias[:, None]
+    return (
+        F.fold(taps, x.shape[-2:], conv.kernel_size, padding=conv.padding).flatten(2)
+        + weights @ conv.bias[:, None]
+    )
 
 # %% ../../nbs/02e_models.heads.ipynb #5c2cf00b
 def dynamic_mask_head(
-    features: Tensor,                  # (B, T, C, h, w) mask features
-    params: Tensor,                    # (B, T, Q, n) what the controller says, n = `dynamic_size`
-    reference: Tensor | None = None,   # (B, T, Q, 2) x, y in [0, 1]; None: a head without coordinates
-    sizes: Tensor | None = None,       # (B, 2) h, w in pixels, of which `reference` is a fraction
-    channels: int = 8,                 # width of the small networks
-    layers: int = 3,                   # their depth
-    stride: int = 4,                   # of `features` on the input
-    conv: nn.Conv2d | None = None,     # `features` are what this convolution would turn into mask features
-) -> Tensor:                           # (B, T, Q, h, w) mask logits
+    features: Tensor,  # (B, T, C, h, w) mask features
+    params: Tensor,  # (B, T, Q, n) what the controller says, n = `dynamic_size`
+    reference: Tensor
+    | None = None,  # (B, T, Q, 2) x, y in [0, 1]; None: a head without coordinates
+    sizes: Tensor | None = None,  # (B, 2) h, w in pixels, of which `reference` is a fraction
+    channels: int = 8,  # width of the small networks
+    layers: int = 3,  # their depth
+    stride: int = 4,  # of `features` on the input
+    conv: nn.Conv2d
+    | None = None,  # `features` are what this convolution would turn into mask features
+) -> Tensor:  # (B, T, Q, h, w) mask logits
     "Run each query's own small network over the features of its frame. ValueError where `params` has not the right length."
     (b, t, c, h, w), q = features.shape, params.shape[2]
-    if conv is not None: c = conv.out_channels
+    if conv is not None:
+        c = conv.out_channels
     shapes = dynamic_shapes(c + 2 * (reference is not None), channels, layers)
     sections = [o * i for o, i in shapes] + [o for o, _ in shapes]
-    if params.shape[-1] != sum(sections): raise ValueError(f"params: expected {sum(sections)} numbers per query, got {params.shape[-1]}")
+    if params.shape[-1] != sum(sections):
+        raise ValueError(
+            f"params: expected {sum(sections)} numbers per query, got {params.shape[-1]}"
+        )
     numbers = params.flatten(0, 2).split(sections, -1)
-    weights, biases = [n.unflatten(-1, s) for n, s in zip(numbers, shapes)], [n[..., None] for n in numbers[layers:]]
-    first = weights[0][..., :c].reshape(b * t, -1, c)                               # (B·T, Q·channels, C)
+    weights, biases = (
+        [n.unflatten(-1, s) for n, s in zip(numbers, shapes)],
+        [n[..., None] for n in numbers[layers:]],
+    )
+    first = weights[0][..., :c].reshape(b * t, -1, c)  # (B·T, Q·channels, C)
     x = features.flatten(0, 1)
     x = torch.bmm(first, x.flatten(2)) if conv is None else convolve_few(first, conv, x)
     x = x.view(b * t * q, -1, h * w) + biases[0]
-    if reference is not None: x = x + coordinate_plane(weights[0][..., c:], reference, sizes, (h, w), stride)
-    for weight, bias in zip(weights[1:], biases[1:]): x = torch.baddbmm(bias, weight, F.relu(x))
+    if reference is not None:
+        x = x + coordinate_plane(weights[0][..., c:], reference, sizes, (h, w), stride)
+    for weight, bias in zip(weights[1:], biases[1:]):
+        x = torch.baddbmm(bias, weight, F.relu(x))
     return x.view(b, t, q, h, w)
 
 # %% ../../nbs/02e_models.heads.ipynb #0f9c7790
 def aligned_bilinear(
-    x: Tensor,      # (..., h, w)
-    factor: int,    # of enlargement
-) -> Tensor:        # (..., factor·h, factor·w)
+    x: Tensor,  # (..., h, w)
+    factor: int,  # of enlargement
+) -> Tensor:  # (..., factor·h, factor·w)
     "Bilinear enlargement in which output pixel `factor·i + factor//2` is input pixel `i`; edges are repeated."
-    def along(n):   # (factor·n, n) weights of the inputs for each output
+
+    def along(n):  # (factor·n, n) weights of the inputs for each output
         at = ((torch.arange(factor * n, device=x.device) - factor // 2) / factor).clamp(0, n - 1)
         return (1 - (at[:, None] - torch.arange(n, device=x.device)).abs()).clamp(min=0).to(x.dtype)
+
     return along(x.shape[-2]) @ x @ along(x.shape[-1]).T

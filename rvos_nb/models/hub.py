@@ -20,20 +20,30 @@ A model of `rvos_nb`, for referring video object segmentation or for carrying ma
 options, how it was made and what it scores stand in `config.json`.
 """
 
-class OnHub(PyTorchModelHubMixin, library_name='rvos_nb', tags=['video-object-segmentation'], model_card_template=CARD):
+
+class OnHub(
+    PyTorchModelHubMixin,
+    library_name="rvos_nb",
+    tags=["video-object-segmentation"],
+    model_card_template=CARD,
+):
     "Mix into a model of one of the zoo's families, before `nn.Module`."
+
     card: dict = {}  # what its checkpoint says of how it was made; goes along when it is saved again
 
     def _save_pretrained(self, save_directory: Path):
         from rvos_nb.models import zoo
+
         zoo.write_model(self, save_directory, self.card)
 
     @classmethod
-    def from_pretrained(cls,
-        name,                  # a folder, a shipped name, or a repository on the Hub such as 'user/model'
+    def from_pretrained(
+        cls,
+        name,  # a folder, a shipped name, or a repository on the Hub such as 'user/model'
         online: bool = False,  # the Hub may be asked
-        device: str = 'cpu',
-    ):                         # in eval mode, on `device`
+        device: str = "cpu",
+    ):  # in eval mode, on `device`
         "Load a checkpoint of this class; raises `Problem` for one of another class, and where it is not there."
         from rvos_nb.models import zoo
+
         return zoo.load(name, zoo.family_name(cls), device, online)

@@ -20,11 +20,25 @@ from torch import Tensor, nn
 
 from ..core import Problem
 from .backbones import build_backbone, resize_mask, sine_position_2d
-from .crossmodal import CrossModalFPN, VisionLanguageFusion, descend, maps, some, spans, tokens
+from rvos_nb.models.crossmodal import (
+    CrossModalFPN,
+    VisionLanguageFusion,
+    descend,
+    maps,
+    some,
+    spans,
+    tokens,
+)
 from .deformable import Decoded, DeformableTransformer, together
 from .heads import MLP, dynamic_mask_head, dynamic_size, refine_boxes
 from .hub import OnHub
-from .text import ROBERTA_BASE, FeatureResizer, TextEncoder, sine_position_1d, small_config
+from rvos_nb.models.text import (
+    ROBERTA_BASE,
+    FeatureResizer,
+    TextEncoder,
+    sine_position_1d,
+    small_config,
+)
 from .video_swin import piece_size
 from ..ops.deform_attn import level_sizes
 
@@ -32,62 +46,96 @@ from ..ops.deform_attn import level_sizes
 @dataclass
 class ReferFormerConfig:
     "Every option of a ReferFormer; JSON-able by `dataclasses.asdict`. Raises `Problem` for options that contradict."
-    backbone: str = 'resnet50'          # see `backbones.BACKBONES`
+
+    backbone: str = "resnet50"  # see `backbones.BACKBONES`
     backbone_options: dict = field(default_factory=dict)
-    text: dict = field(default_factory=lambda: dict(ROBERTA_BASE))   # RoBERTa's configuration
-    num_feature_levels: int = 4         # transformer levels: strides 8, 16, 32, and 64 if four
+    text: dict = field(default_factory=lambda: dict(ROBERTA_BASE))  # RoBERTa's configuration
+    num_feature_levels: int = 4  # transformer levels: strides 8, 16, 32, and 64 if four
     enc_layers: int = 4
     dec_layers: int = 4
     hidden_dim: int = 256
-    dim_feedforward: int = 2048         # of the transformer and of the FPN
-    nheads: int = 8                     # of the transformer
+    dim_feedforward: int = 2048  # of the transformer and of the FPN
+    nheads: int = 8  # of the transformer
     enc_n_points: int = 4
     dec_n_points: int = 4
-    num_queries: int = 5                # per frame
-    num_classes: int = 1                # 1: the object or not; 65 with the categories of YouTube-VOS
-    with_box_refine: bool = True        # on in every published model
+    num_queries: int = 5  # per frame
+    num_classes: int = 1  # 1: the object or not; 65 with the categories of YouTube-VOS
+    with_box_refine: bool = True  # on in every published model
     mask_dim: int = 256
     dynamic_mask_channels: int = 8
     controller_layers: int = 3
-    rel_coord: bool = True              # the mask head knows where its query is
-    dropout: float = 0.1                # of the transformer
-    fpn_dropout: float = 0.1            # of the FPN and the text resizer; fusion has none
-    fusion_heads: int = 8               # of fusion and FPN
-    proj_groups: int = 32               # GroupNorm of the input projections
-    fpn_groups: int = 8                 # GroupNorm of the FPN
-    class_prior: float = 0.01           # start value of every score
-    mean: tuple = (0.485, 0.456, 0.406) # of RGB in [0, 1]
+    rel_coord: bool = True  # the mask head knows where its query is
+    dropout: float = 0.1  # of the transformer
+    fpn_dropout: float = 0.1  # of the FPN and the text resizer; fusion has none
+    fusion_heads: int = 8  # of fusion and FPN
+    proj_groups: int = 32  # GroupNorm of the input projections
+    fpn_groups: int = 8  # GroupNorm of the FPN
+    class_prior: float = 0.01  # start value of every score
+    mean: tuple = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple = (0.229, 0.224, 0.225)
-    short_side: int = 360               # frames are resized to this before they are seen
-    long_side: int | None = None        # unless the long side would pass this
+    short_side: int = 360  # frames are resized to this before they are seen
+    long_side: int | None = None  # unless the long side would pass this
 
     def __post_init__(self):
-        if self.num_feature_levels not in (3, 4): raise Problem('num_feature_levels', str(self.num_feature_levels), '3 or 4', 'correct the configuration')
-        if self.hidden_dim % 4 or self.hidden_dim % self.nheads: raise Problem('hidden_dim', str(self.hidden_dim), f'a multiple of 4 and of {self.nheads} heads', 'correct the configuration')
+        if self.num_feature_levels not in (3, 4):
+            raise Problem(
+                "num_feature_levels",
+                str(self.num_feature_levels),
+                "3 or 4",
+                "correct the configuration",
+            )
+        if self.hidden_dim % 4 or self.hidden_dim % self.nheads:
+            raise Problem(
+                "hidden_dim",
+                str(self.hidden_dim),
+                f"a multiple of 4 and of {self.nheads} heads",
+                "correct the configuration",
+            )
         self.mean, self.std = tuple(self.mean), tuple(self.std)
 
 # %% ../../nbs/03c_models.referformer.ipynb #16dde4f5
 def tiny_config(
     vocab_size: int,  # of its tokenizer
-    **changes,        # any other option
+    **changes,  # any other option
 ) -> ReferFormerConfig:
     "The configuration of the shipped tiny ReferFormer."
-    return ReferFormerConfig(**dict(
-        backbone='conv_tiny', text=small_config(vocab_size, positions=38), num_feature_levels=3, enc_layers=2, dec_layers=2, hidden_dim=64, dim_feedforward=128, nheads=4, enc_n_points=2,
-        dec_n_points=2, mask_dim=64, dropout=0.0, fpn_dropout=0.0, fusion_heads=4, proj_groups=8, class_prior=0.1,
-        mean=(100 / 255,) * 3, std=(60 / 255,) * 3, short_side=96) | changes)
+    return ReferFormerConfig(
+        **{
+            "backbone": "conv_tiny",
+            "text": small_config(vocab_size, positions=38),
+            "num_feature_levels": 3,
+            "enc_layers": 2,
+            "dec_layers": 2,
+            "hidden_dim": 64,
+            "dim_feedforward": 128,
+            "nheads": 4,
+            "enc_n_points": 2,
+            "dec_n_points": 2,
+            "mask_dim": 64,
+            "dropout": 0.0,
+            "fpn_dropout": 0.0,
+            "fusion_heads": 4,
+            "proj_groups": 8,
+            "class_prior": 0.1,
+            "mean": (100 / 255,) * 3,
+            "std": (60 / 255,) * 3,
+            "short_side": 96,
+        }
+        | changes
+    )
 
 # %% ../../nbs/03c_models.referformer.ipynb #a0b83c94
 @dataclass
 class Seen:
     "Frames after the backbone. B clips of T frames; with `masks` None nothing is padded, and positions are the same in all frames."
-    fine: Tensor                  # (B*T, C0, h/4, w/4) the backbone's first level
-    levels: list[Tensor]          # (B*T, C, h, w) projected, strides 8, 16, 32 and 64
-    positions: list[Tensor]       # (B*T or 1, C, h, w) of `fine`, then of `levels`
-    masks: list[Tensor] | None    # (B*T, h, w) True at padding, in the same order
-    frames: int                   # T
-    size: tuple[int, int]         # (h, w) of the network's input, in pixels
-    original: tuple[int, int]     # (H, W) of the frames that came in
+
+    fine: Tensor  # (B*T, C0, h/4, w/4) the backbone's first level
+    levels: list[Tensor]  # (B*T, C, h, w) projected, strides 8, 16, 32 and 64
+    positions: list[Tensor]  # (B*T or 1, C, h, w) of `fine`, then of `levels`
+    masks: list[Tensor] | None  # (B*T, h, w) True at padding, in the same order
+    frames: int  # T
+    size: tuple[int, int]  # (h, w) of the network's input, in pixels
+    original: tuple[int, int]  # (H, W) of the frames that came in
 
     def sizes(self, n: int) -> Tensor:
         "`size` for each of `n` sentences, (n, 2) float32; made once for each device, as copying it there would make everything wait."
@@ -97,57 +145,69 @@ class Seen:
 @dataclass
 class Heard:
     "Sentences after the text encoder, at the model's width."
-    words: Tensor     # (B, L, C)
-    mask: Tensor      # (B, L) True at padding
-    pos: Tensor       # (B, L, C) positions of the words
+
+    words: Tensor  # (B, L, C)
+    mask: Tensor  # (B, L) True at padding
+    pos: Tensor  # (B, L, C) positions of the words
     sentence: Tensor  # (B, C)
 
 # %% ../../nbs/03c_models.referformer.ipynb #e8ae8cd3
 def input_projections(channels: Sequence[int], config: ReferFormerConfig) -> nn.ModuleList:
     "Convolution and GroupNorm for each transformer level; published names `input_proj.i.{0,1}`."
+
     def one(c, kernel, stride):
         conv = nn.Conv2d(c, config.hidden_dim, kernel, stride, kernel // 2)
-        nn.init.xavier_uniform_(conv.weight); nn.init.zeros_(conv.bias)
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
         return nn.Sequential(conv, nn.GroupNorm(config.proj_groups, config.hidden_dim))
+
     extra = [one(channels[-1], 3, 2)] * (config.num_feature_levels - 3)
     return nn.ModuleList([one(c, 1, 1) for c in channels[1:]] + extra)
 
 # %% ../../nbs/03c_models.referformer.ipynb #8180e78b
 class Looking:
     "The part of ReferFormer that sees frames."
+
     def look(
         self,
-        frames: Tensor,                        # (B, T, 3, H, W) normalised
-        mask: Tensor | None = None,            # (B, T, H, W) True at padding
-        keep: Sequence[int] | None = None,     # for each clip the one frame to go on with (A2D, JHMDB)
+        frames: Tensor,  # (B, T, 3, H, W) normalised
+        mask: Tensor | None = None,  # (B, T, H, W) True at padding
+        keep: Sequence[int] | None = None,  # for each clip the one frame to go on with (A2D, JHMDB)
     ) -> Seen:
         "Backbone, projections and positions."
         (b, t), size = frames.shape[:2], tuple(frames.shape[-2:])
         levels = self.backbone[0].body(frames)
         mask = None if mask is None else mask.flatten(0, 1)
         if keep is not None:
-            def kept(x): return torch.stack([x[i * t + k] for i, k in enumerate(keep)])
+
+            def kept(x):
+                return torch.stack([x[i * t + k] for i, k in enumerate(keep)])
+
             levels, mask, t = [kept(x) for x in levels], None if mask is None else kept(mask), 1
         projected = [proj(levels[min(i, 3)]) for i, proj in enumerate(self.input_proj, 1)]
         shapes = [tuple(x.shape[-2:]) for x in (levels[0], *projected)]
         masks = None if mask is None else [resize_mask(mask, s) for s in shapes]
-        where = masks or [torch.zeros(1, *s, dtype=torch.bool, device=frames.device) for s in shapes]
+        where = masks or [
+            torch.zeros(1, *s, dtype=torch.bool, device=frames.device) for s in shapes
+        ]
         positions = [sine_position_2d(m, self.config.hidden_dim) for m in where]
         return Seen(levels[0], projected, positions, masks, t, size, size)
 
 # %% ../../nbs/03c_models.referformer.ipynb #a2b51404
 class Listening:
     "The part of ReferFormer that reads sentences."
+
     reads_sentences = True  # a checkpoint of this family has a tokenizer
 
     @property
-    def tokenizer(self): return self.text_encoder.tokenizer
+    def tokenizer(self):
+        return self.text_encoder.tokenizer
 
     def listen(
         self,
-        words: Tensor,      # (B, L, C_text) last hidden state of the text encoder
+        words: Tensor,  # (B, L, C_text) last hidden state of the text encoder
         word_mask: Tensor,  # (B, L) True at padding
-        sentence: Tensor,   # (B, C_text) pooled
+        sentence: Tensor,  # (B, C_text) pooled
     ) -> Heard:
         "Sentences at the model's width, with positions."
         pos = sine_position_1d(word_mask, self.config.hidden_dim).transpose(1, 2)
@@ -155,37 +215,61 @@ class Listening:
 
     def encode(
         self,
-        texts: Sequence[str],             # B sentences
-    ) -> tuple[Tensor, Tensor, Tensor]:   # words (B, L, C_text), word_mask (B, L), sentence (B, C_text)
+        texts: Sequence[str],  # B sentences
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # words (B, L, C_text), word_mask (B, L), sentence (B, C_text)
         "Run the text encoder; raises `Problem` for a sentence without words or longer than the encoder reads."
         return self.text_encoder.encode(list(texts))
 
 # %% ../../nbs/03c_models.referformer.ipynb #ee6ba4e2
 class Grounding:
     "The part of ReferFormer where frames and sentences meet."
+
     def decode(
         self,
-        seen: Seen,                             # B clips, or one clip and B sentences
-        heard: Heard,                           # B sentences
-        cut: tuple[int, int] | None = None,     # some of the T frames; None: all
-    ) -> Decoded:                               # N = B times the frames of `cut`
+        seen: Seen,  # B clips, or one clip and B sentences
+        heard: Heard,  # B sentences
+        cut: tuple[int, int] | None = None,  # some of the T frames; None: all
+    ) -> Decoded:  # N = B times the frames of `cut`
         "Fusion, encoder and decoder: each frame by itself."
         cut = cut or (0, seen.frames)
-        t, levels, positions = cut[1] - cut[0], *([some(x, cut, seen.frames) for x in xs] for xs in (seen.levels, seen.positions[1:]))
-        fused = [maps(self.fusion_module(tokens(x, t), heard.words, heard.mask, heard.pos), x.shape[-2:]) for x in levels]
-        content = heard.sentence[:, None].expand(-1, t, -1).flatten(0, 1)[:, None].expand(-1, self.config.num_queries, -1)
+        t, levels, positions = (
+            cut[1] - cut[0],
+            *([some(x, cut, seen.frames) for x in xs] for xs in (seen.levels, seen.positions[1:])),
+        )
+        fused = [
+            maps(self.fusion_module(tokens(x, t), heard.words, heard.mask, heard.pos), x.shape[-2:])
+            for x in levels
+        ]
+        content = (
+            heard.sentence[:, None]
+            .expand(-1, t, -1)
+            .flatten(0, 1)[:, None]
+            .expand(-1, self.config.num_queries, -1)
+        )
         masks = seen.masks and [some(x, cut, seen.frames) for x in seen.masks[1:]]
         return self.transformer(fused, positions, masks, self.query_embed.weight, content)
 
     def pyramid(self, seen: Seen, heard: Heard, decoded: Decoded) -> tuple:
         "What the FPN wants: levels, positions, masks, words, frames."
-        return [seen.fine, *decoded.memory[:3]], seen.positions[:4], seen.masks and seen.masks[:4], heard.words, heard.mask, heard.pos, seen.frames
+        return (
+            [seen.fine, *decoded.memory[:3]],
+            seen.positions[:4],
+            seen.masks and seen.masks[:4],
+            heard.words,
+            heard.mask,
+            heard.pos,
+            seen.frames,
+        )
 
     def ground(
         self,
-        seen: Seen,                  # B clips, or one clip and B sentences
-        heard: Heard,                # B sentences
-    ) -> tuple[Decoded, Tensor]:     # queries and boxes of all layers; mask features (B*T, mask_dim, h/4, w/4)
+        seen: Seen,  # B clips, or one clip and B sentences
+        heard: Heard,  # B sentences
+    ) -> tuple[
+        Decoded, Tensor
+    ]:  # queries and boxes of all layers; mask features (B*T, mask_dim, h/4, w/4)
         "Fusion, encoder, decoder and FPN, all frames together."
         decoded = self.decode(seen, heard)
         return decoded, self.pixel_decoder(*self.pyramid(seen, heard, decoded))
@@ -200,208 +284,311 @@ class Grounding:
 
     def masks(
         self,
-        features: Tensor,   # (B, T, mask_dim, h, w)
-        states: Tensor,     # (B, T, Q, C) queries of one decoder layer, any number of them
-        centres: Tensor,    # (B, T, Q, 2) x, y in [0, 1] where those queries look
-        sizes: Tensor,      # (B, 2) h, w that a centre is a fraction of, in pixels
-        conv: nn.Conv2d | None = None,   # what is still to be done to `features`, see `dynamic_mask_head`
-    ) -> Tensor:            # (B, T, Q, h, w) logits at stride 4
+        features: Tensor,  # (B, T, mask_dim, h, w)
+        states: Tensor,  # (B, T, Q, C) queries of one decoder layer, any number of them
+        centres: Tensor,  # (B, T, Q, 2) x, y in [0, 1] where those queries look
+        sizes: Tensor,  # (B, 2) h, w that a centre is a fraction of, in pixels
+        conv: nn.Conv2d
+        | None = None,  # what is still to be done to `features`, see `dynamic_mask_head`
+    ) -> Tensor:  # (B, T, Q, h, w) logits at stride 4
         "Each query's own small network over the mask features; in float32, since places are counted in pixels."
         c = self.config
         place = (centres, sizes) if c.rel_coord else (None, None)
         with torch.autocast(features.device.type, enabled=False):
-            return dynamic_mask_head(features.float(), self.controller(states.float()), *place, c.dynamic_mask_channels, c.controller_layers, conv=conv)
+            return dynamic_mask_head(
+                features.float(),
+                self.controller(states.float()),
+                *place,
+                c.dynamic_mask_channels,
+                c.controller_layers,
+                conv=conv,
+            )
 
 # %% ../../nbs/03c_models.referformer.ipynb #05f66ee4
 class Responding:
     "The part of ReferFormer that answers with everything it has."
+
     def respond(
         self,
-        seen: Seen,                    # B clips
-        heard: Heard,                  # B sentences
-        sizes: Tensor | None = None,   # (B, 2) h, w of the unpadded clips, in pixels; None: nothing is padded
-        aux: bool | None = None,       # also answer for the other decoder layers; None: while training
-    ) -> dict:                         # see `ReferFormer.forward`
+        seen: Seen,  # B clips
+        heard: Heard,  # B sentences
+        sizes: Tensor
+        | None = None,  # (B, 2) h, w of the unpadded clips, in pixels; None: nothing is padded
+        aux: bool | None = None,  # also answer for the other decoder layers; None: while training
+    ) -> dict:  # see `ReferFormer.forward`
         "All queries, boxes and masks."
         decoded, features = self.ground(seen, heard)
-        if sizes is None: sizes = seen.sizes(len(heard.words))
-        def clips(x): return rearrange(x, '(b t) ... -> b t ...', t=seen.frames)
+        if sizes is None:
+            sizes = seen.sizes(len(heard.words))
+
+        def clips(x):
+            return rearrange(x, "(b t) ... -> b t ...", t=seen.frames)
+
         def answer(layer):
             at = clips(decoded.references[layer][..., :2])
-            return dict(pred_logits=clips(self.classes(decoded, layer)), pred_boxes=clips(self.boxes(decoded, layer)),
-                        pred_masks=self.masks(clips(features), clips(decoded.hs[layer]), at, sizes))
+            return {
+                "pred_logits": clips(self.classes(decoded, layer)),
+                "pred_boxes": clips(self.boxes(decoded, layer)),
+                "pred_masks": self.masks(clips(features), clips(decoded.hs[layer]), at, sizes),
+            }
+
         last = self.config.dec_layers - 1
-        out = answer(last) | dict(pixel_maps=[features, decoded.memory[0]])
-        if self.training if aux is None else aux: out['aux_outputs'] = [answer(i) for i in range(last)]
-        if not self.training: out['reference_points'] = clips(decoded.before(last)[..., :2])
+        out = answer(last) | {"pixel_maps": [features, decoded.memory[0]]}
+        if self.training if aux is None else aux:
+            out["aux_outputs"] = [answer(i) for i in range(last)]
+        if not self.training:
+            out["reference_points"] = clips(decoded.before(last)[..., :2])
         return out
 
 # %% ../../nbs/03c_models.referformer.ipynb #a6b3c9e1
 def network_size(
-    size: tuple[int, int],           # (H, W) of the frames
-    short_side: int,                 # wanted, in pixels
-    long_side: int | None = None,    # at most
-) -> tuple[int, int]:                # (h, w)
+    size: tuple[int, int],  # (H, W) of the frames
+    short_side: int,  # wanted, in pixels
+    long_side: int | None = None,  # at most
+) -> tuple[int, int]:  # (h, w)
     "ReferFormer's resize rule: the short side exactly, the other rounded down, unless it would pass `long_side`."
     low, high = min(size), max(size)
-    if long_side and high / low * short_side > long_side: short_side = round(long_side * low / high)
+    if long_side and high / low * short_side > long_side:
+        short_side = round(long_side * low / high)
     other = int(short_side * high / low)
     return (short_side, other) if size[0] <= size[1] else (other, short_side)
 
 # %% ../../nbs/03c_models.referformer.ipynb #6dd28d75
 class Asking:
     "The part of ReferFormer that users call."
+
     def prepare(
         self,
-        frames,                          # (T, H, W, 3) uint8, array or tensor
-        short_side: int | None = None,   # None: the model's own
-    ) -> Tensor:                         # (T, 3, h, w) normalised, on the model's device
+        frames,  # (T, H, W, 3) uint8, array or tensor
+        short_side: int | None = None,  # None: the model's own
+    ) -> Tensor:  # (T, 3, h, w) normalised, on the model's device
         "Resize and normalise; raises `Problem` for another shape or type."
         x = torch.as_tensor(frames)
         if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8 or not x.numel():
-            raise Problem('frames', f'{tuple(x.shape)} {x.dtype}', '(T, H, W, 3) uint8 with at least one frame', 'pass decoded RGB frames')
-        mean, std = (torch.tensor(v, device=self.query_embed.weight.device)[:, None, None] for v in (self.config.mean, self.config.std))
-        size = network_size(tuple(x.shape[1:3]), short_side or self.config.short_side, self.config.long_side)
+            raise Problem(
+                "frames",
+                f"{tuple(x.shape)} {x.dtype}",
+                "(T, H, W, 3) uint8 with at least one frame",
+                "pass decoded RGB frames",
+            )
+        mean, std = (
+            torch.tensor(v, device=self.query_embed.weight.device)[:, None, None]
+            for v in (self.config.mean, self.config.std)
+        )
+        size = network_size(
+            tuple(x.shape[1:3]), short_side or self.config.short_side, self.config.long_side
+        )
+
         def one(frame):
             frame = frame.to(mean.device).permute(2, 0, 1).float() / 255
-            if tuple(frame.shape[1:]) != size: frame = F.interpolate(frame[None], size, mode='bilinear', antialias=True, align_corners=False)[0]
+            if tuple(frame.shape[1:]) != size:
+                frame = F.interpolate(
+                    frame[None], size, mode="bilinear", antialias=True, align_corners=False
+                )[0]
             return (frame - mean) / std
+
         return torch.stack([one(f) for f in x])
 
     @torch.inference_mode()
     def see(
         self,
-        frames,                          # (T, H, W, 3) uint8, array or tensor: one clip
-        short_side: int | None = None,   # None: the model's own
+        frames,  # (T, H, W, 3) uint8, array or tensor: one clip
+        short_side: int | None = None,  # None: the model's own
     ) -> Seen:
         "Everything about a clip that does not depend on words; raises `Problem` for frames of another shape."
         pixels = self.prepare(frames, short_side)[None]
-        with self.computing(): return replace(self.look(pixels), original=tuple(frames.shape[1:3]))
+        with self.computing():
+            return replace(self.look(pixels), original=tuple(frames.shape[1:3]))
 
 # %% ../../nbs/03c_models.referformer.ipynb #520f2663
 @dataclass
 class Candidates:
     "Answers to E sentences about one clip of T frames."
-    logits: Tensor            # (E, T, h, w) mask logits at the model's own size
-    scores: Tensor            # (E, T) in [0, 1], how sure the chosen query is of each frame
-    boxes: Tensor             # (E, T, 4) cxcywh in [0, 1]
-    size: tuple[int, int]     # (H, W) of the frames that were asked about
-    kind: str = 'logit'
+
+    logits: Tensor  # (E, T, h, w) mask logits at the model's own size
+    scores: Tensor  # (E, T) in [0, 1], how sure the chosen query is of each frame
+    boxes: Tensor  # (E, T, 4) cxcywh in [0, 1]
+    size: tuple[int, int]  # (H, W) of the frames that were asked about
+    kind: str = "logit"
 
     def masks(
         self,
-        e: int,                  # which sentence
+        e: int,  # which sentence
         threshold: float = 0.5,
-    ) -> Tensor:                 # (T, H, W) bool, on the CPU
+    ) -> Tensor:  # (T, H, W) bool, on the CPU
         "Masks at the frames' size: logits are enlarged bilinearly, then sigmoid > threshold."
-        def one(x): return F.interpolate(x[None, None], self.size, mode='bilinear', align_corners=False)[0, 0].sigmoid() > threshold
+
+        def one(x):
+            return (
+                F.interpolate(x[None, None], self.size, mode="bilinear", align_corners=False)[
+                    0, 0
+                ].sigmoid()
+                > threshold
+            )
+
         return torch.stack([one(x).cpu() for x in self.logits[e]])
 
 
 def best_query(
     logits: Tensor,  # (E, T, Q, K) class logits
-) -> Tensor:         # (E,) index
+) -> Tensor:  # (E,) index
     "The query for a whole clip: highest of the best class's score, averaged over frames."
     return logits.sigmoid().mean(1).amax(-1).argmax(-1)
 
 # %% ../../nbs/03c_models.referformer.ipynb #97352c09
 CELLS = 300_000  # stride-4 cells of all frames of all sentences of one batch
 
+
 def sentence_batch(
-    cells: int,   # at stride 4, of all frames of a clip
-) -> int:         # at least one
+    cells: int,  # at stride 4, of all frames of a clip
+) -> int:  # at least one
     "How many sentences about a clip travel together."
     return max(1, CELLS // cells)
 
 
 class Referring:
     "The part of ReferFormer that answers sentences."
+
     @torch.inference_mode()
     def refer(
         self,
-        seen: Seen,             # one clip, from `see`
-        texts: Sequence[str],   # E sentences
+        seen: Seen,  # one clip, from `see`
+        texts: Sequence[str],  # E sentences
     ) -> Candidates:
         "Find what each sentence means; raises `Problem` for an empty or overlong sentence."
         step = sentence_batch(seen.frames * math.prod(seen.fine.shape[-2:]))
-        parts = [self.answer(seen, texts[i:i + step]) for i in range(0, len(texts), step)]
-        if not parts: raise Problem('sentences', 'none', 'at least one', 'ask something')
+        parts = [self.answer(seen, texts[i : i + step]) for i in range(0, len(texts), step)]
+        if not parts:
+            raise Problem("sentences", "none", "at least one", "ask something")
         return Candidates(*(torch.cat(x) for x in zip(*parts)), seen.original)
 
     def answer(self, seen: Seen, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         "Logits (E,T,h,w), scores (E,T) and boxes (E,T,4) of one batch of sentences."
         encoded = self.encode(texts)
-        with self.computing(): return self.choose(seen, self.listen(*encoded))
+        with self.computing():
+            return self.choose(seen, self.listen(*encoded))
 
     def choose(self, seen: Seen, heard: Heard) -> tuple[Tensor, Tensor, Tensor]:
         "The answer of the best query to each sentence, as of `answer`."
-        n, last, cells = len(heard.words), self.config.dec_layers - 1, sum(math.prod(x.shape[-2:]) for x in seen.levels)
-        def clips(x): return x.unflatten(0, (n, -1))
-        decoded = together([self.decode(seen, heard, cut) for cut in spans(seen.frames, n * cells, seen.fine)], n)
+        n, last, cells = (
+            len(heard.words),
+            self.config.dec_layers - 1,
+            sum(math.prod(x.shape[-2:]) for x in seen.levels),
+        )
+
+        def clips(x):
+            return x.unflatten(0, (n, -1))
+
+        decoded = together(
+            [self.decode(seen, heard, cut) for cut in spans(seen.frames, n * cells, seen.fine)], n
+        )
         logits = clips(self.classes(decoded, last)).float()
         q, e = best_query(logits), torch.arange(n, device=logits.device)
-        states, at, boxes = (clips(x)[e, :, q] for x in (decoded.hs[last], decoded.references[last][..., :2], self.boxes(decoded, last)))
-        masks = [self.masks(clips(x), states[:, a:b, None], at[:, a:b, None], seen.sizes(n), self.pixel_decoder.mask_features)[:, :, 0]
-                 for (a, b), x in descend(self.pixel_decoder, *self.pyramid(seen, heard, decoded))]
+        states, at, boxes = (
+            clips(x)[e, :, q]
+            for x in (
+                decoded.hs[last],
+                decoded.references[last][..., :2],
+                self.boxes(decoded, last),
+            )
+        )
+        masks = [
+            self.masks(
+                clips(x),
+                states[:, a:b, None],
+                at[:, a:b, None],
+                seen.sizes(n),
+                self.pixel_decoder.mask_features,
+            )[:, :, 0]
+            for (a, b), x in descend(self.pixel_decoder, *self.pyramid(seen, heard, decoded))
+        ]
         return torch.cat(masks, 1), logits[e, :, q, 0].sigmoid(), boxes
 
 # %% ../../nbs/03c_models.referformer.ipynb #7e990a1a
 class Fitting:
     "The part of ReferFormer that knows what it costs."
+
     def memory_needed(
         self,
-        frames: int,                     # T of a clip
-        size: tuple[int, int],           # (H, W) of the frames
-        sentences: int,                  # asked of it
-        short_side: int | None = None,   # as for `see`
-    ) -> int:                            # bytes
+        frames: int,  # T of a clip
+        size: tuple[int, int],  # (H, W) of the frames
+        sentences: int,  # asked of it
+        short_side: int | None = None,  # as for `see`
+    ) -> int:  # bytes
         "A bound on the memory that `see` and `refer` take above the weights."
         h, w = network_size(size, short_side or self.config.short_side, self.config.long_side)
-        cells, first, width = -(-h // 4) * -(-w // 4), self.backbone[0].body.channels[0], self.config.hidden_dim
-        batch, piece = min(sentence_batch(frames * cells), sentences), piece_size(self.query_embed.weight.device)
+        cells, first, width = (
+            -(-h // 4) * -(-w // 4),
+            self.backbone[0].body.channels[0],
+            self.config.hidden_dim,
+        )
+        batch, piece = (
+            min(sentence_batch(frames * cells), sentences),
+            piece_size(self.query_embed.weight.device),
+        )
         kept = frames * cells * (128 + max(6 * first + width, 4 * first + (1 + batch) * width))
         working = 10 * width * max(batch * cells, piece) + piece * self.config.dim_feedforward
-        return 4 * (kept + working) + 2 ** 26
+        return 4 * (kept + working) + 2**26
 
     def frames_within(
         self,
-        memory: int,                     # bytes above the weights
-        size: tuple[int, int],           # (H, W) of the frames
-        sentences: int,                  # asked of each clip
-        short_side: int | None = None,   # as for `see`
-    ) -> int:                            # frames of a clip, at least 1
+        memory: int,  # bytes above the weights
+        size: tuple[int, int],  # (H, W) of the frames
+        sentences: int,  # asked of each clip
+        short_side: int | None = None,  # as for `see`
+    ) -> int:  # frames of a clip, at least 1
         "The longest clip that `see` and `refer` answer within `memory`; raises `Problem` where not even one frame fits."
-        def needed(frames): return self.memory_needed(frames, size, sentences, short_side)
+
+        def needed(frames):
+            return self.memory_needed(frames, size, sentences, short_side)
+
         if needed(1) > memory:
-            raise Problem('memory', f'{memory / 1e6:.0f} MB', f'{needed(1) / 1e6:.0f} MB for one frame of {size[0]}×{size[1]} and {sentences} sentence{"s" * (sentences > 1)}', 'allow more memory, or choose a smaller short side')
+            raise Problem(
+                "memory",
+                f"{memory / 1e6:.0f} MB",
+                f"{needed(1) / 1e6:.0f} MB for one frame of {size[0]}×{size[1]} and {sentences} sentence{'s' * (sentences > 1)}",
+                "allow more memory, or choose a smaller short side",
+            )
         low, high = 1, 2
-        while needed(high) <= memory: low, high = high, 2 * high
-        while high - low > 1: low, high = (m, high) if needed(m := (low + high) // 2) <= memory else (low, m)
+        while needed(high) <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            low, high = (m, high) if needed(m := (low + high) // 2) <= memory else (low, m)
         return low
 
 # %% ../../nbs/03c_models.referformer.ipynb #676cecb3
 class Computing:
     "The part of ReferFormer that knows how to compute."
-    precision = torch.float32   # of matrices and convolutions in `see` and `refer`
+
+    precision = torch.float32  # of matrices and convolutions in `see` and `refer`
 
     def optimise(
         self,
-        precision: str = 'float32',    # 'float32', 'bfloat16' or 'float16'
-        compile: bool = False,         # compile backbone and transformer; the first clip of a size is slow
-        channels_last: bool = False,   # lay convolution weights out with their channels last
-    ):                                 # itself
+        precision: str = "float32",  # 'float32', 'bfloat16' or 'float16'
+        compile: bool = False,  # compile backbone and transformer; the first clip of a size is slow
+        channels_last: bool = False,  # lay convolution weights out with their channels last
+    ):  # itself
         "Choose how `see` and `refer` compute; answers stay float32. Raises `Problem` for another precision."
-        if precision not in ('float32', 'bfloat16', 'float16'): raise Problem('precision', repr(precision), 'float32, bfloat16 or float16', 'correct the option')
+        if precision not in ("float32", "bfloat16", "float16"):
+            raise Problem(
+                "precision", repr(precision), "float32, bfloat16 or float16", "correct the option"
+            )
         self.precision = getattr(torch, precision)
         if channels_last:
-            for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)): conv.to(memory_format=torch.channels_last)
+            for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+                conv.to(memory_format=torch.channels_last)
         if compile:
-            for part in (self.backbone[0].body, self.transformer): part.compile()
+            for part in (self.backbone[0].body, self.transformer):
+                part.compile()
         return self
 
     def computing(self):
         "A context in which matrices and convolutions have the chosen precision."
-        return torch.autocast(self.query_embed.weight.device.type, self.precision, enabled=self.precision != torch.float32)
+        return torch.autocast(
+            self.query_embed.weight.device.type,
+            self.precision,
+            enabled=self.precision != torch.float32,
+        )
 
 # %% ../../nbs/03c_models.referformer.ipynb #71ffca13
 def prediction_heads(config: ReferFormerConfig) -> tuple[nn.ModuleList, nn.ModuleList, MLP]:
@@ -409,52 +596,108 @@ def prediction_heads(config: ReferFormerConfig) -> tuple[nn.ModuleList, nn.Modul
     d, n = config.hidden_dim, config.dec_layers
     score, box = nn.Linear(d, config.num_classes), MLP(d, d, 4, 3)
     nn.init.constant_(score.bias, -math.log((1 - config.class_prior) / config.class_prior))
-    nn.init.zeros_(box.layers[-1].weight); nn.init.zeros_(box.layers[-1].bias)
+    nn.init.zeros_(box.layers[-1].weight)
+    nn.init.zeros_(box.layers[-1].bias)
     own = copy.deepcopy if config.with_box_refine else lambda x: x
-    scores, boxes = nn.ModuleList(own(score) for _ in range(n)), nn.ModuleList(own(box) for _ in range(n))
+    scores, boxes = (
+        nn.ModuleList(own(score) for _ in range(n)),
+        nn.ModuleList(own(box) for _ in range(n)),
+    )
     nn.init.constant_(boxes[0].layers[-1].bias[2:], -2.0)
-    controller = MLP(d, d, dynamic_size(config.mask_dim, config.dynamic_mask_channels, config.controller_layers, config.rel_coord), 3)
-    for layer in controller.layers: nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
+    controller = MLP(
+        d,
+        d,
+        dynamic_size(
+            config.mask_dim,
+            config.dynamic_mask_channels,
+            config.controller_layers,
+            config.rel_coord,
+        ),
+        3,
+    )
+    for layer in controller.layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
     return scores, boxes, controller
 
 # %% ../../nbs/03c_models.referformer.ipynb #241e7bc4
-class ReferFormer(OnHub, Looking, Listening, Grounding, Responding, Asking, Referring, Fitting, Computing, nn.Module):
+class ReferFormer(
+    OnHub,
+    Looking,
+    Listening,
+    Grounding,
+    Responding,
+    Asking,
+    Referring,
+    Fitting,
+    Computing,
+    nn.Module,
+):
     "Wu et al. 2022. `see` and `refer` answer sentences about a video; `forward` is what training and the golden cases call."
+
     def __init__(
         self,
         config: ReferFormerConfig,
-        tokenizer=None,              # a Hugging Face tokenizer; without one only `forward` works
+        tokenizer=None,  # a Hugging Face tokenizer; without one only `forward` works
     ):
         super().__init__()
         c = self.config = config
         body = build_backbone(c.backbone, **c.backbone_options)
-        self.backbone = nn.ModuleList([nn.ModuleDict({'body': body})])  # published prefix `backbone.0.body.`
+        self.backbone = nn.ModuleList(
+            [nn.ModuleDict({"body": body})]
+        )  # published prefix `backbone.0.body.`
         self.input_proj = input_projections(body.channels, c)
         self.text_encoder = TextEncoder(c.text, tokenizer)
-        self.resizer = FeatureResizer(c.text['hidden_size'], c.hidden_dim, c.fpn_dropout)
+        self.resizer = FeatureResizer(c.text["hidden_size"], c.hidden_dim, c.fpn_dropout)
         self.fusion_module = VisionLanguageFusion(c.hidden_dim, c.fusion_heads)
-        self.transformer = DeformableTransformer(c.hidden_dim, c.nheads, c.enc_layers, c.dec_layers, c.dim_feedforward, c.dropout,
-                                                 c.num_feature_levels, c.enc_n_points, c.dec_n_points)
+        self.transformer = DeformableTransformer(
+            c.hidden_dim,
+            c.nheads,
+            c.enc_layers,
+            c.dec_layers,
+            c.dim_feedforward,
+            c.dropout,
+            c.num_feature_levels,
+            c.enc_n_points,
+            c.dec_n_points,
+        )
         self.query_embed = nn.Embedding(c.num_queries, c.hidden_dim)
-        self.pixel_decoder = CrossModalFPN(body.channels[0], c.hidden_dim, c.mask_dim, c.fusion_heads, c.dim_feedforward, c.fpn_dropout, c.fpn_groups)
+        self.pixel_decoder = CrossModalFPN(
+            body.channels[0],
+            c.hidden_dim,
+            c.mask_dim,
+            c.fusion_heads,
+            c.dim_feedforward,
+            c.fpn_dropout,
+            c.fpn_groups,
+        )
         self.class_embed, self.bbox_embed, self.controller = prediction_heads(c)
-        if c.with_box_refine: self.transformer.decoder.bbox_embed = self.bbox_embed
+        if c.with_box_refine:
+            self.transformer.decoder.bbox_embed = self.bbox_embed
 
     @property
-    def pixel_channels(self): return [self.config.mask_dim, self.config.hidden_dim]  # of `pixel_maps`
+    def pixel_channels(self):
+        return [self.config.mask_dim, self.config.hidden_dim]  # of `pixel_maps`
 
     def forward(
         self,
-        frames: Tensor,                                  # (B, T, 3, H, W) normalised
-        mask: Tensor | None,                             # (B, T, H, W) True at padding
-        words: Tensor,                                   # (B, L, C_text) from `encode`
-        word_mask: Tensor,                               # (B, L) True at padding
-        sentence: Tensor,                                # (B, C_text)
-        sizes: Tensor | None = None,                     # (B, 2) h, w of the unpadded clips, in pixels; None: nothing is padded
-        valid_indices: Sequence[int] | None = None,      # (B,) the one annotated frame of each clip; the answer then has T = 1
-        aux: bool | None = None,                         # also answer for the other decoder layers; None: while training
+        frames: Tensor,  # (B, T, 3, H, W) normalised
+        mask: Tensor | None,  # (B, T, H, W) True at padding
+        words: Tensor,  # (B, L, C_text) from `encode`
+        word_mask: Tensor,  # (B, L) True at padding
+        sentence: Tensor,  # (B, C_text)
+        sizes: Tensor
+        | None = None,  # (B, 2) h, w of the unpadded clips, in pixels; None: nothing is padded
+        valid_indices: Sequence[int]
+        | None = None,  # (B,) the one annotated frame of each clip; the answer then has T = 1
+        aux: bool | None = None,  # also answer for the other decoder layers; None: while training
     ) -> dict:
         """`pred_logits` (B,T,Q,K), `pred_boxes` (B,T,Q,4), `pred_masks` (B,T,Q,h/4,w/4) logits; `aux_outputs`, the same for
         the layers before the last; in eval mode `reference_points` (B,T,Q,2); `pixel_maps`, for losses on pixels: mask features
         (B*T,mask_dim,h/4,w/4) and the encoder's memory at stride 8 (B*T,C,h/8,w/8)."""
-        return self.respond(self.look(frames, mask, valid_indices), self.listen(words, word_mask, sentence), sizes, aux)
+        return self.respond(
+            self.look(frames, mask, valid_indices),
+            self.listen(words, word_mask, sentence),
+            sizes,
+            aux,
+        )

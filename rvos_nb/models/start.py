@@ -9,47 +9,63 @@ __all__ = ['BEYOND', 'STAGE', 'sift', 'start_from']
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from torch import nn, Tensor
+
+from torch import Tensor, nn
+
 from .zoo import load_tensors
 
 # %% ../../nbs/03j_models.start.ipynb #dfad3153
-BEYOND = { # what a network for classification has besides a backbone
-    'the classifier': r'(fc|head|classifier|cls_head)\.',
-    'the normalisation before the classifier': r'norm\.',
-    'masks for one size of picture': r'.*\.attn_mask$',
+BEYOND = {  # what a network for classification has besides a backbone
+    "the classifier": r"(fc|head|classifier|cls_head)\.",
+    "the normalisation before the classifier": r"norm\.",
+    "masks for one size of picture": r".*\.attn_mask$",
 }
-STAGE = re.compile(r'layers\.\d+\.(blocks|downsample)\.|layer\d\.')
+STAGE = re.compile(r"layers\.\d+\.(blocks|downsample)\.|layer\d\.")
+
 
 def sift(
     given: Mapping[str, Tensor],  # of a network for classification
-    ours: Mapping[str, Tensor],   # of the backbone
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]: # what is of use; reason -> the names of the rest
+    ours: Mapping[str, Tensor],  # of the backbone
+) -> tuple[
+    dict[str, Tensor], dict[str, list[str]]
+]:  # what is of use; reason -> the names of the rest
     "Set aside what belongs to a classifier or to a stage that the backbone does not have."
     stages, useful, dropped = {m[0] for n in ours if (m := STAGE.match(n))}, {}, defaultdict(list)
     for name, tensor in given.items():
-        m, reason = STAGE.match(name), next((why for why, pattern in BEYOND.items() if re.match(pattern, name)), '')
-        if not tensor.is_floating_point() or name.endswith('num_batches_tracked'): reason = 'counters and indices'
-        elif m and m[0] not in stages: reason = 'stages that this backbone does not have'
-        if reason: dropped[reason].append(name)
-        else: useful[name] = tensor
+        m, reason = (
+            STAGE.match(name),
+            next((why for why, pattern in BEYOND.items() if re.match(pattern, name)), ""),
+        )
+        if not tensor.is_floating_point() or name.endswith("num_batches_tracked"):
+            reason = "counters and indices"
+        elif m and m[0] not in stages:
+            reason = "stages that this backbone does not have"
+        if reason:
+            dropped[reason].append(name)
+        else:
+            useful[name] = tensor
     return useful, dict(dropped)
 
 # %% ../../nbs/03j_models.start.ipynb #3d8b0e35
 def start_from(
-    backbone: nn.Module,            # Swin, Video-Swin, ResNet or MobileNetV2, of ReferFormer or of AOT
+    backbone: nn.Module,  # Swin, Video-Swin, ResNet or MobileNetV2, of ReferFormer or of AOT
     tensors: Mapping[str, Tensor],  # of a published file, as of `files.read_published`
-    where='start file',             # what to name in an error
-) -> dict[str, list[str]]:          # what was left behind: reason -> names
+    where="start file",  # what to name in an error
+) -> dict[str, list[str]]:  # what was left behind: reason -> names
     "Start a backbone from a network for classification; raises `Problem` where anything but the known rest differs."
     ours, given, other = backbone.state_dict(), dict(tensors), []
-    if any('backbone.' in n for n in given):
-        other = [n for n in given if 'backbone.' not in n]
-        given = {n[len('backbone.'):]: t for n, t in given.items() if 'backbone.' in n}
-    if 'downsamples.0.norm.weight' in ours:
-        given = {re.sub(r'^layers\.(\d)\.downsample\.', r'downsamples.\1.', n): t for n, t in given.items()}
+    if any("backbone." in n for n in given):
+        other = [n for n in given if "backbone." not in n]
+        given = {n[len("backbone.") :]: t for n, t in given.items() if "backbone." in n}
+    if "downsamples.0.norm.weight" in ours:
+        given = {
+            re.sub(r"^layers\.(\d)\.downsample\.", r"downsamples.\1.", n): t
+            for n, t in given.items()
+        }
     useful, dropped = sift(given, ours)
-    patch = 'patch_embed.proj.weight'
-    if patch in useful and useful[patch].ndim == ours.get(patch, useful[patch]).ndim == 5: useful[patch] = useful[patch].sum(2, keepdim=True)
-    own = {n: t for n, t in ours.items() if re.match(r'norm\d\.', n)}
+    patch = "patch_embed.proj.weight"
+    if patch in useful and useful[patch].ndim == ours.get(patch, useful[patch]).ndim == 5:
+        useful[patch] = useful[patch].sum(2, keepdim=True)
+    own = {n: t for n, t in ours.items() if re.match(r"norm\d\.", n)}
     load_tensors(backbone, own | useful, where)
-    return dropped | ({'parts beside the backbone': other} if other else {})
+    return dropped | ({"parts beside the backbone": other} if other else {})

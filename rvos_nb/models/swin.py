@@ -7,7 +7,8 @@ __all__ = ['Swin']
 
 # %% ../../nbs/02b2_models.swin.ipynb #b8947dbe
 from einops import rearrange
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core import Problem
 from .backbones import fold_time
 from .video_swin import Merge, Stages
@@ -15,27 +16,38 @@ from .video_swin import Merge, Stages
 # %% ../../nbs/02b2_models.swin.ipynb #e40a1f89
 class Swin(Stages):
     "Swin without head, normalised levels; tensors named as under `backbone.0.body.` (ReferFormer) or `encoder.` (AOT) of published files."
-    def __init__(self,
-        variant: str = 'tiny',       # 'tiny', 'small', 'base' or 'large'
-        window: int = 7,             # rows and columns of a window
-        stages: int = 4,             # 3: without the last one, as the encoders of AOT
-        drop: float = 0.2,           # stochastic depth of the last block; 0 at the first
-        checkpointing: bool = False, # recompute activations in the backward pass
+
+    def __init__(
+        self,
+        variant: str = "tiny",  # 'tiny', 'small', 'base' or 'large'
+        window: int = 7,  # rows and columns of a window
+        stages: int = 4,  # 3: without the last one, as the encoders of AOT
+        drop: float = 0.2,  # stochastic depth of the last block; 0 at the first
+        checkpointing: bool = False,  # recompute activations in the backward pass
     ):
-        if not 1 <= stages <= 4 or window < 2: raise Problem('swin', f'{stages} stages, window {window}', '1 to 4 stages and a window of at least 2', 'correct the configuration')
+        if not 1 <= stages <= 4 or window < 2:
+            raise Problem(
+                "swin",
+                f"{stages} stages, window {window}",
+                "1 to 4 stages and a window of at least 2",
+                "correct the configuration",
+            )
         super().__init__(variant, stages, (1, window, window), False, drop, checkpointing)
         for i, c in enumerate(self.channels):
-            self.add_module(f'norm{i}', nn.LayerNorm(c))                       # published name
-            if i < stages - 1: self.layers[i]['downsample'] = Merge(c)
+            self.add_module(f"norm{i}", nn.LayerNorm(c))  # published name
+            if i < stages - 1:
+                self.layers[i]["downsample"] = Merge(c)
         self.start()
 
-    def forward(self,
-        x: Tensor,        # (B, T, 3, H, W) normalised pixels
-    ) -> list[Tensor]:    # one of (B·T, C, h, w) for every stage
+    def forward(
+        self,
+        x: Tensor,  # (B, T, 3, H, W) normalised pixels
+    ) -> list[Tensor]:  # one of (B·T, C, h, w) for every stage
         "Normalised features at strides 4, 8, 16, 32."
         levels, x = [], self.patch_embed(fold_time(x)[:, None])
         for i, layer in enumerate(self.layers):
             x = self.stage(i, x)
-            levels.append(rearrange(self.get_submodule(f'norm{i}')(x), 'n 1 h w c -> n c h w'))
-            if 'downsample' in layer: x = layer['downsample'](x)
+            levels.append(rearrange(self.get_submodule(f"norm{i}")(x), "n 1 h w c -> n c h w"))
+            if "downsample" in layer:
+                x = layer["downsample"](x)
         return levels

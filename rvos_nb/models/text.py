@@ -15,193 +15,342 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-import torch, torch.nn.functional as F
+
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn, Tensor
-from transformers import (BertConfig, BertModel, BertTokenizerFast, PreTrainedConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaModel,
-                          RobertaTokenizerFast)
+from torch import Tensor, nn
+from transformers import (
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaModel,
+    RobertaTokenizerFast,
+)
+
 from ..core import Problem, read_json
 from .backbones import sine_features
 
 # %% ../../nbs/02c_models.text.ipynb #ec620e51
-SPECIAL = ['<s>', '<pad>', '</s>', '<unk>', '<mask>'] # ids 0 to 4 of every tokenizer that `make_tokenizer` makes
+SPECIAL = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<mask>",
+]  # ids 0 to 4 of every tokenizer that `make_tokenizer` makes
+
 
 def normalise(
-    text: str, # a sentence as a user wrote it
-) -> str:      # lower case, single blanks
+    text: str,  # a sentence as a user wrote it
+) -> str:  # lower case, single blanks
     "The text as the training loaders of the papers hand it on; raises `Problem` for one without a word."
     if not isinstance(text, str) or not text.strip():
-        raise Problem('sentence', repr(text), "a text with at least one word", "write what to look for, such as 'the red ball'")
-    return ' '.join(text.lower().split())
+        raise Problem(
+            "sentence",
+            repr(text),
+            "a text with at least one word",
+            "write what to look for, such as 'the red ball'",
+        )
+    return " ".join(text.lower().split())
 
 # %% ../../nbs/02c_models.text.ipynb #787183eb
 def make_tokenizer(
-    sentences: Sequence[str], # sentences, or single words
-) -> PreTrainedTokenizerFast: # keep it with `save_pretrained(folder)`
+    sentences: Sequence[str],  # sentences, or single words
+) -> PreTrainedTokenizerFast:  # keep it with `save_pretrained(folder)`
     "A word-level tokenizer in RoBERTa's manner: lower case, `<s> words </s>`, unknown words are `<unk>`."
     end = r'[.,;:!?"]+(?=\s|$)'
-    clean = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(end), ' ')])
+    clean = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(end), " ")])
     words = sorted({w for s in sentences for w in clean.normalize_str(s).split()} - set(SPECIAL))
     vocabulary = {w: i for i, w in enumerate(SPECIAL + words)}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token='<unk>'))
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokens.normalizer, tokens.pre_tokenizer = clean, pre_tokenizers.WhitespaceSplit()
-    tokens.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), trim_offsets=False, add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token='<s>', cls_token='<s>', eos_token='</s>', sep_token='</s>',
-                                   unk_token='<unk>', pad_token='<pad>', mask_token='<mask>', model_input_names=['input_ids', 'attention_mask'])
+    tokens.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=False, add_prefix_space=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 # %% ../../nbs/02c_models.text.ipynb #6c9d7e4e
-HUB_NAMES = {'roberta-base': 'FacebookAI/roberta-base', 'bert-base-uncased': 'google-bert/bert-base-uncased'}
-HUB_FILES = ['config.json', 'tokenizer*.json', 'special_tokens_map.json', 'vocab.*', 'merges.txt']
+HUB_NAMES = {
+    "roberta-base": "FacebookAI/roberta-base",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+}
+HUB_FILES = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt"]
+
 
 def folder_of(
-    source: str | Path,     # a folder, or a name on the Hub
-    files: Sequence[str],   # one of these must be there
-    what: str,              # what is looked for, to be named in an error
-    online: bool = False,   # the Hub may be asked
+    source: str | Path,  # a folder, or a name on the Hub
+    files: Sequence[str],  # one of these must be there
+    what: str,  # what is looked for, to be named in an error
+    online: bool = False,  # the Hub may be asked
     weights: bool = False,  # fetch the weights too
 ) -> Path:
     "The folder that holds one of `files`: local, in the Hub cache, or fetched; raises `Problem` that names all three ways."
     from huggingface_hub import try_to_load_from_cache
-    name, ways = str(source), "name a folder that holds the files, fill the Hub cache with `hf download NAME`, or ask with online=True"
-    def missing(found): return Problem(name, found, f"a folder or a cached Hub model with {' or '.join(files)}", ways)
+
+    name, ways = (
+        str(source),
+        "name a folder that holds the files, fill the Hub cache with `hf download NAME`, or ask with online=True",
+    )
+
+    def missing(found):
+        return Problem(
+            name, found, f"a folder or a cached Hub model with {' or '.join(files)}", ways
+        )
+
     if Path(source).is_dir():
-        if any((Path(source)/f).is_file() for f in files): return Path(source)
+        if any((Path(source) / f).is_file() for f in files):
+            return Path(source)
         raise missing(f"no {what} in this folder")
-    if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name): raise missing(f"no {what}, as there is no such folder")
-    if online: return fetch(name, what, weights)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise missing(f"no {what}, as there is no such folder")
+    if online:
+        return fetch(name, what, weights)
     for n in (name, HUB_NAMES.get(name), *(k for k, v in HUB_NAMES.items() if v == name)):
         for f in files:
-            if n and isinstance(path := try_to_load_from_cache(n, f), str): return Path(path).parent
+            if n and isinstance(path := try_to_load_from_cache(n, f), str):
+                return Path(path).parent
     raise missing(f"no {what}, neither a folder nor in the Hub cache")
 
 # %% ../../nbs/02c_models.text.ipynb #88369e50
 def fetch(
-    name: str,      # on the Hub
-    what: str,      # what is looked for, to be named in an error
+    name: str,  # on the Hub
+    what: str,  # what is looked for, to be named in an error
     weights: bool,  # fetch the weights too
-) -> Path:          # the folder in the Hub cache
+) -> Path:  # the folder in the Hub cache
     "Bring a model from the Hub into its cache; raises `Problem` where it is gated, unknown or out of reach."
-    import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
+
     try:
         with quiet():
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + ['*.safetensors', '*.index.json'] * weights))
-            if weights and not any(folder.glob('*.safetensors')): huggingface_hub.snapshot_download(name, allow_patterns=['pytorch_model*'])
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, allow_patterns=HUB_FILES + ["*.safetensors", "*.index.json"] * weights
+                )
+            )
+            if weights and not any(folder.glob("*.safetensors")):
+                huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*"])
         return folder
     except GatedRepoError as e:
-        raise Problem(name, f"a gated {what}", "access, which its owners grant", "accept its terms on its page and run `hf auth login`, or name a local folder") from e
+        raise Problem(
+            name,
+            f"a gated {what}",
+            "access, which its owners grant",
+            "accept its terms on its page and run `hf auth login`, or name a local folder",
+        ) from e
     except Exception as e:
-        raise Problem(name, f"no {what}: the Hub did not give it ({type(e).__name__}: {str(e)[:160]})", "a public model and a network",
-                      "check the name and that HF_HUB_OFFLINE is not set, or name a local folder") from e
+        raise Problem(
+            name,
+            f"no {what}: the Hub did not give it ({type(e).__name__}: {str(e)[:160]})",
+            "a public model and a network",
+            "check the name and that HF_HUB_OFFLINE is not set, or name a local folder",
+        ) from e
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     "No reports and progress bars of transformers while the block runs; what matters in them becomes a `Problem`."
     from transformers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
-    try: yield
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/02c_models.text.ipynb #cb7f18a5
-TOKENIZERS = [(('vocab.json', 'merges.txt'), RobertaTokenizerFast), (('vocab.txt',), BertTokenizerFast)]
+TOKENIZERS = [
+    (("vocab.json", "merges.txt"), RobertaTokenizerFast),
+    (("vocab.txt",), BertTokenizerFast),
+]
+
 
 def tokenizer_from(
-    source: str | Path,    # a folder in Hugging Face's form, or a name on the Hub
+    source: str | Path,  # a folder in Hugging Face's form, or a name on the Hub
     online: bool = False,  # the Hub may be asked
 ) -> PreTrainedTokenizerFast:
     "The tokenizer of RoBERTa, of BERT, or of `make_tokenizer`; raises `Problem` when files are missing, broken or of another family."
-    folder = folder_of(source, ('tokenizer.json', 'vocab.json', 'vocab.txt'), 'tokenizer', online)
-    kind = next((k for files, k in TOKENIZERS if all((folder/f).is_file() for f in files)), None)
-    if kind is None and not (folder/'tokenizer.json').is_file():
-        raise Problem(folder, "no tokenizer", "tokenizer.json, or vocab.json and merges.txt, or vocab.txt", "copy the files of roberta-base, bert-base-uncased or the checkpoint there")
+    folder = folder_of(source, ("tokenizer.json", "vocab.json", "vocab.txt"), "tokenizer", online)
+    kind = next((k for files, k in TOKENIZERS if all((folder / f).is_file() for f in files)), None)
+    if kind is None and not (folder / "tokenizer.json").is_file():
+        raise Problem(
+            folder,
+            "no tokenizer",
+            "tokenizer.json, or vocab.json and merges.txt, or vocab.txt",
+            "copy the files of roberta-base, bert-base-uncased or the checkpoint there",
+        )
     try:
         if kind is None:
-            made = json.loads((folder/'tokenizer.json').read_text(encoding='utf-8'))['model']['type']
-            kind = {'BPE': RobertaTokenizerFast, 'WordPiece': BertTokenizerFast}.get(made, PreTrainedTokenizerFast)
+            made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"][
+                "type"
+            ]
+            kind = {"BPE": RobertaTokenizerFast, "WordPiece": BertTokenizerFast}.get(
+                made, PreTrainedTokenizerFast
+            )
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-    except Exception as e: raise Problem(folder, f"files that cannot be read ({type(e).__name__}: {e})", "a tokenizer in Hugging Face's form", "copy them again") from e
-    wanted = {'[PAD]': 0} if issubclass(kind, BertTokenizerFast) else dict(zip(SPECIAL[:3], range(3)))
+    except Exception as e:
+        raise Problem(
+            folder,
+            f"files that cannot be read ({type(e).__name__}: {e})",
+            "a tokenizer in Hugging Face's form",
+            "copy them again",
+        ) from e
+    wanted = (
+        {"[PAD]": 0} if issubclass(kind, BertTokenizerFast) else dict(zip(SPECIAL[:3], range(3)))
+    )
     ids = [tokenizer.convert_tokens_to_ids(t) for t in wanted]
     if ids != [*wanted.values()] or tokenizer.pad_token not in wanted:
-        raise Problem(folder, f"ids {ids} for {', '.join(wanted)}", f"{', '.join(map(str, wanted.values()))} as in RoBERTa and BERT", "use the tokenizer that belongs to the checkpoint")
+        raise Problem(
+            folder,
+            f"ids {ids} for {', '.join(wanted)}",
+            f"{', '.join(map(str, wanted.values()))} as in RoBERTa and BERT",
+            "use the tokenizer that belongs to the checkpoint",
+        )
     return tokenizer
 
 # %% ../../nbs/02c_models.text.ipynb #93e3f331
-ROBERTA_BASE = dict(vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-                    max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
-BERT_BASE = dict(model_type='bert', vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-                 max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12, pad_token_id=0)
+ROBERTA_BASE = {
+    "vocab_size": 50265,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+BERT_BASE = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
 
 # %% ../../nbs/02c_models.text.ipynb #72ce546e
 class Reading:
     "Sentences to ids; a part of `TextEncoder` and `BertEncoder`."
-    def pieces(self,
+
+    def pieces(
+        self,
         texts: Sequence[str],  # E sentences
-    ) -> list[list[int]]:      # ids of each, special ones included
+    ) -> list[list[int]]:  # ids of each, special ones included
         "What the tokenizer makes of each sentence; raises `Problem` for none, an empty or an overlong one."
-        if self.tokenizer is None: raise Problem('text encoder', "no tokenizer", "one that belongs to the weights", "load it with `tokenizer_from(folder)`")
-        if not texts: raise Problem('text encoder', "no sentence", "at least one", "pass a list of sentences")
+        if self.tokenizer is None:
+            raise Problem(
+                "text encoder",
+                "no tokenizer",
+                "one that belongs to the weights",
+                "load it with `tokenizer_from(folder)`",
+            )
+        if not texts:
+            raise Problem("text encoder", "no sentence", "at least one", "pass a list of sentences")
         clean = [normalise(t) for t in texts]
-        found = self.tokenizer(clean if self.training else list(texts), verbose=False)['input_ids']
+        found = self.tokenizer(clean if self.training else list(texts), verbose=False)["input_ids"]
         for text, ids in zip(clean, found):
-            if len(ids) > self.longest: raise Problem('sentence', f"{len(ids)} tokens in {text[:40]!r}…", f"at most {self.longest}", "write a shorter one")
+            if len(ids) > self.longest:
+                raise Problem(
+                    "sentence",
+                    f"{len(ids)} tokens in {text[:40]!r}…",
+                    f"at most {self.longest}",
+                    "write a shorter one",
+                )
         return found
 
-    def batch(self,
+    def batch(
+        self,
         pieces: list[list[int]],  # of E sentences
-        room: int = 0,            # columns of padding behind the longest
-    ) -> tuple[Tensor, Tensor]:   # ids (E, L) int64, mask (E, L) bool, True = padding
+        room: int = 0,  # columns of padding behind the longest
+    ) -> tuple[Tensor, Tensor]:  # ids (E, L) int64, mask (E, L) bool, True = padding
         "The ids as one tensor on the model's device."
         length, pad = max(map(len, pieces)) + room, self.config.pad_token_id
         ids = torch.tensor([p + [pad] * (length - len(p)) for p in pieces], device=self.device)
-        return ids, torch.arange(length, device=self.device) >= torch.tensor([[len(p)] for p in pieces], device=self.device)
+        return ids, torch.arange(length, device=self.device) >= torch.tensor(
+            [[len(p)] for p in pieces], device=self.device
+        )
 
-    def tokens(self,
-        texts: Sequence[str],       # E sentences
-    ) -> tuple[Tensor, Tensor]:     # ids (E, L) int64, mask (E, L) bool, True = padding
+    def tokens(
+        self,
+        texts: Sequence[str],  # E sentences
+    ) -> tuple[Tensor, Tensor]:  # ids (E, L) int64, mask (E, L) bool, True = padding
         "Ids of the sentences, padded to the longest; raises `Problem` as `pieces` does."
         return self.batch(self.pieces(texts))
 
 # %% ../../nbs/02c_models.text.ipynb #7feb458e
 def weights_state(module: nn.Module) -> tuple:
     "Equal as long as a module's weights, their device and type, and the autocast settings are the same."
-    held = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in module.parameters())
+    held = tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
+        for p in module.parameters()
+    )
     kind = held[0][3].type
     return held, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 class Memory:
     "What was heard of the last `limit` sentences, forgotten when the state changes; a copy of it starts empty."
-    def __init__(self, limit: int): self.limit, self.state, self.held = limit, None, {}
-    def __reduce__(self): return Memory, (self.limit,)
+
+    def __init__(self, limit: int):
+        self.limit, self.state, self.held = limit, None, {}
+
+    def __reduce__(self):
+        return Memory, (self.limit,)
 
     def of(self, state) -> dict:
         "Sentence → what was heard under this state."
-        if state != self.state: self.state, self.held = state, {}
+        if state != self.state:
+            self.state, self.held = state, {}
         return self.held
 
     def keep(self, heard: dict):
         "Add what was heard or asked again; the oldest make room."
-        for text, x in heard.items(): self.held.pop(text, None); self.held[text] = x
-        for text in [*self.held][:max(0, len(self.held) - self.limit)]: del self.held[text]
+        for text, x in heard.items():
+            self.held.pop(text, None)
+            self.held[text] = x
+        for text in [*self.held][: max(0, len(self.held) - self.limit)]:
+            del self.held[text]
 
 # %% ../../nbs/02c_models.text.ipynb #afa42ddb
 SENTENCES = 1000  # remembered per encoder; about 40 MB with RoBERTa-base and a dozen tokens each
 
+
 class Remembering:
     "Sentences to vectors; a part of `TextEncoder` and `BertEncoder`."
+
     def train(self, mode: bool = True):
         "As in any module; training forgets all sentences."
-        if mode: self.memory.of(None)
+        if mode:
+            self.memory.of(None)
         return super().train(mode)
 
-    def recall(self,
-        texts: Sequence[str],                       # E sentences
-    ) -> list[tuple[Tensor, Tensor | None]]:        # of each: words (n + 1, C), the last being padding; sentence (C,)
+    def recall(
+        self,
+        texts: Sequence[str],  # E sentences
+    ) -> list[
+        tuple[Tensor, Tensor | None]
+    ]:  # of each: words (n + 1, C), the last being padding; sentence (C,)
         "Read each sentence that is new once; remember it unless gradients are wanted."
         remember = not torch.is_grad_enabled()
         held = self.memory.of(weights_state(self)) if remember else {}
@@ -209,13 +358,23 @@ class Remembering:
         if new := [t for t in dict.fromkeys(texts) if t not in heard]:
             pieces = self.pieces(new)
             words, sentence = self(*self.batch(pieces, room=1))
-            heard |= {t: (words[i, :len(p) + 1].clone(), None if sentence is None else sentence[i].clone()) for i, (t, p) in enumerate(zip(new, pieces))}
-        if remember: self.memory.keep(heard)
+            heard |= {
+                t: (
+                    words[i, : len(p) + 1].clone(),
+                    None if sentence is None else sentence[i].clone(),
+                )
+                for i, (t, p) in enumerate(zip(new, pieces))
+            }
+        if remember:
+            self.memory.keep(heard)
         return [heard[t] for t in texts]
 
-    def encode(self,
-        texts: Sequence[str],                      # E sentences
-    ) -> tuple[Tensor, Tensor, Tensor | None]:     # words (E, L, C), word_mask (E, L) bool, True = padding, sentence (E, C)
+    def encode(
+        self,
+        texts: Sequence[str],  # E sentences
+    ) -> tuple[
+        Tensor, Tensor, Tensor | None
+    ]:  # words (E, L, C), word_mask (E, L) bool, True = padding, sentence (E, C)
         "Word and sentence vectors, padded to the longest sentence; raises `Problem` as `pieces` does."
         if self.training or not texts:
             ids, mask = self.tokens(texts)
@@ -223,117 +382,210 @@ class Remembering:
             return words, mask, sentence
         words, sentences = zip(*self.recall(texts))
         length = max(map(len, words)) - 1
-        mask = torch.arange(length, device=self.device) >= torch.tensor([[len(w) - 1] for w in words], device=self.device)
-        words = torch.stack([torch.cat([w[:-1], w[-1:].expand(length + 1 - len(w), -1)]) for w in words])
+        mask = torch.arange(length, device=self.device) >= torch.tensor(
+            [[len(w) - 1] for w in words], device=self.device
+        )
+        words = torch.stack(
+            [torch.cat([w[:-1], w[-1:].expand(length + 1 - len(w), -1)]) for w in words]
+        )
         return words, mask, None if sentences[0] is None else torch.stack(sentences)
 
 # %% ../../nbs/02c_models.text.ipynb #8be286e9
 class Encoding(Remembering, Reading):
     "What `TextEncoder` and `BertEncoder` have in common; goes before the class of transformers."
-    def __init__(self,
+
+    def __init__(
+        self,
         config: dict | PreTrainedConfig,  # constants, and perhaps `word_std` for a fresh word table
-        tokenizer=None,                   # for `encode`, see `tokenizer_from`
-        pooler: bool = True,              # without it there is no sentence vector (UNINEXT)
+        tokenizer=None,  # for `encode`, see `tokenizer_from`
+        pooler: bool = True,  # without it there is no sentence vector (UNINEXT)
     ):
         if not isinstance(config, PreTrainedConfig):
-            config = self.config_class(**{k: v for k, v in config.items() if k != 'model_type'}, attn_implementation='sdpa')
-        if tokenizer is not None and (tokenizer.pad_token_id != config.pad_token_id or len(tokenizer) > config.vocab_size):
-            raise Problem('tokenizer', f"{len(tokenizer)} tokens, padding {tokenizer.pad_token_id}", f"at most {config.vocab_size}, padding {config.pad_token_id}", "use the tokenizer that belongs to the weights")
+            config = self.config_class(
+                **{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa"
+            )
+        if tokenizer is not None and (
+            tokenizer.pad_token_id != config.pad_token_id or len(tokenizer) > config.vocab_size
+        ):
+            raise Problem(
+                "tokenizer",
+                f"{len(tokenizer)} tokens, padding {tokenizer.pad_token_id}",
+                f"at most {config.vocab_size}, padding {config.pad_token_id}",
+                "use the tokenizer that belongs to the weights",
+            )
         super().__init__(config, add_pooling_layer=pooler)
-        self.tokenizer, self.memory, table = tokenizer, Memory(SENTENCES), self.embeddings.word_embeddings
-        if std := getattr(config, 'word_std', None):
-            with torch.no_grad(): table.weight.normal_(std=std)[table.padding_idx] = 0
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: state.pop(prefix + 'embeddings.position_ids', None))
+        self.tokenizer, self.memory, table = (
+            tokenizer,
+            Memory(SENTENCES),
+            self.embeddings.word_embeddings,
+        )
+        if std := getattr(config, "word_std", None):
+            with torch.no_grad():
+                table.weight.normal_(std=std)[table.padding_idx] = 0
+        self.register_load_state_dict_pre_hook(
+            lambda _, state, prefix, *rest: state.pop(prefix + "embeddings.position_ids", None)
+        )
 
-    def forward(self,
-        ids: Tensor,                        # (E, L) int64
-        mask: Tensor,                       # (E, L) bool, True = padding
-    ) -> tuple[Tensor, Tensor | None]:      # words (E, L, C), sentence (E, C)
+    def forward(
+        self,
+        ids: Tensor,  # (E, L) int64
+        mask: Tensor,  # (E, L) bool, True = padding
+    ) -> tuple[Tensor, Tensor | None]:  # words (E, L, C), sentence (E, C)
         "Last hidden states, and the pooler's tanh of the first token."
-        answer = super().forward(ids, attention_mask=~mask[:, None, None], token_type_ids=torch.zeros_like(ids), position_ids=self.places(ids))
+        answer = super().forward(
+            ids,
+            attention_mask=~mask[:, None, None],
+            token_type_ids=torch.zeros_like(ids),
+            position_ids=self.places(ids),
+        )
         return answer.last_hidden_state, answer.pooler_output
 
 
 class TextEncoder(Encoding, RobertaModel):
     "RoBERTa: sentences → word vectors and sentence vectors."
+
     @property
-    def longest(self) -> int: return self.config.max_position_embeddings - self.config.pad_token_id - 1
-    def places(self, ids: Tensor) -> Tensor: return self.embeddings.create_position_ids_from_input_ids(ids, self.config.pad_token_id)
+    def longest(self) -> int:
+        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+
+    def places(self, ids: Tensor) -> Tensor:
+        return self.embeddings.create_position_ids_from_input_ids(ids, self.config.pad_token_id)
 
 
 class BertEncoder(Encoding, BertModel):
     "BERT: sentences → word vectors and sentence vectors."
+
     @property
-    def longest(self) -> int: return self.config.max_position_embeddings
-    def places(self, ids: Tensor) -> Tensor: return torch.arange(ids.shape[1], device=ids.device).clamp(max=self.longest - 1).expand_as(ids)
+    def longest(self) -> int:
+        return self.config.max_position_embeddings
+
+    def places(self, ids: Tensor) -> Tensor:
+        return (
+            torch.arange(ids.shape[1], device=ids.device).clamp(max=self.longest - 1).expand_as(ids)
+        )
 
 # %% ../../nbs/02c_models.text.ipynb #74395e01
 def small_config(
-    vocabulary: int,     # number of tokens, `len(tokenizer)`
-    hidden: int = 64,    # channels
-    layers: int = 2,     # transformer layers
-    heads: int = 4,      # attention heads
-    positions: int = 64, # longest sentence in tokens
-) -> dict:               # for `TextEncoder`
+    vocabulary: int,  # number of tokens, `len(tokenizer)`
+    hidden: int = 64,  # channels
+    layers: int = 2,  # transformer layers
+    heads: int = 4,  # attention heads
+    positions: int = 64,  # longest sentence in tokens
+) -> dict:  # for `TextEncoder`
     "Constants of a small RoBERTa without dropout."
-    return dict(ROBERTA_BASE, vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=2 * hidden,
-                max_position_embeddings=positions + 2, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=hidden ** -0.5, word_std=1.)
+    return dict(
+        ROBERTA_BASE,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=positions + 2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=hidden**-0.5,
+        word_std=1.0,
+    )
 
 # %% ../../nbs/02c_models.text.ipynb #eb3f2873
-ENCODERS = {'roberta': TextEncoder, 'bert': BertEncoder}
+ENCODERS = {"roberta": TextEncoder, "bert": BertEncoder}
+
 
 def text_encoder(
-    source: Mapping | str | Path,  # constants such as `ROBERTA_BASE`; a folder in Hugging Face's form; a name on the Hub
-    online: bool = False,          # the Hub may be asked
-    tokenizer=None,                # instead of the one beside the weights
-    pooler: bool = True,           # without it there is no sentence vector
-    freeze: bool = False,          # no gradients
-) -> TextEncoder | BertEncoder:    # in eval mode
+    source: Mapping
+    | str
+    | Path,  # constants such as `ROBERTA_BASE`; a folder in Hugging Face's form; a name on the Hub
+    online: bool = False,  # the Hub may be asked
+    tokenizer=None,  # instead of the one beside the weights
+    pooler: bool = True,  # without it there is no sentence vector
+    freeze: bool = False,  # no gradients
+) -> TextEncoder | BertEncoder:  # in eval mode
     "RoBERTa or BERT, fresh or with weights; raises `Problem` where something is missing, of another family or out of reach."
     fresh = isinstance(source, Mapping)
-    folder = None if fresh else folder_of(source, ('config.json',), 'text encoder', online, weights=True)
-    said = source if fresh else read_json(folder/'config.json')
-    family = said.get('model_type', 'roberta' if fresh else None)
-    if family not in ENCODERS: raise Problem(folder or 'text encoder', f"a model of type {family!r}", f"one of {', '.join(ENCODERS)}", "name a folder of RoBERTa or BERT")
-    if fresh: return ENCODERS[family](dict(source), tokenizer, pooler).requires_grad_(not freeze).eval()
-    return read_weights(ENCODERS[family], folder, tokenizer or tokenizer_from(folder), pooler).requires_grad_(not freeze).eval()
+    folder = (
+        None if fresh else folder_of(source, ("config.json",), "text encoder", online, weights=True)
+    )
+    said = source if fresh else read_json(folder / "config.json")
+    family = said.get("model_type", "roberta" if fresh else None)
+    if family not in ENCODERS:
+        raise Problem(
+            folder or "text encoder",
+            f"a model of type {family!r}",
+            f"one of {', '.join(ENCODERS)}",
+            "name a folder of RoBERTa or BERT",
+        )
+    if fresh:
+        return ENCODERS[family](dict(source), tokenizer, pooler).requires_grad_(not freeze).eval()
+    return (
+        read_weights(ENCODERS[family], folder, tokenizer or tokenizer_from(folder), pooler)
+        .requires_grad_(not freeze)
+        .eval()
+    )
 
 
 def read_weights(family: type, folder: Path, tokenizer, pooler: bool) -> TextEncoder | BertEncoder:
     "An encoder with all its weights from `folder`; raises `Problem` for missing, damaged or ill-fitting ones."
     try:
         with quiet():
-            config = family.config_class.from_pretrained(str(folder), local_files_only=True, attn_implementation='sdpa')
-            model, report = family.from_pretrained(str(folder), config=config, tokenizer=tokenizer, pooler=pooler, local_files_only=True, output_loading_info=True)
-    except Problem: raise
+            config = family.config_class.from_pretrained(
+                str(folder), local_files_only=True, attn_implementation="sdpa"
+            )
+            model, report = family.from_pretrained(
+                str(folder),
+                config=config,
+                tokenizer=tokenizer,
+                pooler=pooler,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Problem:
+        raise
     except Exception as e:
-        raise Problem(folder, f"weights that cannot be read ({type(e).__name__}: {str(e)[:160]})", "model.safetensors or pytorch_model.bin that fits config.json", "copy the files again, or ask with online=True") from e
-    if lost := sorted(report['missing_keys']):
-        raise Problem(folder, f"no {', '.join(lost[:4])}{', …' * (len(lost) > 4)}", "every tensor of the encoder", "use the files of the whole model, with its pooler" + ", or pooler=False" * all('pooler' in n for n in lost))
+        raise Problem(
+            folder,
+            f"weights that cannot be read ({type(e).__name__}: {str(e)[:160]})",
+            "model.safetensors or pytorch_model.bin that fits config.json",
+            "copy the files again, or ask with online=True",
+        ) from e
+    if lost := sorted(report["missing_keys"]):
+        raise Problem(
+            folder,
+            f"no {', '.join(lost[:4])}{', …' * (len(lost) > 4)}",
+            "every tensor of the encoder",
+            "use the files of the whole model, with its pooler"
+            + ", or pooler=False" * all("pooler" in n for n in lost),
+        )
     return model
 
 # %% ../../nbs/02c_models.text.ipynb #5bef0899
 class FeatureResizer(nn.Module):
     "Linear, LayerNorm, dropout: published under `resizer.`"
-    def __init__(self,
-        before: int,          # channels of the text encoder
-        after: int,           # channels of the transformer
-        dropout: float = 0.1, # while training
+
+    def __init__(
+        self,
+        before: int,  # channels of the text encoder
+        after: int,  # channels of the transformer
+        dropout: float = 0.1,  # while training
     ):
         super().__init__()
-        self.fc, self.layer_norm, self.dropout = nn.Linear(before, after), nn.LayerNorm(after, eps=1e-12), nn.Dropout(dropout)
+        self.fc, self.layer_norm, self.dropout = (
+            nn.Linear(before, after),
+            nn.LayerNorm(after, eps=1e-12),
+            nn.Dropout(dropout),
+        )
 
-    def forward(self,
-        x: Tensor, # (..., before)
-    ) -> Tensor:   # (..., after)
+    def forward(
+        self,
+        x: Tensor,  # (..., before)
+    ) -> Tensor:  # (..., after)
         "dropout(LN(Wx + b))."
         return self.dropout(self.layer_norm(self.fc(x)))
 
 # %% ../../nbs/02c_models.text.ipynb #563cb2e7
 def sine_position_1d(
-    mask: Tensor, # (E, L) bool, True = padding
-    dim: int,     # channels, even
-) -> Tensor:      # (E, dim, L) float32
+    mask: Tensor,  # (E, L) bool, True = padding
+    dim: int,  # channels, even
+) -> Tensor:  # (E, dim, L) float32
     "Position encoding of words; no parameters."
     count = (~mask).cumsum(1, dtype=torch.float32)
     return sine_features(count / (count[:, -1:] + 1e-6) * (2 * math.pi), dim).transpose(1, 2)

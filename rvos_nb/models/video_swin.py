@@ -12,40 +12,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
+
 from ..core import Problem
 from .backbones import fold_time
 
 # %% ../../nbs/02b_models.video_swin.ipynb #ef033ead
 Size = tuple[int, int, int]
 
+
 def fit_window(
-    size: Size,           # (T, h, w) of the map
-    window: Size,         # (frames, rows, columns) of a full window
-    shifted: bool,        # whether this block shifts its windows
-    shrinks: bool = True, # whether a window shrinks to a smaller map (Video-Swin) or the map is padded (Swin)
-) -> tuple[Size, Size]:   # window, shift
+    size: Size,  # (T, h, w) of the map
+    window: Size,  # (frames, rows, columns) of a full window
+    shifted: bool,  # whether this block shifts its windows
+    shrinks: bool = True,  # whether a window shrinks to a smaller map (Video-Swin) or the map is padded (Swin)
+) -> tuple[Size, Size]:  # window, shift
     "The window and its shift (half of it, rounded down) for a map."
     small = [shrinks and s <= k for s, k in zip(size, window)]
-    return (tuple(s if fits else k for s, k, fits in zip(size, window, small)),
-            tuple(k // 2 if shifted and not fits else 0 for k, fits in zip(window, small)))
+    return (
+        tuple(s if fits else k for s, k, fits in zip(size, window, small)),
+        tuple(k // 2 if shifted and not fits else 0 for k, fits in zip(window, small)),
+    )
 
 # %% ../../nbs/02b_models.video_swin.ipynb #dcb9dbe0
 @dataclass(frozen=True)
 class AxisKind:
     "Windows along one axis that look alike."
-    places: tuple[int, ...]             # the places that hold a cell; the others hold padding
-    beyond: tuple[bool, ...]            # for each place of the window whether it lies beyond the seam
+
+    places: tuple[int, ...]  # the places that hold a cell; the others hold padding
+    beyond: tuple[bool, ...]  # for each place of the window whether it lies beyond the seam
     cells: tuple[tuple[int, ...], ...]  # of each window the cells at those places
 
+
 def axis_kinds(
-    size: int,   # cells along the axis
-    window: int, # places along the axis
+    size: int,  # cells along the axis
+    window: int,  # places along the axis
     shift: int,  # 0 for windows that are not shifted
 ) -> list[AxisKind]:
     "The windows along an axis by kind; every cell is in exactly one of them."
@@ -60,167 +67,249 @@ def axis_kinds(
 @dataclass(frozen=True, eq=False)
 class Kind:
     "What the windows of one kind have in common; N places, of which n hold a cell."
-    places: Tensor            # (n,) int64, the places that hold a cell
-    padding: Tensor | None    # (N − n,) int64, the others, if there are any
+
+    places: Tensor  # (n,) int64, the places that hold a cell
+    padding: Tensor | None  # (N − n,) int64, the others, if there are any
     strangers: Tensor | None  # (n, N) bool, True where a seam lies between two places
 
+
 def window_kind(
-    axes: Sequence[AxisKind], # of T, h and w
-    device: torch.device,     # where the tensors shall live
+    axes: Sequence[AxisKind],  # of T, h and w
+    device: torch.device,  # where the tensors shall live
 ) -> Kind:
     "Combine the kinds of the three axes; places are numbered by time, then row, then column."
     all_places = list(product(*(range(len(a.beyond)) for a in axes)))
     held = [all(o in a.places for o, a in zip(place, axes)) for place in all_places]
-    side = torch.tensor([sum(a.beyond[o] << i for i, (o, a) in enumerate(zip(place, axes))) for place in all_places], device=device)
-    places, padding = (torch.tensor([i for i, h in enumerate(held) if h == wanted], dtype=torch.long, device=device) for wanted in (True, False))
+    side = torch.tensor(
+        [
+            sum(a.beyond[o] << i for i, (o, a) in enumerate(zip(place, axes)))
+            for place in all_places
+        ],
+        device=device,
+    )
+    places, padding = (
+        torch.tensor(
+            [i for i, h in enumerate(held) if h == wanted], dtype=torch.long, device=device
+        )
+        for wanted in (True, False)
+    )
     seamed = any(any(a.beyond) for a in axes)
-    return Kind(places, None if all(held) else padding, side[places][:, None] != side if seamed else None)
+    return Kind(
+        places, None if all(held) else padding, side[places][:, None] != side if seamed else None
+    )
 
 # %% ../../nbs/02b_models.video_swin.ipynb #446bfce9
 @dataclass(frozen=True, eq=False)
 class Plan:
     "How the cells of a batch of maps are brought into windows."
+
     kinds: list[Kind]
-    pieces: list[tuple[Tensor, list[tuple[int, int]]]] # the cells of a piece (int64 rows of the flattened map); its runs (kind, windows)
+    pieces: list[
+        tuple[Tensor, list[tuple[int, int]]]
+    ]  # the cells of a piece (int64 rows of the flattened map); its runs (kind, windows)
+
 
 def cut(
-    counts: Sequence[tuple[int, int]], # of each kind: windows, tokens per window
-    limit: int,                        # tokens of a piece; a piece has at least one window
-) -> list[list[tuple[int, int]]]:      # of each piece the runs (kind, windows)
+    counts: Sequence[tuple[int, int]],  # of each kind: windows, tokens per window
+    limit: int,  # tokens of a piece; a piece has at least one window
+) -> list[list[tuple[int, int]]]:  # of each piece the runs (kind, windows)
     "Deal windows out to pieces, in order."
     pieces, room = [[]], limit
     for kind, (windows, tokens) in enumerate(counts):
         while windows:
-            if pieces[-1] and room < tokens: pieces.append([]); room = limit
+            if pieces[-1] and room < tokens:
+                pieces.append([])
+                room = limit
             n = min(windows, max(1, room // tokens))
             pieces[-1].append((kind, n))
             windows, room = windows - n, room - n * tokens
     return pieces
 
+
 def piece_size(
-    device: torch.device, # where the map lives
-) -> int:                 # tokens
+    device: torch.device,  # where the map lives
+) -> int:  # tokens
     "How many tokens are worked through at a time: what fits the caches of the cores, or bounds the memory of an accelerator."
-    return 2048 * torch.get_num_threads() if device.type == 'cpu' else 2 ** 17
+    return 2048 * torch.get_num_threads() if device.type == "cpu" else 2**17
 
 # %% ../../nbs/02b_models.video_swin.ipynb #b2bc94cf
 @lru_cache(maxsize=32)
 @torch.compiler.disable
-@torch.inference_mode(False)   # or a mask made while predicting could not be used in training
+@torch.inference_mode(False)  # or a mask made while predicting could not be used in training
 def make_plan(
-    shape: tuple[int, int, int, int], # (B, T, h, w)
-    window: Size,                     # as of `fit_window`
-    shift: Size,                      # as of `fit_window`
-    limit: int,                       # tokens of a piece
-    device: torch.device,             # where the tensors shall live
+    shape: tuple[int, int, int, int],  # (B, T, h, w)
+    window: Size,  # as of `fit_window`
+    shift: Size,  # as of `fit_window`
+    limit: int,  # tokens of a piece
+    device: torch.device,  # where the tensors shall live
 ) -> Plan:
     "The windows of a batch of maps, kind by kind."
     kinds, cells = [], []
     for axes in product(*map(axis_kinds, shape[1:], window, shift)):
-        t, h, w = (torch.tensor(a.cells, device=device) for a in axes)                         # (windows, places) along an axis
-        cell = (t[:, None, None, :, None, None] * shape[2] + h[:, None, None, :, None]) * shape[3] + w[:, None, None, :]
-        clip = torch.arange(shape[0], device=device)[:, None, None] * (shape[1] * shape[2] * shape[3])
-        cells.append((clip + rearrange(cell, 't h w kt kh kw -> (t h w) (kt kh kw)')).flatten(0, 1))
+        t, h, w = (
+            torch.tensor(a.cells, device=device) for a in axes
+        )  # (windows, places) along an axis
+        cell = (t[:, None, None, :, None, None] * shape[2] + h[:, None, None, :, None]) * shape[
+            3
+        ] + w[:, None, None, :]
+        clip = torch.arange(shape[0], device=device)[:, None, None] * (
+            shape[1] * shape[2] * shape[3]
+        )
+        cells.append((clip + rearrange(cell, "t h w kt kh kw -> (t h w) (kt kh kw)")).flatten(0, 1))
         kinds.append(window_kind(axes, device))
     runs = cut([c.shape for c in cells], limit)
     sizes = [sum(n * len(kinds[kind].places) for kind, n in piece) for piece in runs]
     return Plan(kinds, list(zip(torch.cat([c.flatten() for c in cells]).split(sizes), runs)))
 
-@torch.compiler.assume_constant_result   # else `torch.compile` looks through the cache and traces every loop
+
+@torch.compiler.assume_constant_result  # else `torch.compile` looks through the cache and traces every loop
 def plan(*of) -> Plan:
     "The plan for `of`, the arguments of `make_plan`; kept for the sizes of late."
     return make_plan(*of)
 
 # %% ../../nbs/02b_models.video_swin.ipynb #9d382707
 def relative_index(
-    window: Size, # a full window
-) -> Tensor:      # (N, N) int64, rows of the bias table
+    window: Size,  # a full window
+) -> Tensor:  # (N, N) int64, rows of the bias table
     "For two places of a full window the row of the bias table of their offset (published name `relative_position_index`)."
-    place = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing='ij')).flatten(1)
+    place = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
     t, y, x = place[:, :, None] - place[:, None] + torch.tensor(window)[:, None, None] - 1
     return (t * (2 * window[1] - 1) + y) * (2 * window[2] - 1) + x
 
 # %% ../../nbs/02b_models.video_swin.ipynb #b382105a
 class WindowAttention(nn.Module):
     "Multi-head attention inside windows with relative bias (Swin, eq. 4; Video-Swin, eq. 1); published names."
-    def __init__(self,
-        channels: int, # C
-        heads: int,    # number of heads, divides C
+
+    def __init__(
+        self,
+        channels: int,  # C
+        heads: int,  # number of heads, divides C
         window: Size,  # a full window
     ):
         super().__init__()
         self.heads = heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1), heads))
-        self.register_buffer('relative_position_index', relative_index(window))   # persistent: published files keep it
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1), heads)
+        )
+        self.register_buffer(
+            "relative_position_index", relative_index(window)
+        )  # persistent: published files keep it
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=.02)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_load_state_dict_pre_hook(self._recompute)
 
     @staticmethod
     def _recompute(self, state, prefix, *_):
         "The index is a constant: a file may keep it or leave it out."
-        state[prefix + 'relative_position_index'] = self.relative_position_index
+        state[prefix + "relative_position_index"] = self.relative_position_index
 
-    def bias(self,
+    def bias(
+        self,
         kind: Kind,  # of windows
-    ) -> Tensor:     # (heads, n, n), or (heads, n, n + 1) where there is padding
+    ) -> Tensor:  # (heads, n, n), or (heads, n, n + 1) where there is padding
         "What is added to the scores: the relative bias, −100 across a seam, and all padding in the last column."
         n, pad = len(kind.places), 0 if kind.padding is None else len(kind.padding)
-        index = self.relative_position_index[:n + pad, :n + pad].index_select(0, kind.places)
-        bias = self.relative_position_bias_table.T.contiguous().index_select(1, index.flatten()).view(self.heads, n, n + pad)
-        if kind.strangers is not None: bias = bias - 100 * kind.strangers.to(bias.dtype)
-        if not pad: return bias
-        return torch.cat([bias.index_select(2, kind.places), bias.index_select(2, kind.padding).logsumexp(2, keepdim=True)], 2)
+        index = self.relative_position_index[: n + pad, : n + pad].index_select(0, kind.places)
+        bias = (
+            self.relative_position_bias_table.T.contiguous()
+            .index_select(1, index.flatten())
+            .view(self.heads, n, n + pad)
+        )
+        if kind.strangers is not None:
+            bias = bias - 100 * kind.strangers.to(bias.dtype)
+        if not pad:
+            return bias
+        return torch.cat(
+            [
+                bias.index_select(2, kind.places),
+                bias.index_select(2, kind.padding).logsumexp(2, keepdim=True),
+            ],
+            2,
+        )
 
-    def forward(self,
-        x: Tensor,                     # (R, C) the cells of a piece
-        runs: list[tuple[int, int]],   # (kind, windows) as of `Plan.pieces`
-        kinds: list[Kind],             # of the plan
-        bias: list[Tensor],            # `self.bias` of every kind
-    ) -> Tensor:                       # (R, C)
+    def forward(
+        self,
+        x: Tensor,  # (R, C) the cells of a piece
+        runs: list[tuple[int, int]],  # (kind, windows) as of `Plan.pieces`
+        kinds: list[Kind],  # of the plan
+        bias: list[Tensor],  # `self.bias` of every kind
+    ) -> Tensor:  # (R, C)
         "Attention inside every window."
-        qkv, out, c = rearrange(self.qkv(x), 'r (three heads c) -> three r heads c', three=3, heads=self.heads), [], x.shape[1]
-        for part, (kind, windows) in zip(qkv.split([w * len(kinds[k].places) for k, w in runs], 1), runs):
-            q, k, v = rearrange(part, 'three (w n) heads c -> three w heads n c', w=windows)
+        qkv, out, c = (
+            rearrange(
+                self.qkv(x), "r (three heads c) -> three r heads c", three=3, heads=self.heads
+            ),
+            [],
+            x.shape[1],
+        )
+        for part, (kind, windows) in zip(
+            qkv.split([w * len(kinds[k].places) for k, w in runs], 1), runs
+        ):
+            q, k, v = rearrange(part, "three (w n) heads c -> three w heads n c", w=windows)
             if kinds[kind].padding is not None:
-                pad = self.qkv.bias.to(k.dtype).view(3, 1, self.heads, 1, -1).expand(3, windows, -1, 1, -1)
+                pad = (
+                    self.qkv.bias.to(k.dtype)
+                    .view(3, 1, self.heads, 1, -1)
+                    .expand(3, windows, -1, 1, -1)
+                )
                 k, v = torch.cat([k, pad[1]], 2), torch.cat([v, pad[2]], 2)
-            out.append(rearrange(F.scaled_dot_product_attention(q, k, v, bias[kind][None]), 'w heads n c -> (w n) (heads c)'))
+            out.append(
+                rearrange(
+                    F.scaled_dot_product_attention(q, k, v, bias[kind][None]),
+                    "w heads n c -> (w n) (heads c)",
+                )
+            )
         return self.proj(torch.cat(out) if len(out) > 1 else out[0])
 
 # %% ../../nbs/02b_models.video_swin.ipynb #eee6e2ff
 class Block(nn.Module):
     "A Swin block, of clips or of pictures; odd ones shift their windows."
-    def __init__(self,
-        channels: int, # C
-        heads: int,    # attention heads
+
+    def __init__(
+        self,
+        channels: int,  # C
+        heads: int,  # attention heads
         window: Size,  # a full window
-        shifted: bool, # whether windows are shifted
-        shrinks: bool, # see `fit_window`
-        drop: float,   # share of dropped branches in training
+        shifted: bool,  # whether windows are shifted
+        shrinks: bool,  # see `fit_window`
+        drop: float,  # share of dropped branches in training
     ):
         super().__init__()
         self.window, self.shifted, self.shrinks = window, shifted, shrinks
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(channels), WindowAttention(channels, heads, window), nn.LayerNorm(channels)
-        self.mlp = nn.ModuleDict({'fc1': nn.Linear(channels, 4 * channels), 'fc2': nn.Linear(4 * channels, channels)})
-        self.drop = StochasticDepth(drop, 'row')
+        self.norm1, self.attn, self.norm2 = (
+            nn.LayerNorm(channels),
+            WindowAttention(channels, heads, window),
+            nn.LayerNorm(channels),
+        )
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(channels, 4 * channels), "fc2": nn.Linear(4 * channels, channels)}
+        )
+        self.drop = StochasticDepth(drop, "row")
 
-    def perceive(self,
-        x: Tensor, # (..., C)
-    ) -> Tensor:   # (..., C)
+    def perceive(
+        self,
+        x: Tensor,  # (..., C)
+    ) -> Tensor:  # (..., C)
         "The second branch, MLP(LN(x))."
-        return self.mlp['fc2'](F.gelu(self.mlp['fc1'](self.norm2(x))))
+        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
-    def forward(self,
-        x: Tensor, # (B, T, h, w, C)
-    ) -> Tensor:   # (B, T, h, w, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, h, w, C)
+    ) -> Tensor:  # (B, T, h, w, C)
         "Attention and MLP, both residual."
-        shape, rows, whole = tuple(x.shape[:4]), x.reshape(-1, x.shape[-1]), self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        shape, rows, whole = (
+            tuple(x.shape[:4]),
+            x.reshape(-1, x.shape[-1]),
+            self.training or torch.is_grad_enabled() or torch.compiler.is_compiling(),
+        )
         limit = len(rows) if whole else piece_size(x.device)
-        p = plan(shape, *fit_window(shape[1:], self.window, self.shifted, self.shrinks), limit, x.device)
+        p = plan(
+            shape, *fit_window(shape[1:], self.window, self.shifted, self.shrinks), limit, x.device
+        )
         bias = [self.attn.bias(kind) for kind in p.kinds]
         if whole:
-            (cells, runs), = p.pieces
+            ((cells, runs),) = p.pieces
             y = self.attn(self.norm1(rows.index_select(0, cells)), runs, p.kinds, bias)
             x = x + self.drop(torch.empty_like(y).index_copy(0, cells, y).view_as(x))
             return x + self.drop(self.perceive(x))
@@ -228,115 +317,158 @@ class Block(nn.Module):
         for cells, runs in p.pieces:
             piece = rows.index_select(0, cells)
             y.index_copy_(0, cells, piece + self.attn(self.norm1(piece), runs, p.kinds, bias))
-        for piece in y.split(limit): piece += self.perceive(piece)
+        for piece in y.split(limit):
+            piece += self.perceive(piece)
         return y.view_as(x)
 
 # %% ../../nbs/02b_models.video_swin.ipynb #fd69ba4b
 class Merge(nn.Module):
     "2×2 cells become one of twice the channels; odd sizes are padded with a zero row or column."
-    def __init__(self,
-        channels: int, # C
+
+    def __init__(
+        self,
+        channels: int,  # C
     ):
         super().__init__()
-        self.reduction, self.norm = nn.Linear(4 * channels, 2 * channels, bias=False), nn.LayerNorm(4 * channels)
+        self.reduction, self.norm = (
+            nn.Linear(4 * channels, 2 * channels, bias=False),
+            nn.LayerNorm(4 * channels),
+        )
 
-    def forward(self,
-        x: Tensor, # (B, T, h, w, C)
-    ) -> Tensor:   # (B, T, ⌈h/2⌉, ⌈w/2⌉, 2C)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, h, w, C)
+    ) -> Tensor:  # (B, T, ⌈h/2⌉, ⌈w/2⌉, 2C)
         "Linear(LayerNorm(four neighbours))."
-        if x.shape[2] % 2 or x.shape[3] % 2: x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return self.reduction(self.norm(rearrange(x, 'b t (h y) (w x) c -> b t h w (x y c)', y=2, x=2)))
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.reduction(
+            self.norm(rearrange(x, "b t (h y) (w x) c -> b t h w (x y c)", y=2, x=2))
+        )
 
 # %% ../../nbs/02b_models.video_swin.ipynb #7af7591e
 class PatchEmbed(nn.Module):
     "4×4 pixels of a frame → one token; Video-Swin's published weight has a time axis of length 1."
-    def __init__(self,
-        channels: int, # C
-        timed: bool,   # whether the weight has that axis
+
+    def __init__(
+        self,
+        channels: int,  # C
+        timed: bool,  # whether the weight has that axis
     ):
         super().__init__()
-        self.proj = nn.Conv3d(3, channels, (1, 4, 4), (1, 4, 4)) if timed else nn.Conv2d(3, channels, 4, 4)
+        self.proj = (
+            nn.Conv3d(3, channels, (1, 4, 4), (1, 4, 4)) if timed else nn.Conv2d(3, channels, 4, 4)
+        )
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self,
-        x: Tensor, # (B, T, 3, H, W)
-    ) -> Tensor:   # (B, T, ⌈H/4⌉, ⌈W/4⌉, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, 3, H, W)
+    ) -> Tensor:  # (B, T, ⌈H/4⌉, ⌈W/4⌉, C)
         "A picture convolution over all frames, then LayerNorm."
         b, frames = len(x), fold_time(x)
         frames = F.pad(frames, (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4))
         y = F.conv2d(frames, self.proj.weight.view(-1, 3, 4, 4), self.proj.bias, stride=4)
-        return self.norm(rearrange(y, '(b t) c h w -> b t h w c', b=b))
+        return self.norm(rearrange(y, "(b t) c h w -> b t h w c", b=b))
 
 # %% ../../nbs/02b_models.video_swin.ipynb #b05ff3ad
 @dataclass(frozen=True)
 class Variant:
     "The constants of one size of Swin."
-    embed: int                  # channels of the first level
-    depths: tuple[int, ...]     # blocks per stage
-    heads: tuple[int, ...]      # attention heads per stage
+
+    embed: int  # channels of the first level
+    depths: tuple[int, ...]  # blocks per stage
+    heads: tuple[int, ...]  # attention heads per stage
+
 
 VARIANTS = {
-    'tiny': Variant(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    'small': Variant(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    'base': Variant(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    'large': Variant(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "tiny": Variant(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": Variant(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": Variant(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": Variant(192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 
 # %% ../../nbs/02b_models.video_swin.ipynb #57db9d05
 class Stages(nn.Module):
     "What the Swins of pictures and of clips share: patches, stages of blocks, initialisation."
-    def __init__(self,
-        variant: str,        # a key of `VARIANTS`
-        stages: int,         # how many of the four
-        window: Size,        # a full window
-        video: bool,         # windows shrink and the patch weight has a time axis
-        drop: float,         # stochastic depth of the last block
-        checkpointing: bool, # recompute activations in the backward pass
+
+    def __init__(
+        self,
+        variant: str,  # a key of `VARIANTS`
+        stages: int,  # how many of the four
+        window: Size,  # a full window
+        video: bool,  # windows shrink and the patch weight has a time axis
+        drop: float,  # stochastic depth of the last block
+        checkpointing: bool,  # recompute activations in the backward pass
     ):
         super().__init__()
-        if variant not in VARIANTS: raise Problem('swin', repr(variant), "one of " + ', '.join(VARIANTS), "correct the configuration")
+        if variant not in VARIANTS:
+            raise Problem(
+                "swin", repr(variant), "one of " + ", ".join(VARIANTS), "correct the configuration"
+            )
         v, self.checkpointing = VARIANTS[variant], checkpointing
-        self.channels, self.strides = [v.embed * 2 ** i for i in range(stages)], [4 * 2 ** i for i in range(stages)]
-        rates = iter(torch.linspace(0, drop, sum(v.depths[:stages]), device='cpu').tolist())
+        self.channels, self.strides = (
+            [v.embed * 2**i for i in range(stages)],
+            [4 * 2**i for i in range(stages)],
+        )
+        rates = iter(torch.linspace(0, drop, sum(v.depths[:stages]), device="cpu").tolist())
         self.patch_embed = PatchEmbed(v.embed, video)
-        self.layers = nn.ModuleList(nn.ModuleDict({'blocks': nn.ModuleList(Block(c, h, window, j % 2 == 1, video, next(rates)) for j in range(d))})
-                                    for c, h, d in zip(self.channels, v.heads, v.depths))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "blocks": nn.ModuleList(
+                        Block(c, h, window, j % 2 == 1, video, next(rates)) for j in range(d)
+                    )
+                }
+            )
+            for c, h, d in zip(self.channels, v.heads, v.depths)
+        )
 
     def start(self):
         "Truncated normal of .02 for matrices, zero for their biases."
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=.02)
-                if m.bias is not None: nn.init.zeros_(m.bias)
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
-    def stage(self,
-        i: int,    # which
-        x: Tensor, # (B, T, h, w, C)
-    ) -> Tensor:   # (B, T, h, w, C)
+    def stage(
+        self,
+        i: int,  # which
+        x: Tensor,  # (B, T, h, w, C)
+    ) -> Tensor:  # (B, T, h, w, C)
         "All blocks of a stage."
-        for block in self.layers[i]['blocks']:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        for block in self.layers[i]["blocks"]:
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and self.training
+                else block(x)
+            )
         return x
 
 # %% ../../nbs/02b_models.video_swin.ipynb #1579e162
 class VideoSwin(Stages):
     "Video-Swin without head and final norm; tensors named as under `backbone.0.body.` of published files."
-    def __init__(self,
-        variant: str = 'tiny',       # a key of `VARIANTS`
-        drop: float = 0.2,           # stochastic depth of the last block; 0 at the first
-        checkpointing: bool = False, # recompute activations in the backward pass
+
+    def __init__(
+        self,
+        variant: str = "tiny",  # a key of `VARIANTS`
+        drop: float = 0.2,  # stochastic depth of the last block; 0 at the first
+        checkpointing: bool = False,  # recompute activations in the backward pass
     ):
         super().__init__(variant, 4, (8, 7, 7), True, drop, checkpointing)
         self.downsamples = nn.ModuleList(Merge(c) for c in self.channels[:3])
         self.start()
 
-    def forward(self,
-        x: Tensor,        # (B, T, 3, H, W) normalised pixels
-    ) -> list[Tensor]:    # four of (B·T, C, h, w)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, 3, H, W) normalised pixels
+    ) -> list[Tensor]:  # four of (B·T, C, h, w)
         "Raw features at strides 4, 8, 16, 32."
         levels, x = [], self.patch_embed(x)
         for i in range(4):
             x = self.stage(i, x)
-            levels.append(rearrange(x, 'b t h w c -> (b t) c h w'))
-            if i < 3: x = self.downsamples[i](x)
+            levels.append(rearrange(x, "b t h w c -> (b t) c h w"))
+            if i < 3:
+                x = self.downsamples[i](x)
         return levels

@@ -27,81 +27,145 @@ from torch import Tensor, nn
 from ..core import Problem, read_json, shipped, whole, whole_folder, write_json
 
 # %% ../../nbs/03h_models.zoo.ipynb #cfa21df0
-FAMILIES = {'referformer': 'rvos_nb.models.referformer:ReferFormer', 'aot': 'rvos_nb.vos.aot:AOT', 'deaot': 'rvos_nb.vos.deaot:DeAOT'}
+FAMILIES = {
+    "referformer": "rvos_nb.models.referformer:ReferFormer",
+    "aot": "rvos_nb.vos.aot:AOT",
+    "deaot": "rvos_nb.vos.deaot:DeAOT",
+}
 
 
 def family_of(
-    name: str,                            # 'referformer', 'aot', …
-    where='family',                       # what to name in an error
-) -> tuple[type[nn.Module], type]:        # the model's class and its configuration's
+    name: str,  # 'referformer', 'aot', …
+    where="family",  # what to name in an error
+) -> tuple[type[nn.Module], type]:  # the model's class and its configuration's
     "Import a family; Problem where there is none of that name."
-    if name not in FAMILIES: raise Problem(where, f'the family {name!r}', 'one of ' + ', '.join(FAMILIES), 'use a version of this package that has it')
-    module, cls = FAMILIES[name].split(':')
+    if name not in FAMILIES:
+        raise Problem(
+            where,
+            f"the family {name!r}",
+            "one of " + ", ".join(FAMILIES),
+            "use a version of this package that has it",
+        )
+    module, cls = FAMILIES[name].split(":")
     module = importlib.import_module(module)
-    return getattr(module, cls), getattr(module, cls + 'Config')
+    return getattr(module, cls), getattr(module, cls + "Config")
 
 
 def family_name(
-    cls: type,   # of a model
+    cls: type,  # of a model
 ) -> str:
     "The family a class of models belongs to; Problem where it is none of ours."
     for name, home in FAMILIES.items():
-        if f'{cls.__module__}:{cls.__qualname__}' == home: return name
-    raise Problem(cls.__qualname__, 'a model of no family', 'one of ' + ', '.join(FAMILIES.values()), 'register it in zoo.FAMILIES')
+        if f"{cls.__module__}:{cls.__qualname__}" == home:
+            return name
+    raise Problem(
+        cls.__qualname__,
+        "a model of no family",
+        "one of " + ", ".join(FAMILIES.values()),
+        "register it in zoo.FAMILIES",
+    )
 
 # %% ../../nbs/03h_models.zoo.ipynb #42e5ebdc
 def read_config(
-    cls: type,           # a dataclass
-    values: Mapping,     # from JSON
-    where='config.json', # what to name in an error
-):                       # an instance of `cls`
+    cls: type,  # a dataclass
+    values: Mapping,  # from JSON
+    where="config.json",  # what to name in an error
+):  # an instance of `cls`
     "Build a configuration; Problem for unknown fields or refused values."
     names = {f.name: f for f in dataclasses.fields(cls)}
     strange = sorted(set(values) - set(names))
-    if strange: raise Problem(where, f'unknown settings {", ".join(strange)}', f'settings of {cls.__name__}', 'load it with the version that wrote it')
-    def turn(name, v): return tuple(v) if isinstance(v, list) and 'tuple' in str(names[name].type) else v
-    try: return cls(**{k: turn(k, v) for k, v in values.items()})
-    except (TypeError, ValueError) as e: raise e if isinstance(e, Problem) else Problem(where, str(e), f'settings of {cls.__name__}', 'correct the file') from e
+    if strange:
+        raise Problem(
+            where,
+            f"unknown settings {', '.join(strange)}",
+            f"settings of {cls.__name__}",
+            "load it with the version that wrote it",
+        )
+
+    def turn(name, v):
+        return tuple(v) if isinstance(v, list) and "tuple" in str(names[name].type) else v
+
+    try:
+        return cls(**{k: turn(k, v) for k, v in values.items()})
+    except (TypeError, ValueError) as e:
+        raise (
+            e
+            if isinstance(e, Problem)
+            else Problem(where, str(e), f"settings of {cls.__name__}", "correct the file")
+        ) from e
 
 # %% ../../nbs/03h_models.zoo.ipynb #0ba06bae
 def unique_tensors(
     model: nn.Module,
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # name -> tensor; second name -> the name it is kept under
+) -> tuple[
+    dict[str, Tensor], dict[str, str]
+]:  # name -> tensor; second name -> the name it is kept under
     "The floating-point tensors of a model's state, each once; also of a model on the meta device."
-    state, first, aliases = {n: t for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}, {}, {}
-    for name in sorted(state, key=lambda n: (n.count('.'), len(n), n)):
-        if id(state[name]) in first: aliases[name] = first[id(state[name])]
-        else: first[id(state[name])] = name
+    state, first, aliases = (
+        {n: t for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()},
+        {},
+        {},
+    )
+    for name in sorted(state, key=lambda n: (n.count("."), len(n), n)):
+        if id(state[name]) in first:
+            aliases[name] = first[id(state[name])]
+        else:
+            first[id(state[name])] = name
     return {n: t for n, t in state.items() if n not in aliases}, aliases
 
 # %% ../../nbs/03h_models.zoo.ipynb #e9ecee76
 def check_tensors(
     wanted: Mapping[str, Tensor],  # the model's
-    given: Mapping[str, Tensor],   # the file's
-    where,                         # what to name in an error
+    given: Mapping[str, Tensor],  # the file's
+    where,  # what to name in an error
 ):
     "Problem unless both have the same names and shapes."
-    def some(kind, names): return [f'{len(names)} {kind} (' + ', '.join(names[:4]) + (', …)' if len(names) > 4 else ')')] if names else []
-    bad = some('missing', [n for n in wanted if n not in given])
-    bad += some('left over', [n for n in given if n not in wanted])
-    bad += some('of another shape', [f'{n} {tuple(given[n].shape)} for {tuple(wanted[n].shape)}' for n in wanted
-                                     if n in given and given[n].shape != wanted[n].shape])
-    if bad: raise Problem(where, 'tensors ' + '; '.join(bad), f'the {len(wanted)} tensors of the model', 'use the checkpoint of this model, or the configuration it was trained with')
+
+    def some(kind, names):
+        return (
+            [f"{len(names)} {kind} (" + ", ".join(names[:4]) + (", …)" if len(names) > 4 else ")")]
+            if names
+            else []
+        )
+
+    bad = some("missing", [n for n in wanted if n not in given])
+    bad += some("left over", [n for n in given if n not in wanted])
+    bad += some(
+        "of another shape",
+        [
+            f"{n} {tuple(given[n].shape)} for {tuple(wanted[n].shape)}"
+            for n in wanted
+            if n in given and given[n].shape != wanted[n].shape
+        ],
+    )
+    if bad:
+        raise Problem(
+            where,
+            "tensors " + "; ".join(bad),
+            f"the {len(wanted)} tensors of the model",
+            "use the checkpoint of this model, or the configuration it was trained with",
+        )
 
 
 def load_tensors(
     model: nn.Module,
     given: Mapping[str, Tensor],  # published names; second names may be there, and then lose
-    where='checkpoint',           # what to name in an error
-):                                # the model, for chaining
+    where="checkpoint",  # what to name in an error
+):  # the model, for chaining
     "Copy every tensor into `model`; Problem where the names or shapes differ."
     wanted, aliases = unique_tensors(model)
-    check_tensors(wanted, {n: t for n, t in given.items() if n not in aliases and t.is_floating_point()}, where)
+    check_tensors(
+        wanted,
+        {n: t for n, t in given.items() if n not in aliases and t.is_floating_point()},
+        where,
+    )
     new = {n: given[n].to(t.dtype).clone() for n, t in wanted.items() if t.is_meta}
     with torch.no_grad():
         for n, t in wanted.items():
-            if n not in new: t.copy_(given[n])
-    if new: model.load_state_dict(new, strict=False, assign=True)
+            if n not in new:
+                t.copy_(given[n])
+    if new:
+        model.load_state_dict(new, strict=False, assign=True)
     return model
 
 # %% ../../nbs/03h_models.zoo.ipynb #cafdb0f4
@@ -109,178 +173,306 @@ def load_tensors(
 def unfilled() -> Iterator[None]:
     "Parameters of the models that are built inside lie on the meta device."
     register = nn.Module.register_parameter
-    def bare(module, name, p): register(module, name, None if p is None else nn.Parameter(p.to('meta'), requires_grad=p.requires_grad))
+
+    def bare(module, name, p):
+        register(
+            module,
+            name,
+            None if p is None else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad),
+        )
+
     nn.Module.register_parameter = bare
-    try: yield
-    finally: nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 # %% ../../nbs/03h_models.zoo.ipynb #f135bb45
 def write_files(
-    folder,                        # an existing folder
-    said: dict,                    # family, config (a dataclass), card, and the tokenizer's name where it does not lie beside
-    tensors: Mapping[str, Tensor], # of `unique_tensors`
-    tokenizer=None,                # a Hugging Face tokenizer
+    folder,  # an existing folder
+    said: dict,  # family, config (a dataclass), card, and the tokenizer's name where it does not lie beside
+    tensors: Mapping[str, Tensor],  # of `unique_tensors`
+    tokenizer=None,  # a Hugging Face tokenizer
 ):
     "Write the files of a checkpoint."
-    write_json(Path(folder)/'config.json', said | {'config': json.loads(json.dumps(dataclasses.asdict(said['config'])))})
-    with whole(Path(folder)/'model.safetensors') as tmp:
-        safetensors.torch.save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, tmp)
-    if tokenizer is not None: tokenizer.save_pretrained(Path(folder)/'tokenizer')
+    write_json(
+        Path(folder) / "config.json",
+        said | {"config": json.loads(json.dumps(dataclasses.asdict(said["config"])))},
+    )
+    with whole(Path(folder) / "model.safetensors") as tmp:
+        safetensors.torch.save_file(
+            {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, tmp
+        )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
 
 def write_model(
     model: nn.Module,  # of one of the families, with `.config`, and `.tokenizer` where it reads sentences
-    folder,            # an existing folder
-    card: dict,        # JSON-able
+    folder,  # an existing folder
+    card: dict,  # JSON-able
 ):
     "Write a model's checkpoint into `folder`."
-    said = dict(family=family_name(type(model)), config=model.config, card=card)
-    write_files(folder, said, unique_tensors(model)[0], getattr(model, 'tokenizer', None))
+    said = {"family": family_name(type(model)), "config": model.config, "card": card}
+    write_files(folder, said, unique_tensors(model)[0], getattr(model, "tokenizer", None))
 
 
 def save(
     model: nn.Module,  # of one of the families
-    folder,            # appears whole or not at all; replaced where it exists
-    card: dict,        # how it was made and what it scores
+    folder,  # appears whole or not at all; replaced where it exists
+    card: dict,  # how it was made and what it scores
 ):
     "Save a model as a folder that `load` reads back."
-    with whole_folder(folder) as tmp: write_model(model, tmp, card)
+    with whole_folder(folder) as tmp:
+        write_model(model, tmp, card)
 
 # %% ../../nbs/03h_models.zoo.ipynb #975f5a6b
 @cache
 def published() -> dict[str, dict]:
     "What stands in `zoo.yaml`: name -> family, backbone, params, scores, title, page, licence, benchmark."
     import yaml
-    said = yaml.safe_load((files('rvos_nb.models')/'zoo.yaml').read_text(encoding='utf-8'))
-    return {m['name']: said['families'][m['family']] | m for m in said['models']}
+
+    said = yaml.safe_load((files("rvos_nb.models") / "zoo.yaml").read_text(encoding="utf-8"))
+    return {m["name"]: said["families"][m["family"]] | m for m in said["models"]}
 
 
 def plain_name(name: str) -> str:
     "How a name is compared: 'R50_AOTL' and 'r50-aotl' are one."
-    return str(name).lower().replace('_', '-')
+    return str(name).lower().replace("_", "-")
 
 
 def variants(family: str) -> dict:
     "Published variants of a family by plain name, each with its configuration; empty where a backbone decides all."
-    return {plain_name(n): c for n, c in getattr(importlib.import_module(FAMILIES[family].split(':')[0]), 'VARIANTS', {}).items()}
+    return {
+        plain_name(n): c
+        for n, c in getattr(
+            importlib.import_module(FAMILIES[family].split(":")[0]), "VARIANTS", {}
+        ).items()
+    }
 
 # %% ../../nbs/03h_models.zoo.ipynb #cb654c16
 def find(
-    name,                  # a folder, a shipped name, or a repository on the Hub
+    name,  # a folder, a shipped name, or a repository on the Hub
     online: bool = False,  # the Hub may be asked
-) -> Path:                 # the folder
+) -> Path:  # the folder
     "Where a checkpoint lies; Problem where nothing of that name is there, with the way to get it where one is known."
-    path, home = Path(name), shipped('checkpoints')
-    if (path/'config.json').is_file(): return path
-    if path.name == str(name) and (home/path/'config.json').is_file(): return home/path
-    if path.is_dir(): raise Problem(path, 'a folder without config.json', 'a checkpoint folder', 'name the folder that holds config.json')
+    path, home = Path(name), shipped("checkpoints")
+    if (path / "config.json").is_file():
+        return path
+    if path.name == str(name) and (home / path / "config.json").is_file():
+        return home / path
+    if path.is_dir():
+        raise Problem(
+            path,
+            "a folder without config.json",
+            "a checkpoint folder",
+            "name the folder that holds config.json",
+        )
     if row := published().get(plain_name(name)):
-        raise Problem(name, 'a published model whose weights do not come with this package', 'a folder that `rvos convert` made of them', where_to_get(row))
-    if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)):
+        raise Problem(
+            name,
+            "a published model whose weights do not come with this package",
+            "a folder that `rvos convert` made of them",
+            where_to_get(row),
+        )
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         from rvos_nb.models.text import folder_of
-        return folder_of(str(name), ['config.json'], 'checkpoint', online, weights=True)
-    known = sorted(p.parent.name for p in home.glob('*/config.json'))
-    raise Problem(name, 'no such checkpoint', 'a folder, a repository on the Hub, or one of ' + (', '.join(known) or '(none shipped)'), 'correct the name or the path')
+
+        return folder_of(str(name), ["config.json"], "checkpoint", online, weights=True)
+    known = sorted(p.parent.name for p in home.glob("*/config.json"))
+    raise Problem(
+        name,
+        "no such checkpoint",
+        "a folder, a repository on the Hub, or one of " + (", ".join(known) or "(none shipped)"),
+        "correct the name or the path",
+    )
 
 
 def where_to_get(
     row: dict,  # one of `published`
 ) -> str:
     "What to do for the weights of a published model."
-    if row.get('weights') == 'none': return 'its authors give no weights: train it'
+    if row.get("weights") == "none":
+        return "its authors give no weights: train it"
     return f"download them as the README of {row['page']} says, and run: rvos convert FILE.pth {row['name']}"
 
 # %% ../../nbs/03h_models.zoo.ipynb #10a0ed04
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file; Problem where it is missing or cut short."
-    if not path.is_file(): raise Problem(path, 'no such file', 'the weights of the checkpoint', 'copy the whole folder again')
-    try: return safetensors.torch.load_file(path)
+    if not path.is_file():
+        raise Problem(
+            path, "no such file", "the weights of the checkpoint", "copy the whole folder again"
+        )
+    try:
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as e:
-        raise Problem(path, f'a damaged file ({e})', 'a whole safetensors file', 'copy or download it again') from e
+        raise Problem(
+            path, f"a damaged file ({e})", "a whole safetensors file", "copy or download it again"
+        ) from e
 
 
 def card(
-    name,                  # as of `find`
+    name,  # as of `find`
     online: bool = False,  # the Hub may be asked
 ) -> dict:
     "What a checkpoint says of itself: {family, config, card}."
-    path = find(name, online)/'config.json'; said = read_json(path)
-    if not isinstance(said, dict) or not {'family', 'config'} <= set(said):
-        raise Problem(path, 'no family and config in it', 'the config.json of a checkpoint of this package', 'name another folder')
+    path = find(name, online) / "config.json"
+    said = read_json(path)
+    if not isinstance(said, dict) or not {"family", "config"} <= set(said):
+        raise Problem(
+            path,
+            "no family and config in it",
+            "the config.json of a checkpoint of this package",
+            "name another folder",
+        )
     return said
 
 # %% ../../nbs/03h_models.zoo.ipynb #a9d16465
 def read_tokenizer(
-    folder: Path,          # of the checkpoint
-    said: Mapping,         # its `card`
+    folder: Path,  # of the checkpoint
+    said: Mapping,  # its `card`
     online: bool = False,  # the Hub may be asked
-):                         # a Hugging Face tokenizer
+):  # a Hugging Face tokenizer
     "The tokenizer of a checkpoint; Problem where it is missing or unreadable."
     from rvos_nb.models.text import tokenizer_from
-    if not (folder/'tokenizer').is_dir() and not said.get('tokenizer'):
-        raise Problem(folder/'tokenizer', 'no such folder', 'the tokenizer that the text encoder was trained with', 'copy the whole checkpoint again')
-    try: return tokenizer_from(folder/'tokenizer' if (folder/'tokenizer').is_dir() else said['tokenizer'], online)
+
+    if not (folder / "tokenizer").is_dir() and not said.get("tokenizer"):
+        raise Problem(
+            folder / "tokenizer",
+            "no such folder",
+            "the tokenizer that the text encoder was trained with",
+            "copy the whole checkpoint again",
+        )
+    try:
+        return tokenizer_from(
+            folder / "tokenizer" if (folder / "tokenizer").is_dir() else said["tokenizer"], online
+        )
     except Problem as p:
-        if (folder/'tokenizer').is_dir(): raise
-        raise Problem(folder, f'its tokenizer {said["tokenizer"]!r} is not at hand', p.expected,
-                      f'copy its files (vocab.json and merges.txt, or tokenizer.json) to {folder/"tokenizer"}, fetch it once with `hf download {said["tokenizer"]}`, or allow the Hub (--online, online=True)') from p
+        if (folder / "tokenizer").is_dir():
+            raise
+        raise Problem(
+            folder,
+            f"its tokenizer {said['tokenizer']!r} is not at hand",
+            p.expected,
+            f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {folder / 'tokenizer'}, fetch it once with `hf download {said['tokenizer']}`, or allow the Hub (--online, online=True)",
+        ) from p
 
 # %% ../../nbs/03h_models.zoo.ipynb #002c7c0b
 def load(
-    name,                       # a folder, a shipped name ('referformer-tiny'), or a repository on the Hub ('user/model')
+    name,  # a folder, a shipped name ('referformer-tiny'), or a repository on the Hub ('user/model')
     family: str | None = None,  # refuse another family
-    device='cpu',
-    online: bool = False,       # the Hub may be asked
-) -> nn.Module:                 # in eval mode, on `device`
+    device="cpu",
+    online: bool = False,  # the Hub may be asked
+) -> nn.Module:  # in eval mode, on `device`
     "Load a checkpoint, strictly; every fault is a Problem that names the file."
-    folder = find(name, online); said = card(folder)
-    if family and said['family'] != family:
-        raise Problem(folder, f'a checkpoint of family {said["family"]!r}', f'family {family!r}', f'name a checkpoint of {family}')
-    cls, config_class = family_of(said['family'], folder/'config.json')
-    config = read_config(config_class, said['config'], folder/'config.json')
-    tensors = read_tensors(folder/'model.safetensors')
-    more = dict(tokenizer=read_tokenizer(folder, said, online)) if getattr(cls, 'reads_sentences', False) else {}
-    with unfilled(): model = cls(config, **more)
-    model.card = said.get('card', {})
-    return load_tensors(model, tensors, folder/'model.safetensors').to(device).eval()
+    folder = find(name, online)
+    said = card(folder)
+    if family and said["family"] != family:
+        raise Problem(
+            folder,
+            f"a checkpoint of family {said['family']!r}",
+            f"family {family!r}",
+            f"name a checkpoint of {family}",
+        )
+    cls, config_class = family_of(said["family"], folder / "config.json")
+    config = read_config(config_class, said["config"], folder / "config.json")
+    tensors = read_tensors(folder / "model.safetensors")
+    more = (
+        {"tokenizer": read_tokenizer(folder, said, online)}
+        if getattr(cls, "reads_sentences", False)
+        else {}
+    )
+    with unfilled():
+        model = cls(config, **more)
+    model.card = said.get("card", {})
+    return load_tensors(model, tensors, folder / "model.safetensors").to(device).eval()
 
 # %% ../../nbs/03h_models.zoo.ipynb #a4825384
-TRACKERS = 'rvos_nb.vos.sam2'  # a module with NAMES: repository -> what is published
+TRACKERS = "rvos_nb.vos.sam2"  # a module with NAMES: repository -> what is published
 
 
 def loads(
     row: dict,  # one of `published`
-) -> str:       # 'convert', 'no weights' or 'not yet'
+) -> str:  # 'convert', 'no weights' or 'not yet'
     "Whether a published model can be brought into this package."
     from rvos_nb.models.backbones import BACKBONES
-    if row.get('weights') == 'none': return 'no weights'
-    known = row['family'] in FAMILIES and (variants(row['family']) or BACKBONES)
-    return 'convert' if known and (row['name'] in known or row['backbone'] in known) else 'not yet'
+
+    if row.get("weights") == "none":
+        return "no weights"
+    known = row["family"] in FAMILIES and (variants(row["family"]) or BACKBONES)
+    return "convert" if known and (row["name"] in known or row["backbone"] in known) else "not yet"
 
 
 def shipped_rows() -> list[dict]:
     "Rows of `table` for the checkpoints that ship."
     rows = []
-    for path in sorted(shipped('checkpoints').glob('*/config.json')):
+    for path in sorted(shipped("checkpoints").glob("*/config.json")):
         said = card(path.parent)
-        with safetensors.safe_open(path.parent/'model.safetensors', 'pt') as f: # reads the header only
-            count = sum(torch.Size(f.get_slice(n).get_shape()).numel() for n in f.keys())
-        score = said.get('card', {}).get('jf') or said.get('card', {}).get('scores', {})
-        rows.append(dict(name=path.parent.name, family=said['family'], backbone=said['config'].get('backbone') or said['config'].get('encoder', ''),
-                         params=round(count / 1e6, 2), jf=score.get('easy') if isinstance(score, dict) else score, loads='by name'))
+        with safetensors.safe_open(
+            path.parent / "model.safetensors", "pt"
+        ) as f:  # reads the header only
+            count = sum(torch.Size(f.get_slice(n).get_shape()).numel() for n in f)
+        score = said.get("card", {}).get("jf") or said.get("card", {}).get("scores", {})
+        rows.append(
+            {
+                "name": path.parent.name,
+                "family": said["family"],
+                "backbone": said["config"].get("backbone") or said["config"].get("encoder", ""),
+                "params": round(count / 1e6, 2),
+                "jf": score.get("easy") if isinstance(score, dict) else score,
+                "loads": "by name",
+            }
+        )
     return rows
 
 
 def table(
-    family: str = '',  # '' for all
-) -> list[dict]:       # name, family, backbone, params (millions), jf, j, f, cfbi, other, loads, title, licence, page, benchmark
+    family: str = "",  # '' for all
+) -> list[
+    dict
+]:  # name, family, backbone, params (millions), jf, j, f, cfbi, other, loads, title, licence, page, benchmark
     "Rows for `rvos models`; Problem for a family that nobody published."
-    rows = shipped_rows() + [m | dict(loads=loads(m)) for m in published().values()]
-    rows += [dict(name=n, family=a.family, backbone=a.backbone, params=a.params, licence=a.licence, page=f'https://huggingface.co/{n}', loads='ask for access' if a.gated else 'by name, from the Hub')
-             for n, a in importlib.import_module(TRACKERS).NAMES.items()]
-    names = ('name', 'family', 'backbone', 'params', 'jf', 'j', 'f', 'cfbi', 'other', 'loads', 'title', 'licence', 'page', 'benchmark')
-    rows = [{k: r.get(k) for k in names} for r in rows if not family or r['family'] == plain_name(family)]
-    if not rows: raise Problem('family', repr(family), 'one of ' + ', '.join(sorted({r['family'] for r in table()})), 'correct the name')
+    rows = shipped_rows() + [m | {"loads": loads(m)} for m in published().values()]
+    rows += [
+        {
+            "name": n,
+            "family": a.family,
+            "backbone": a.backbone,
+            "params": a.params,
+            "licence": a.licence,
+            "page": f"https://huggingface.co/{n}",
+            "loads": "ask for access" if a.gated else "by name, from the Hub",
+        }
+        for n, a in importlib.import_module(TRACKERS).NAMES.items()
+    ]
+    names = (
+        "name",
+        "family",
+        "backbone",
+        "params",
+        "jf",
+        "j",
+        "f",
+        "cfbi",
+        "other",
+        "loads",
+        "title",
+        "licence",
+        "page",
+        "benchmark",
+    )
+    rows = [
+        {k: r.get(k) for k in names}
+        for r in rows
+        if not family or r["family"] == plain_name(family)
+    ]
+    if not rows:
+        raise Problem(
+            "family",
+            repr(family),
+            "one of " + ", ".join(sorted({r["family"] for r in table()})),
+            "correct the name",
+        )
     return rows
 
 # %% ../../nbs/03h_models.zoo.ipynb #cc417040
@@ -288,17 +480,47 @@ def listing(
     rows: list[dict],  # of `table`
 ) -> str:
     "The table as text."
-    columns = dict(name='name', backbone='backbone', params='params', jf='J&F', j='J', f='F', cfbi='+CFBI', loads='here', other='also')
-    about = {r['family']: r for r in reversed(rows) if r['page']}  # the first published row of each family
+    columns = {
+        "name": "name",
+        "backbone": "backbone",
+        "params": "params",
+        "jf": "J&F",
+        "j": "J",
+        "f": "F",
+        "cfbi": "+CFBI",
+        "loads": "here",
+        "other": "also",
+    }
+    about = {
+        r["family"]: r for r in reversed(rows) if r["page"]
+    }  # the first published row of each family
+
     def cell(r, k):
-        if k != 'other': return '-' if r[k] is None else str(r[k])
-        elsewhere = [r['page']] * bool(r['page'] and r['page'] != about[r['family']]['page'])
-        return '; '.join([f'{b} {"/".join(map(str, v))}' for b, v in (r[k] or {}).items()] + elsewhere)
-    cells, out = {r['name']: [cell(r, k) for k in columns] for r in rows}, []
+        if k != "other":
+            return "-" if r[k] is None else str(r[k])
+        elsewhere = [r["page"]] * bool(r["page"] and r["page"] != about[r["family"]]["page"])
+        return "; ".join(
+            [f"{b} {'/'.join(map(str, v))}" for b, v in (r[k] or {}).items()] + elsewhere
+        )
+
+    cells, out = {r["name"]: [cell(r, k) for k in columns] for r in rows}, []
     widths = [max(map(len, column)) for column in zip(columns.values(), *cells.values())]
-    def line(words): return '  ' + '  '.join(w.ljust(n) for w, n in zip(words, widths)).rstrip()
-    for family in dict.fromkeys(r['family'] for r in rows):
-        a = about.get(family, dict(title=family, licence=None, page=None, benchmark=None))
-        head = [a['title'] or family, a['licence'] and f'licence: {a["licence"]}', a['page'], a['benchmark'] and f'scores on {a["benchmark"]}']
-        out += [', '.join(h for h in head if h), line(columns.values()), *(line(cells[r['name']]) for r in rows if r['family'] == family), '']
-    return '\n'.join(out)
+
+    def line(words):
+        return "  " + "  ".join(w.ljust(n) for w, n in zip(words, widths)).rstrip()
+
+    for family in dict.fromkeys(r["family"] for r in rows):
+        a = about.get(family, {"title": family, "licence": None, "page": None, "benchmark": None})
+        head = [
+            a["title"] or family,
+            a["licence"] and f"licence: {a['licence']}",
+            a["page"],
+            a["benchmark"] and f"scores on {a['benchmark']}",
+        ]
+        out += [
+            ", ".join(h for h in head if h),
+            line(columns.values()),
+            *(line(cells[r["name"]]) for r in rows if r["family"] == family),
+            "",
+        ]
+    return "\n".join(out)

@@ -10,12 +10,15 @@ __all__ = ['HOMES', 'ORDER', 'read_points', 'read_gradients', 'level_sizes', 'pl
 import importlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+
 from ..core import Problem
 from . import native
 
@@ -23,284 +26,472 @@ from . import native
 def _levels(value, shapes, locations, weights) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     "For each level: maps (N·heads, dim, h, w), points (N·heads, points, Lq, 2) on the scale of `grid_sample`, weights (N·heads, 1, points, Lq)."
     n, _, heads, dim = value.shape
-    inside = torch.where(locations.abs() < 9, locations, -9.)                        # what is far outside, or no number, reads nothing
+    inside = torch.where(
+        locations.abs() < 9, locations, -9.0
+    )  # what is far outside, or no number, reads nothing
     grid = (2 * inside - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
-    weights = weights.to(locations.dtype).permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None].contiguous()
-    for part, at, weight, (h, w) in zip(value.permute(0, 2, 3, 1).split([h * w for h, w in shapes], 3), grid, weights, shapes):
+    weights = (
+        weights.to(locations.dtype).permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None].contiguous()
+    )
+    for part, at, weight, (h, w) in zip(
+        value.permute(0, 2, 3, 1).split([h * w for h, w in shapes], 3), grid, weights, shapes
+    ):
         yield part.to(locations.dtype).reshape(n * heads, dim, h, w), at, weight
 
+
 def read_points(
-    value: Tensor,                  # (N, S, heads, dim) all levels, each row by row, one after the other
+    value: Tensor,  # (N, S, heads, dim) all levels, each row by row, one after the other
     shapes: list[tuple[int, int]],  # (h, w) of each level, Python ints; their products sum to S
-    locations: Tensor,              # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level
-    weights: Tensor,                # (N, Lq, heads, levels, points), normally 1 in sum over the last two
-) -> Tensor:                        # (N, Lq, heads·dim) of the type of `value`
+    locations: Tensor,  # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level
+    weights: Tensor,  # (N, Lq, heads, levels, points), normally 1 in sum over the last two
+) -> Tensor:  # (N, Lq, heads·dim) of the type of `value`
     "Weighted bilinear readings of every level, zero outside, in plain PyTorch."
     n, _, heads, dim = value.shape
-    if not weights.numel(): return value.new_zeros(n, locations.shape[1], heads * dim)
+    if not weights.numel():
+        return value.new_zeros(n, locations.shape[1], heads * dim)
     out = locations.new_zeros(n * heads, dim, locations.shape[1])
     for level, at, weight in _levels(value, shapes, locations, weights):
         for k in range(at.shape[1]):
-            read = F.grid_sample(level, at[:, k:k + 1], align_corners=False)[:, :, 0]       # (N·heads, dim, Lq)
+            read = F.grid_sample(level, at[:, k : k + 1], align_corners=False)[
+                :, :, 0
+            ]  # (N·heads, dim, Lq)
             out = out.addcmul_(read, weight[:, :, k])
     return out.view(n, heads * dim, -1).transpose(1, 2).contiguous().to(value.dtype)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #6b564229
 def read_gradients(
-    grad: Tensor,                   # (N, Lq, heads·dim) of the output
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor,   # as for `read_points`
-) -> tuple[Tensor, Tensor, Tensor]: # of value, locations and weights
+    grad: Tensor,  # (N, Lq, heads·dim) of the output
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,  # as for `read_points`
+) -> tuple[Tensor, Tensor, Tensor]:  # of value, locations and weights
     "Gradients of `read_points`, without having kept a reading."
     n, _, heads, dim = value.shape
-    if not weights.numel(): return tuple(map(torch.zeros_like, (value, locations, weights)))
-    g = grad.to(locations.dtype).unflatten(-1, (heads, dim)).permute(0, 2, 3, 1).flatten(0, 1)      # (N·heads, dim, Lq)
+    if not weights.numel():
+        return tuple(map(torch.zeros_like, (value, locations, weights)))
+    g = (
+        grad.to(locations.dtype).unflatten(-1, (heads, dim)).permute(0, 2, 3, 1).flatten(0, 1)
+    )  # (N·heads, dim, Lq)
     maps, places, weighed = [], [], []
     for level, at, weight in _levels(value, shapes, locations, weights):
         dmap = torch.zeros_like(level)
         for k in range(at.shape[1]):
-            here = at[:, k:k + 1]
+            here = at[:, k : k + 1]
             weighed.append((F.grid_sample(level, here, align_corners=False)[:, :, 0] * g).sum(1))
-            dk, dplace = torch.ops.aten.grid_sampler_2d_backward((g * weight[:, :, k])[:, :, None], level, here, 0, 0, False, [True, True])
-            dmap += dk; places.append(2 * dplace[:, 0])
+            dk, dplace = torch.ops.aten.grid_sampler_2d_backward(
+                (g * weight[:, :, k])[:, :, None], level, here, 0, 0, False, [True, True]
+            )
+            dmap += dk
+            places.append(2 * dplace[:, 0])
         maps.append(dmap.flatten(2))
     dvalue = torch.cat(maps, 2).view(n, heads, dim, -1).permute(0, 3, 1, 2).to(value.dtype)
-    dplaces, dweights = (torch.stack(x, 1).unflatten(0, (n, heads)).unflatten(2, (len(shapes), -1)) for x in (places, weighed))
-    return dvalue.contiguous(), dplaces.permute(0, 4, 1, 2, 3, 5).contiguous(), dweights.permute(0, 4, 1, 2, 3).to(weights.dtype).contiguous()
+    dplaces, dweights = (
+        torch.stack(x, 1).unflatten(0, (n, heads)).unflatten(2, (len(shapes), -1))
+        for x in (places, weighed)
+    )
+    return (
+        dvalue.contiguous(),
+        dplaces.permute(0, 4, 1, 2, 3, 5).contiguous(),
+        dweights.permute(0, 4, 1, 2, 3).to(weights.dtype).contiguous(),
+    )
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #dcd1b9b5
 @lru_cache(maxsize=64)
 def _kept_sizes(shapes, device, dtype) -> Tensor:
-    with torch.inference_mode(False): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
+    with torch.inference_mode(False):
+        return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
+
 
 def level_sizes(
-    shapes: tuple[tuple[int, int], ...],   # (h, w) of each level
-    device, dtype,
-) -> Tensor:                               # (levels, 2) w, h
+    shapes: tuple[tuple[int, int], ...],  # (h, w) of each level
+    device,
+    dtype,
+) -> Tensor:  # (levels, 2) w, h
     "Sizes of the levels as a tensor; usable in training even if first asked for in inference mode."
-    if torch.compiler.is_compiling() or detect_fake_mode(): return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
+    if torch.compiler.is_compiling() or detect_fake_mode():
+        return torch.tensor([(w, h) for h, w in shapes], device=device, dtype=dtype)
     return _kept_sizes(shapes, device, dtype)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #e929862c
 def _reach(reference, offsets, shapes) -> Tensor:
     "By what offsets are multiplied, to be broadcast against them."
-    if reference.shape[-1] == 4: return reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4])
+    if reference.shape[-1] == 4:
+        return reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4])
     return 1 / level_sizes(tuple(map(tuple, shapes)), offsets.device, offsets.dtype)[:, None]
 
+
 def place(
-    reference: Tensor,              # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h
-    offsets: Tensor,                # (N, Lq, heads, levels, points, 2)
+    reference: Tensor,  # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h
+    offsets: Tensor,  # (N, Lq, heads, levels, points, 2)
     shapes: list[tuple[int, int]],  # (h, w) of each level
-) -> Tensor:                        # (N, Lq, heads, levels, points, 2)
+) -> Tensor:  # (N, Lq, heads, levels, points, 2)
     "Sampling points of `offsets` around points or around boxes."
-    return torch.addcmul(reference[:, :, None, :, None, :2], offsets, _reach(reference, offsets, shapes))
+    return torch.addcmul(
+        reference[:, :, None, :, None, :2], offsets, _reach(reference, offsets, shapes)
+    )
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #51ee2e47
 def spelled_out(shapes, locations, weights, reference, softmax) -> tuple[Tensor, Tensor]:
     "Places and weights, from offsets where there is a reference and from logits where `softmax` is set."
-    if reference is not None: locations = place(reference, locations, shapes)
-    if softmax: weights = weights.to(locations.dtype).flatten(3).softmax(-1).view(weights.shape)
+    if reference is not None:
+        locations = place(reference, locations, shapes)
+    if softmax:
+        weights = weights.to(locations.dtype).flatten(3).softmax(-1).view(weights.shape)
     return locations, weights
+
 
 class Plain:
     "Deformable attention in plain PyTorch, on any device."
+
     @staticmethod
-    def why_not(device, dtype) -> str: return ''
+    def why_not(device, dtype) -> str:
+        return ""
 
     @staticmethod
     def forward(value, shapes, locations, weights, softmax=False, reference=None):
-        return read_points(value, shapes, *spelled_out(shapes, locations, weights, reference, softmax))
+        return read_points(
+            value, shapes, *spelled_out(shapes, locations, weights, reference, softmax)
+        )
 
     @staticmethod
     def backward(grad, value, shapes, locations, weights, softmax=False, reference=None):
         places, shares = spelled_out(shapes, locations, weights, reference, softmax)
         dvalue, dplaces, dweights = read_gradients(grad, value, shapes, places, shares)
-        if softmax: dweights = (shares * (dweights - (shares * dweights).sum((3, 4), keepdim=True))).to(weights.dtype)
+        if softmax:
+            dweights = (shares * (dweights - (shares * dweights).sum((3, 4), keepdim=True))).to(
+                weights.dtype
+            )
         return dvalue, dplaces, dweights
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #28d81ed8
-HOMES = {'cpp': 'rvos_nb.ops.native:cpu', 'cuda': 'rvos_nb.ops.native:cuda', 'triton': 'rvos_nb.ops.triton_kernel'}
-ORDER = {'cpu': ('cpp', 'pytorch'), 'cuda': ('triton', 'cuda', 'pytorch')}
-_ASKED: list[str] = []   # by `using`; the last one counts
+HOMES = {
+    "cpp": "rvos_nb.ops.native:cpu",
+    "cuda": "rvos_nb.ops.native:cuda",
+    "triton": "rvos_nb.ops.triton_kernel",
+}
+ORDER = {"cpu": ("cpp", "pytorch"), "cuda": ("triton", "cuda", "pytorch")}
+_ASKED: list[str] = []  # by `using`; the last one counts
 
-@lru_cache(maxsize=None)
+
+@cache
 def _home(name: str):
     "What offers `forward`, `backward` and `why_not` under this name; Problem for an unknown one."
-    if name == 'pytorch': return Plain
-    if name not in HOMES: raise Problem('RVOS_DEFORM_ATTN', repr(name), 'one of ' + ', '.join((*HOMES, 'pytorch')), 'correct the name, or leave it out')
-    module, _, inside = HOMES[name].partition(':')
-    return getattr(importlib.import_module(module), inside) if inside else importlib.import_module(module)
+    if name == "pytorch":
+        return Plain
+    if name not in HOMES:
+        raise Problem(
+            "RVOS_DEFORM_ATTN",
+            repr(name),
+            "one of " + ", ".join((*HOMES, "pytorch")),
+            "correct the name, or leave it out",
+        )
+    module, _, inside = HOMES[name].partition(":")
+    return (
+        getattr(importlib.import_module(module), inside)
+        if inside
+        else importlib.import_module(module)
+    )
+
 
 @contextmanager
-def using(name: str):   # 'cpp', 'cuda', 'triton' or 'pytorch'
+def using(name: str):  # 'cpp', 'cuda', 'triton' or 'pytorch'
     "Inside, deformable attention takes this way, its backward pass too; in all threads. Problem for an unknown name."
-    _home(name); _ASKED.append(name)
-    try: yield
-    finally: _ASKED.remove(name)
+    _home(name)
+    _ASKED.append(name)
+    try:
+        yield
+    finally:
+        _ASKED.remove(name)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #37033060
 def why_not(
-    name: str,             # 'cpp', 'cuda', 'triton' or 'pytorch'
+    name: str,  # 'cpp', 'cuda', 'triton' or 'pytorch'
     device: torch.device,
-    dtype: torch.dtype,    # of values
+    dtype: torch.dtype,  # of values
 ) -> str:
     "'' where that implementation can run there, otherwise why not."
-    try: return _home(name).why_not(device, dtype)
-    except ImportError as e: return f'{e.name} is not installed'
+    try:
+        return _home(name).why_not(device, dtype)
+    except ImportError as e:
+        return f"{e.name} is not installed"
+
 
 def _ways(device: torch.device, dtype: torch.dtype, asked: str, passed: list[str]) -> Iterator[str]:
     "Names of the implementations that can run, best first, while `passed` collects why others cannot; Problem where the one that was asked for cannot."
-    for name in (asked,) if asked else ORDER.get(device.type, ('pytorch',)):
-        if why := why_not(name, device, dtype): passed.append(f'not {name}: {why}')
-        else: yield name
-    if asked: raise Problem('deformable attention', f'{asked!r} asked for, which cannot run {str(dtype).removeprefix("torch.")} on {device.type} ({why_not(asked, device, dtype)})',
-                            'an implementation that can', "ask for another one by `using` or RVOS_DEFORM_ATTN, or for none: `rvos doctor` says which there are")
+    for name in (asked,) if asked else ORDER.get(device.type, ("pytorch",)):
+        if why := why_not(name, device, dtype):
+            passed.append(f"not {name}: {why}")
+        else:
+            yield name
+    if asked:
+        raise Problem(
+            "deformable attention",
+            f"{asked!r} asked for, which cannot run {str(dtype).removeprefix('torch.')} on {device.type} ({why_not(asked, device, dtype)})",
+            "an implementation that can",
+            "ask for another one by `using` or RVOS_DEFORM_ATTN, or for none: `rvos doctor` says which there are",
+        )
+
 
 def implementation(
-    device: str = 'cpu',   # a torch device
+    device: str = "cpu",  # a torch device
     dtype: torch.dtype = torch.float32,
-) -> tuple[str, str]:      # name, why it was chosen
+) -> tuple[str, str]:  # name, why it was chosen
     "Which implementation `ms_deform_attn` uses on `device`; builds nothing. Problem where the one that is asked for cannot run."
     asked, passed = asked_for(), []
     name = next(_ways(torch.device(device), dtype, asked, passed))
-    about = native.state(_home(name).name)[1] if name in ('cpp', 'cuda') else ''
-    return name, '; '.join(filter(None, ['asked for by name' if asked else '', about, *passed])) or 'the first choice there'
+    about = native.state(_home(name).name)[1] if name in ("cpp", "cuda") else ""
+    return name, "; ".join(
+        filter(None, ["asked for by name" if asked else "", about, *passed])
+    ) or "the first choice there"
+
 
 def asked_for() -> str:
     "The implementation that `using` or RVOS_DEFORM_ATTN asks for, or ''."
-    return _ASKED[-1] if _ASKED else os.environ.get('RVOS_DEFORM_ATTN', '')
+    return _ASKED[-1] if _ASKED else os.environ.get("RVOS_DEFORM_ATTN", "")
+
 
 def _run(function: str, asked: str, value: Tensor, *args) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     "`function` of the first implementation that can run on values like `value`."
     for name in _ways(value.device, value.dtype, asked or asked_for(), []):
-        try: return getattr(_home(name), function)(*args)
-        except native.Unavailable: continue
+        try:
+            return getattr(_home(name), function)(*args)
+        except native.Unavailable:
+            continue
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #267f5060
 def check_sizes(value, shapes, locations, weights, reference=None):
     "ValueError where sizes or types of the inputs do not fit each other."
     n, s, heads, _ = value.shape
     wanted = (n, *locations.shape[1:2], heads, len(shapes), *locations.shape[4:5])
-    if any(h < 1 or w < 1 for h, w in shapes): raise ValueError(f"shapes: expected levels of one cell or more, got {shapes}")
-    if s != sum(h * w for h, w in shapes): raise ValueError(f"value: expected {sum(h * w for h, w in shapes)} cells for levels {shapes}, got {s}")
-    if locations.ndim == 6 and locations.shape[3] != len(shapes): raise ValueError(f"locations: expected {len(shapes)} levels, got {locations.shape[3]}")
-    if tuple(locations.shape) != (*wanted, 2): raise ValueError(f"locations: expected {(*wanted, 2)}, got {tuple(locations.shape)}")
-    if tuple(weights.shape) != wanted: raise ValueError(f"weights: expected {wanted}, got {tuple(weights.shape)}")
-    if reference is not None and not (reference.ndim == 4 and reference.shape[0] in (1, n) and reference.shape[1] == wanted[1] and reference.shape[2] in (1, len(shapes)) and reference.shape[3] in (2, 4)):
-        raise ValueError(f"reference: expected ({n} or 1, {wanted[1]}, {len(shapes)} or 1, 2 or 4), got {tuple(reference.shape)}")
+    if any(h < 1 or w < 1 for h, w in shapes):
+        raise ValueError(f"shapes: expected levels of one cell or more, got {shapes}")
+    if s != sum(h * w for h, w in shapes):
+        raise ValueError(
+            f"value: expected {sum(h * w for h, w in shapes)} cells for levels {shapes}, got {s}"
+        )
+    if locations.ndim == 6 and locations.shape[3] != len(shapes):
+        raise ValueError(f"locations: expected {len(shapes)} levels, got {locations.shape[3]}")
+    if tuple(locations.shape) != (*wanted, 2):
+        raise ValueError(f"locations: expected {(*wanted, 2)}, got {tuple(locations.shape)}")
+    if tuple(weights.shape) != wanted:
+        raise ValueError(f"weights: expected {wanted}, got {tuple(weights.shape)}")
+    if reference is not None and not (
+        reference.ndim == 4
+        and reference.shape[0] in (1, n)
+        and reference.shape[1] == wanted[1]
+        and reference.shape[2] in (1, len(shapes))
+        and reference.shape[3] in (2, 4)
+    ):
+        raise ValueError(
+            f"reference: expected ({n} or 1, {wanted[1]}, {len(shapes)} or 1, 2 or 4), got {tuple(reference.shape)}"
+        )
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-    types = [value.dtype, weights.dtype, locations.dtype, exact if reference is None else reference.dtype]
-    if not value.is_floating_point() or types[1:] != [value.dtype, exact, exact]: raise ValueError(f"types: expected value and weights of one floating type, and places in {exact}, got {types}")
+    types = [
+        value.dtype,
+        weights.dtype,
+        locations.dtype,
+        exact if reference is None else reference.dtype,
+    ]
+    if not value.is_floating_point() or types[1:] != [value.dtype, exact, exact]:
+        raise ValueError(
+            f"types: expected value and weights of one floating type, and places in {exact}, got {types}"
+        )
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #87b448cc
-_LIBRARY = torch.library.Library(__name__.partition('.')[0], 'FRAGMENT')
+_LIBRARY = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
 _OPS = getattr(torch.ops, _LIBRARY.ns)
-_LIBRARY.define('ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, Tensor? reference, bool softmax, str asked) -> Tensor')
+_LIBRARY.define(
+    "ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, Tensor? reference, bool softmax, str asked) -> Tensor"
+)
+
 
 def _operator(name: str, compute, pretend, derive, save=None):
     "Tell PyTorch how an operator computes, what comes out of it, and how it is differentiated."
-    _LIBRARY.impl(name, compute, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'{_LIBRARY.ns}::{name}', pretend, lib=_LIBRARY)
-    torch.library.register_autograd(f'{_LIBRARY.ns}::{name}', derive, setup_context=save, lib=_LIBRARY)
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_LIBRARY.ns}::{name}", pretend, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"{_LIBRARY.ns}::{name}", derive, setup_context=save, lib=_LIBRARY
+    )
 
-def _pairs(flat): return list(zip(flat[::2], flat[1::2]))
+
+def _pairs(flat):
+    return list(zip(flat[::2], flat[1::2]))
+
 
 def _forward(value, shapes, locations, weights, reference, softmax, asked):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
-    return _run('forward', asked, value, value, _pairs(shapes), locations, weights, softmax, reference)
+    return _run(
+        "forward", asked, value, value, _pairs(shapes), locations, weights, softmax, reference
+    )
+
 
 def _forward_pretend(value, shapes, locations, weights, reference, softmax, asked):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
+
 def _save(ctx, inputs, output):
     value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.asked = inputs
     ctx.save_for_backward(value, locations, weights, reference)
 
+
 def _gradients(ctx, grad):
     value, locations, weights, reference = ctx.saved_tensors
     wanted = ctx.needs_input_grad[4]
-    dvalue, dlocations, dweights, dreference = _OPS.ms_deform_attn_backward(grad, value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.asked, wanted)
+    dvalue, dlocations, dweights, dreference = _OPS.ms_deform_attn_backward(
+        grad, value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.asked, wanted
+    )
     return dvalue, None, dlocations, dweights, dreference if wanted else None, None, None
 
-_operator('ms_deform_attn', _forward, _forward_pretend, _gradients, _save)
+
+_operator("ms_deform_attn", _forward, _forward_pretend, _gradients, _save)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #764833ba
-_LIBRARY.define('ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, Tensor? reference, bool softmax, str asked, bool of_reference) -> (Tensor, Tensor, Tensor, Tensor)')
+_LIBRARY.define(
+    "ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, Tensor? reference, bool softmax, str asked, bool of_reference) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
 
 def _through(gradient, factor) -> Tensor:
     "Their product; zero where `gradient` is, whatever `factor` says."
-    return torch.where(gradient == 0, 0., gradient * factor)
+    return torch.where(gradient == 0, 0.0, gradient * factor)
+
 
 def _backward(grad, value, shapes, locations, weights, reference, softmax, asked, of_reference):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
     shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
-    if tuple(grad.shape) != shape or grad.dtype != value.dtype: raise ValueError(f"grad: expected {shape} of {value.dtype}, as the output, got {tuple(grad.shape)} of {grad.dtype}")
-    dvalue, dplaces, dweights = _run('backward', asked, value, grad, value, _pairs(shapes), locations, weights, softmax, reference)
+    if tuple(grad.shape) != shape or grad.dtype != value.dtype:
+        raise ValueError(
+            f"grad: expected {shape} of {value.dtype}, as the output, got {tuple(grad.shape)} of {grad.dtype}"
+        )
+    dvalue, dplaces, dweights = _run(
+        "backward",
+        asked,
+        value,
+        grad,
+        value,
+        _pairs(shapes),
+        locations,
+        weights,
+        softmax,
+        reference,
+    )
     dreference = dplaces.new_empty(0)
-    if reference is None: return dvalue, dplaces, dweights, dreference
+    if reference is None:
+        return dvalue, dplaces, dweights, dreference
     if of_reference:
-        parts = [dplaces.sum((2, 4))] + ([_through(dplaces, locations).sum((2, 4)) * (0.5 / locations.shape[4])] if reference.shape[-1] == 4 else [])
+        parts = [dplaces.sum((2, 4))] + (
+            [_through(dplaces, locations).sum((2, 4)) * (0.5 / locations.shape[4])]
+            if reference.shape[-1] == 4
+            else []
+        )
         dreference = torch.cat(parts, -1).sum_to_size(reference.shape)
-    return dvalue, _through(dplaces, _reach(reference, locations, _pairs(shapes))), dweights, dreference
+    return (
+        dvalue,
+        _through(dplaces, _reach(reference, locations, _pairs(shapes))),
+        dweights,
+        dreference,
+    )
 
-def _backward_pretend(grad, value, shapes, locations, weights, reference, softmax, asked, of_reference):
-    return (*(x.new_empty(x.shape) for x in (value, locations, weights)), locations.new_empty(reference.shape if of_reference else 0))
+
+def _backward_pretend(
+    grad, value, shapes, locations, weights, reference, softmax, asked, of_reference
+):
+    return (
+        *(x.new_empty(x.shape) for x in (value, locations, weights)),
+        locations.new_empty(reference.shape if of_reference else 0),
+    )
+
 
 def _no_second(ctx, *grads):
-    raise RuntimeError("ms_deform_attn has no second derivatives; rvos_nb.ops.deform_attn.read_points, in plain PyTorch, has")
+    raise RuntimeError(
+        "ms_deform_attn has no second derivatives; rvos_nb.ops.deform_attn.read_points, in plain PyTorch, has"
+    )
 
-_operator('ms_deform_attn_backward', _backward, _backward_pretend, _no_second)
+
+_operator("ms_deform_attn_backward", _backward, _backward_pretend, _no_second)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #178ac476
 def _autocast(device: str):
     "The operator's rule under autocast on `device`."
-    key = getattr(torch._C.DispatchKey, 'Autocast' + device.upper())
-    def narrowed(value, shapes, locations, weights, reference, softmax, asked):
-        if value.dtype == torch.float32: value = value.to(torch.get_autocast_dtype(device))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return _OPS.ms_deform_attn(value, shapes, locations, weights.to(value.dtype), reference, softmax, asked)
-    _LIBRARY.impl('ms_deform_attn', narrowed, 'Autocast' + device.upper())
+    key = getattr(torch._C.DispatchKey, "Autocast" + device.upper())
 
-for _device in ('cpu', 'cuda'): _autocast(_device)
+    def narrowed(value, shapes, locations, weights, reference, softmax, asked):
+        if value.dtype == torch.float32:
+            value = value.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return _OPS.ms_deform_attn(
+                value, shapes, locations, weights.to(value.dtype), reference, softmax, asked
+            )
+
+    _LIBRARY.impl("ms_deform_attn", narrowed, "Autocast" + device.upper())
+
+
+for _device in ("cpu", "cuda"):
+    _autocast(_device)
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #d795968a
 def ms_deform_attn(
-    value: Tensor,                  # (N, S, heads, dim) all levels, each row by row, one after the other
+    value: Tensor,  # (N, S, heads, dim) all levels, each row by row, one after the other
     shapes: list[tuple[int, int]],  # (h, w) of each level, Python ints; their products sum to S
-    locations: Tensor,              # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level; offsets where `reference` is given
-    weights: Tensor,                # (N, Lq, heads, levels, points), normally 1 in sum over the last two; logits where `softmax` is set
-    reference: Tensor | None = None,# (N or 1, Lq, levels or 1, 2 or 4) what offsets are measured from, see `place`
-    softmax: bool = False,          # whether weights are the softmax, over levels and points, of what is given
-) -> Tensor:                        # (N, Lq, heads·dim) of the type of `value`
+    locations: Tensor,  # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level; offsets where `reference` is given
+    weights: Tensor,  # (N, Lq, heads, levels, points), normally 1 in sum over the last two; logits where `softmax` is set
+    reference: Tensor
+    | None = None,  # (N or 1, Lq, levels or 1, 2 or 4) what offsets are measured from, see `place`
+    softmax: bool = False,  # whether weights are the softmax, over levels and points, of what is given
+) -> Tensor:  # (N, Lq, heads·dim) of the type of `value`
     "Weighted bilinear readings of every level, zero outside. Differentiable in all tensors; any N, and any number of the rest. ValueError where sizes disagree; Problem where the implementation that is asked for cannot run."
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     flat = [x for s in shapes for x in s]
-    return _OPS.ms_deform_attn(value, flat, locations.to(exact), weights.to(value.dtype), None if reference is None else reference.to(exact), softmax, _ASKED[-1] if _ASKED else '')
+    return _OPS.ms_deform_attn(
+        value,
+        flat,
+        locations.to(exact),
+        weights.to(value.dtype),
+        None if reference is None else reference.to(exact),
+        softmax,
+        _ASKED[-1] if _ASKED else "",
+    )
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #26f17c93
-def compass(heads: int, levels: int, points: int) -> Tensor:   # (heads·levels·points·2,)
+def compass(heads: int, levels: int, points: int) -> Tensor:  # (heads·levels·points·2,)
     "Offsets before training: head i looks towards i/heads of a full turn, point p at distance p+1 on a square."
     angle = torch.arange(heads) * (2 * math.pi / heads)
     way = torch.stack([angle.cos(), angle.sin()], 1)
     way = way / way.abs().amax(1, keepdim=True)
-    return (way[:, None, None] * torch.arange(1, points + 1)[:, None]).expand(heads, levels, points, 2).flatten()
+    return (
+        (way[:, None, None] * torch.arange(1, points + 1)[:, None])
+        .expand(heads, levels, points, 2)
+        .flatten()
+    )
 
 # %% ../../nbs/03a_ops.deform_attn.ipynb #8ed39fb3
 class MSDeformAttn(nn.Module):
     "Multi-scale deformable attention (Zhu et al. 2021); the names of its tensors are the published ones."
+
     def __init__(self, dim=256, levels=4, heads=8, points=4):
         super().__init__()
-        if dim % heads: raise ValueError(f"heads: expected a divisor of {dim}, got {heads}")
+        if dim % heads:
+            raise ValueError(f"heads: expected a divisor of {dim}, got {heads}")
         self.split = heads, levels, points
-        self.sampling_offsets, self.attention_weights = nn.Linear(dim, math.prod(self.split) * 2), nn.Linear(dim, math.prod(self.split))
+        self.sampling_offsets, self.attention_weights = (
+            nn.Linear(dim, math.prod(self.split) * 2),
+            nn.Linear(dim, math.prod(self.split)),
+        )
         self.value_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self):
         "Compass offsets, even weights, Xavier projections."
-        for layer in (self.sampling_offsets, self.attention_weights): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
-        for layer in (self.value_proj, self.output_proj): nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
-        with torch.no_grad(): self.sampling_offsets.bias.copy_(compass(*self.split))
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(compass(*self.split))
 
     def sample(self, query, reference, shapes):
         "Where `query` (N, Lq, C) looks, (N, Lq, heads, levels, points, 2), and with which weights, (N, Lq, heads, levels, points)."
@@ -310,14 +501,25 @@ class MSDeformAttn(nn.Module):
 
     def forward(
         self,
-        query: Tensor,                  # (N, Lq, C) with its position added
-        reference: Tensor,              # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h in [0, 1]
-        value: Tensor,                  # (N, S, C) all levels, flattened
+        query: Tensor,  # (N, Lq, C) with its position added
+        reference: Tensor,  # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h in [0, 1]
+        value: Tensor,  # (N, S, C) all levels, flattened
         shapes: list[tuple[int, int]],  # (h, w) of each level
         padding: Tensor | None = None,  # (N, S) True where there is no picture
-    ) -> Tensor:                        # (N, Lq, C)
+    ) -> Tensor:  # (N, Lq, C)
         values = self.value_proj(value)
-        if padding is not None: values = values.masked_fill(padding[..., None], 0)
-        offsets, logits = self.sampling_offsets(query).unflatten(-1, (*self.split, 2)), self.attention_weights(query).unflatten(-1, self.split)
-        read = ms_deform_attn(values.unflatten(-1, (self.split[0], -1)), shapes, offsets, logits, reference, softmax=True)
+        if padding is not None:
+            values = values.masked_fill(padding[..., None], 0)
+        offsets, logits = (
+            self.sampling_offsets(query).unflatten(-1, (*self.split, 2)),
+            self.attention_weights(query).unflatten(-1, self.split),
+        )
+        read = ms_deform_attn(
+            values.unflatten(-1, (self.split[0], -1)),
+            shapes,
+            offsets,
+            logits,
+            reference,
+            softmax=True,
+        )
         return self.output_proj(read)

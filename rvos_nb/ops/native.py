@@ -22,240 +22,413 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
 from ..core import Problem, shipped, sweep, whole
 
 # %% ../../nbs/03a2_ops.native.ipynb #493eb937
 class Unavailable(RuntimeError):
     "A library that cannot be had here; the message says why."
 
+
 def compiler(
-    source: Path,   # .cpp or .cu
-) -> list[str]:     # the command, or [] where there is none
+    source: Path,  # .cpp or .cu
+) -> list[str]:  # the command, or [] where there is none
     "What compiles `source` here."
-    if source.suffix == '.cu':
-        homes = [Path(os.environ[k])/'bin'/'nvcc' for k in ('CUDA_HOME', 'CUDA_PATH') if os.environ.get(k)]
-        names = [*map(str, homes), 'nvcc', '/usr/local/cuda/bin/nvcc']
+    if source.suffix == ".cu":
+        homes = [
+            Path(os.environ[k]) / "bin" / "nvcc"
+            for k in ("CUDA_HOME", "CUDA_PATH")
+            if os.environ.get(k)
+        ]
+        names = [*map(str, homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
     else:
-        if said := shlex.split(os.environ.get('CXX', '')): return said if shutil.which(said[0]) else []
-        names = ['g++', 'c++', 'clang++']
+        if said := shlex.split(os.environ.get("CXX", "")):
+            return said if shutil.which(said[0]) else []
+        names = ["g++", "c++", "clang++"]
     return next(([found] for name in names if (found := shutil.which(name))), [])
 
 # %% ../../nbs/03a2_ops.native.ipynb #c1bb5cd4
 def flags(
     source: Path,
-    target: str = 'native',   # 'native': this machine; 'portable': for others too; or what -march or -arch takes
+    target: str = "native",  # 'native': this machine; 'portable': for others too; or what -march or -arch takes
 ) -> list[str]:
     "Options of the compiler for `source`."
-    if source.suffix == '.cu':
-        if target == 'native':
+    if source.suffix == ".cu":
+        if target == "native":
             import torch
-            target = 'sm_{}{}'.format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else 'portable'
-        return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', '-arch=' + target.replace('portable', 'all-major')]
-    march = {'portable': 'x86-64-v3'}.get(target, target)
-    tuned = ['-march=' + march] if target != 'portable' or platform.machine() in ('x86_64', 'AMD64') else []
-    return ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-pipe', '-fopenmp-simd', *tuned]
+
+            target = (
+                "sm_{}{}".format(*torch.cuda.get_device_capability())
+                if torch.cuda.is_available()
+                else "portable"
+            )
+        return [
+            "-O3",
+            "-std=c++17",
+            "-shared",
+            "-Xcompiler",
+            "-fPIC",
+            "-arch=" + target.replace("portable", "all-major"),
+        ]
+    march = {"portable": "x86-64-v3"}.get(target, target)
+    tuned = (
+        ["-march=" + march]
+        if target != "portable" or platform.machine() in ("x86_64", "AMD64")
+        else []
+    )
+    return ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-pipe", "-fopenmp-simd", *tuned]
 
 # %% ../../nbs/03a2_ops.native.ipynb #d329a323
 def source_key(source: Path) -> str:
     "Ten digits for the text of a source file."
     return hashlib.sha256(source.read_bytes()).hexdigest()[:10]
 
-@lru_cache(maxsize=None)
+
+@cache
 def _identity(command: tuple[str, ...], ask: tuple[str, ...]) -> str:
     "What the compiler says about itself and this machine."
-    try: done = subprocess.run([*command, *ask], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', timeout=60, env={**os.environ, 'LC_ALL': 'C'})
-    except (OSError, subprocess.SubprocessError) as e: raise Unavailable(f'{command[0]} does not say what it is ({e})') from None
+    try:
+        done = subprocess.run(
+            [*command, *ask],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=60,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.SubprocessError) as e:
+        raise Unavailable(f"{command[0]} does not say what it is ({e})") from None
     return platform.machine() + done.stdout
 
-def key(source: Path, target: str = 'native') -> str:
+
+def key(source: Path, target: str = "native") -> str:
     "Ten digits for the text of `source` and ten for compiler, options and machine."
     options = flags(source, target)
-    ask = ['--version'] if source.suffix == '.cu' else [o for o in options if o.startswith('-m')] + ['-###', '-E', '-x', 'c++', os.devnull]
-    said = _identity(tuple(compiler(source)), tuple(ask)) + ' '.join(options)
-    return f'{source_key(source)}-{hashlib.sha256(said.encode()).hexdigest()[:10]}'
+    ask = (
+        ["--version"]
+        if source.suffix == ".cu"
+        else [o for o in options if o.startswith("-m")] + ["-###", "-E", "-x", "c++", os.devnull]
+    )
+    said = _identity(tuple(compiler(source)), tuple(ask)) + " ".join(options)
+    return f"{source_key(source)}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
 
 # %% ../../nbs/03a2_ops.native.ipynb #0b122986
 def _own(folder: Path) -> bool:
     "Make `folder`; True where it is this user's, closed to others' writing, and can be written."
-    try: folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError: return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return False
     about = folder.lstat()
-    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK)
+    return (
+        stat.S_ISDIR(about.st_mode)
+        and about.st_uid == os.getuid()
+        and not about.st_mode & 0o022
+        and os.access(folder, os.W_OK)
+    )
+
 
 def cache() -> Path:
     "The folder of built libraries; `Unavailable` where there is no safe place."
-    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    places = [Path(home)/'rvos_nb'/'ops', Path(tempfile.gettempdir())/f'rvos_nb-{os.getuid()}'/'ops']
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [
+        Path(home) / "rvos_nb" / "ops",
+        Path(tempfile.gettempdir()) / f"rvos_nb-{os.getuid()}" / "ops",
+    ]
     for p in places:
-        if p.is_absolute() and _own(p): return p
-    raise Unavailable(f"no folder to build in: {' and '.join(map(str, places))} cannot be written, or are open to others")
+        if p.is_absolute() and _own(p):
+            return p
+    raise Unavailable(
+        f"no folder to build in: {' and '.join(map(str, places))} cannot be written, or are open to others"
+    )
 
 # %% ../../nbs/03a2_ops.native.ipynb #7bf0cf7c
 @contextmanager
 def _waiting(folder: Path) -> Iterator:
     "Hold the lock of `folder`, after waiting for whoever holds it."
-    with open(folder/'.lock', 'a') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError: pass   # a file system without locks: at worst it is built twice, and each is whole
+    with open(folder / ".lock", "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: at worst it is built twice, and each is whole
         yield
+
 
 def compile_to(
     source: Path,
-    library: Path,             # appears whole or not at all
-    target: str = 'native',
+    library: Path,  # appears whole or not at all
+    target: str = "native",
 ):
     "Compile; `Unavailable` with the compiler's last words in a log beside `library` where that fails."
     command = compiler(source)
-    if not command: raise Unavailable(f"no compiler for {source.name}: " + ('nvcc' if source.suffix == '.cu' else 'g++, c++ or clang++') + ' is not on the path')
-    log = library.with_suffix('.log')
+    if not command:
+        raise Unavailable(
+            f"no compiler for {source.name}: "
+            + ("nvcc" if source.suffix == ".cu" else "g++, c++ or clang++")
+            + " is not on the path"
+        )
+    log = library.with_suffix(".log")
     with whole(library) as tmp:
-        done = subprocess.run([*command, *flags(source, target), str(source), '-o', str(tmp)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+        done = subprocess.run(
+            [*command, *flags(source, target), str(source), "-o", str(tmp)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         if done.returncode or not tmp.exists():
-            said = done.stdout.strip().splitlines() or [f'{command[0]} ended with {done.returncode} and said nothing']
-            with whole(log) as t: t.write_text('\n'.join([shlex.join(done.args), *said]) + '\n')
-            raise Unavailable(f"{source.name} did not compile: {next((l for l in said if 'error' in l), said[-1]).strip()} (all of it in {log}; delete that file to try again)")
+            said = done.stdout.strip().splitlines() or [
+                f"{command[0]} ended with {done.returncode} and said nothing"
+            ]
+            with whole(log) as t:
+                t.write_text("\n".join([shlex.join(done.args), *said]) + "\n")
+            raise Unavailable(
+                f"{source.name} did not compile: {next((l for l in said if 'error' in l), said[-1]).strip()} (all of it in {log}; delete that file to try again)"
+            )
 
 # %% ../../nbs/03a2_ops.native.ipynb #8e0d3e2b
 def library_name(source: Path) -> str:
     "What a library built ahead from `source` is called."
-    return f'{source.stem}-{source_key(source)}.so'
+    return f"{source.stem}-{source_key(source)}.so"
+
 
 def prebuilt(source: Path) -> Path | None:
     "The library that was built ahead from this very source, where one is installed."
-    spec = find_spec('rvos_nb_ops')
+    spec = find_spec("rvos_nb_ops")
     places = [source.parent, *map(Path, spec.submodule_search_locations if spec else ())]
-    return next((p/library_name(source) for p in places if (p/library_name(source)).exists()), None)
+    return next(
+        (p / library_name(source) for p in places if (p / library_name(source)).exists()), None
+    )
 
 # %% ../../nbs/03a2_ops.native.ipynb #a22607ce
 def source_file(name: str) -> Path:
     "A file of `ops/`, or a path of one's own."
-    return Path(name) if os.path.isabs(name) else shipped('kernels', name)
+    return Path(name) if os.path.isabs(name) else shipped("kernels", name)
+
 
 def state(
-    name: str,           # of a source file in `ops/`
-) -> tuple[bool, str]:   # whether `load` is expected to work, and how or why not
+    name: str,  # of a source file in `ops/`
+) -> tuple[bool, str]:  # whether `load` is expected to work, and how or why not
     "What `load` would do, without building."
     source = source_file(name)
-    if not source.exists(): return False, f'{source.name} is not installed'
-    if prebuilt(source): return True, f'{source.name} was built ahead'
-    if not compiler(source): return False, f'no compiler for {source.name} and no library built ahead (see ops/README.md)'
-    try: built = cache()/f'{source.stem}-{key(source)}.so'
-    except Unavailable as e: return False, str(e)
-    if built.exists(): return True, f'{source.name} is built, in {built.parent}'
-    if built.with_suffix('.log').exists(): return False, f'{source.name} did not compile: see {built.with_suffix(".log")}, and delete it to try again'
-    return True, f'{source.name} will be built at first use by {Path(compiler(source)[0]).name}'
+    if not source.exists():
+        return False, f"{source.name} is not installed"
+    if prebuilt(source):
+        return True, f"{source.name} was built ahead"
+    if not compiler(source):
+        return (
+            False,
+            f"no compiler for {source.name} and no library built ahead (see ops/README.md)",
+        )
+    try:
+        built = cache() / f"{source.stem}-{key(source)}.so"
+    except Unavailable as e:
+        return False, str(e)
+    if built.exists():
+        return True, f"{source.name} is built, in {built.parent}"
+    if built.with_suffix(".log").exists():
+        return (
+            False,
+            f"{source.name} did not compile: see {built.with_suffix('.log')}, and delete it to try again",
+        )
+    return True, f"{source.name} will be built at first use by {Path(compiler(source)[0]).name}"
 
 # %% ../../nbs/03a2_ops.native.ipynb #2e5ac1b7
-_LOADED: dict[str, ctypes.CDLL | Unavailable] = {}   # what this process has tried
+_LOADED: dict[str, ctypes.CDLL | Unavailable] = {}  # what this process has tried
+
 
 def _build(source: Path) -> Path:
     "The library of `source`, built before or now; a failure is one warning, and then `Unavailable`."
     try:
-        folder = cache(); library = folder/f'{source.stem}-{key(source)}.so'
-        if library.exists(): return library
+        folder = cache()
+        library = folder / f"{source.stem}-{key(source)}.so"
+        if library.exists():
+            return library
         with _waiting(folder):
             sweep(folder)
-            if not library.exists() and not library.with_suffix('.log').exists():
-                print(f'building {source.name} once, in {folder} ...', file=sys.stderr, flush=True)
+            if not library.exists() and not library.with_suffix(".log").exists():
+                print(f"building {source.name} once, in {folder} ...", file=sys.stderr, flush=True)
                 compile_to(source, library)
     except (Unavailable, Problem, OSError) as e:
-        warnings.warn(f'{e}; the next implementation is used', stacklevel=2)
+        warnings.warn(f"{e}; the next implementation is used", stacklevel=2)
         raise Unavailable(str(e)) from None
-    if not library.exists(): raise Unavailable(state(str(source))[1])
+    if not library.exists():
+        raise Unavailable(state(str(source))[1])
     return library
+
 
 def _open(source: Path) -> ctypes.CDLL:
     "The library of `source`: built ahead, built before, or built now."
     library = prebuilt(source)
-    if library is None and not compiler(source): raise Unavailable(state(str(source))[1])
+    if library is None and not compiler(source):
+        raise Unavailable(state(str(source))[1])
     library = library or _build(source)
-    try: found = ctypes.CDLL(str(library))
-    except OSError as e: raise Unavailable(f'{library} cannot be loaded: {e}') from None
-    if hasattr(found, 'runs_here') and not found.runs_here(): raise Unavailable(f'{library.name} was built for a newer processor than this')
+    try:
+        found = ctypes.CDLL(str(library))
+    except OSError as e:
+        raise Unavailable(f"{library} cannot be loaded: {e}") from None
+    if hasattr(found, "runs_here") and not found.runs_here():
+        raise Unavailable(f"{library.name} was built for a newer processor than this")
     return found
 
+
 def load(
-    name: str,          # of a source file in `ops/`
+    name: str,  # of a source file in `ops/`
 ) -> ctypes.CDLL:
     "The library built from a source; builds it where that was not done before. `Unavailable` where it cannot be had, with one warning where a build failed."
     if name not in _LOADED:
         source = source_file(name)
-        try: _LOADED[name] = _open(source) if source.exists() else Unavailable(state(name)[1])
-        except Unavailable as e: _LOADED[name] = e
-    if isinstance(found := _LOADED[name], Unavailable): raise Unavailable(str(found))
+        try:
+            _LOADED[name] = _open(source) if source.exists() else Unavailable(state(name)[1])
+        except Unavailable as e:
+            _LOADED[name] = e
+    if isinstance(found := _LOADED[name], Unavailable):
+        raise Unavailable(str(found))
     return found
 
 # %% ../../nbs/03a2_ops.native.ipynb #1706f98b
 class Sizes(ctypes.Structure):
     "Sizes of one call, in the order in which the sources declare them; `reference` counts 2 or 4 numbers, or 0 for none."
-    _fields_ = [(n, ctypes.c_int64) for n in ('images', 'cells', 'queries', 'heads', 'dim', 'levels', 'points', 'reference', 'reference_images', 'reference_levels')]
 
-TYPES = {'float32': 0, 'float64': 1, 'float16': 2, 'bfloat16': 3}
-SOFTMAX, DETERMINISTIC = 1, 2   # options: weights are logits; gradients shall be the same on every run
+    _fields_ = [
+        (n, ctypes.c_int64)
+        for n in (
+            "images",
+            "cells",
+            "queries",
+            "heads",
+            "dim",
+            "levels",
+            "points",
+            "reference",
+            "reference_images",
+            "reference_levels",
+        )
+    ]
+
+
+TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+SOFTMAX, DETERMINISTIC = (
+    1,
+    2,
+)  # options: weights are logits; gradients shall be the same on every run
+
 
 def sizes_of(value, locations, reference) -> Sizes:
     "The sizes of these tensors; see `ms_deform_attn` in `ops.deform_attn` for their shapes."
     n, s, heads, dim = value.shape
-    given = (0, 1, 1) if reference is None else (reference.shape[3], reference.shape[0], reference.shape[2])
-    return Sizes(n, s, locations.shape[1], heads, dim, locations.shape[3], locations.shape[4], *given)
+    given = (
+        (0, 1, 1)
+        if reference is None
+        else (reference.shape[3], reference.shape[0], reference.shape[2])
+    )
+    return Sizes(
+        n, s, locations.shape[1], heads, dim, locations.shape[3], locations.shape[4], *given
+    )
 
 # %% ../../nbs/03a2_ops.native.ipynb #187e20bd
 def call(
-    library: ctypes.CDLL, function: str,   # 'forward' or 'backward'
+    library: ctypes.CDLL,
+    function: str,  # 'forward' or 'backward'
     shapes: list[tuple[int, int]],
     sizes: Sizes,
     softmax: bool,
-    inputs: list, outputs: list,           # tensors, or None for no reference, in the order of the function's arguments
+    inputs: list,
+    outputs: list,  # tensors, or None for no reference, in the order of the function's arguments
 ):
     "Hand pointers to a library, on the threads or the stream that PyTorch uses; RuntimeError with the library's own words."
     import torch
-    kind, device = str(inputs[0].dtype).removeprefix('torch.'), inputs[0].device
-    where = torch.cuda.current_stream(device).cuda_stream if device.type == 'cuda' else torch.get_num_threads()
+
+    kind, device = str(inputs[0].dtype).removeprefix("torch."), inputs[0].device
+    where = (
+        torch.cuda.current_stream(device).cuda_stream
+        if device.type == "cuda"
+        else torch.get_num_threads()
+    )
     options = SOFTMAX * softmax + DETERMINISTIC * torch.are_deterministic_algorithms_enabled()
     flat = (ctypes.c_int64 * (2 * len(shapes)))(*(x for s in shapes for x in s))
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*inputs, *outputs)]
-    run = getattr(library, function); run.restype = ctypes.c_char_p
-    with torch.cuda.device(device if device.type == 'cuda' else -1):
-        wrong = run(TYPES[kind], ctypes.byref(sizes), flat, ctypes.c_int(options), ctypes.c_int64(where), *pointers)
-    if wrong: raise RuntimeError(f'{function} of deformable attention: {wrong.decode()}')
+    run = getattr(library, function)
+    run.restype = ctypes.c_char_p
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        wrong = run(
+            TYPES[kind],
+            ctypes.byref(sizes),
+            flat,
+            ctypes.c_int(options),
+            ctypes.c_int64(where),
+            *pointers,
+        )
+    if wrong:
+        raise RuntimeError(f"{function} of deformable attention: {wrong.decode()}")
 
 # %% ../../nbs/03a2_ops.native.ipynb #f83f9132
 class Compiled:
     "An implementation of deformable attention from a source file: `why_not`, `forward`, `backward`."
-    def __init__(self, name: str, device: str): self.name, self.device = name, device
+
+    def __init__(self, name: str, device: str):
+        self.name, self.device = name, device
 
     def why_not(self, device, dtype) -> str:
         "'' where it can run on that device with values of that type, otherwise why not."
         import torch
-        if device.type != self.device: return f'{self.name} is for {self.device}'
-        if self.device == 'cuda' and not torch.cuda.is_available(): return 'PyTorch finds no GPU'
-        if str(dtype).removeprefix('torch.') not in TYPES: return f'{self.name} does not know {dtype}'
-        if isinstance(found := _LOADED.get(self.name), Unavailable): return str(found)
-        ready, why = (True, '') if found else state(self.name)
-        return '' if ready else why
+
+        if device.type != self.device:
+            return f"{self.name} is for {self.device}"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
+        if str(dtype).removeprefix("torch.") not in TYPES:
+            return f"{self.name} does not know {dtype}"
+        if isinstance(found := _LOADED.get(self.name), Unavailable):
+            return str(found)
+        ready, why = (True, "") if found else state(self.name)
+        return "" if ready else why
 
     def _plain(self, *tensors):
         "Contiguous; and on a CPU 16-bit numbers as float32."
-        narrow = self.device == 'cpu' and tensors[0].element_size() < 4
+        narrow = self.device == "cpu" and tensors[0].element_size() < 4
         return [x if x is None else (x.float() if narrow else x).contiguous() for x in tensors]
 
     def forward(self, value, shapes, locations, weights, softmax=False, reference=None):
         "See `ms_deform_attn` in `ops.deform_attn`; `weights` has the type of `value`."
         v, at, w, r = self._plain(value, locations, weights, reference)
         out = v.new_empty(len(v), at.shape[1], v.shape[2] * v.shape[3])
-        if not out.numel() or not w.numel(): return out.zero_().to(value.dtype)
-        call(load(self.name), 'forward', shapes, sizes_of(v, at, r), softmax, [v, at, w, r], [out])
+        if not out.numel() or not w.numel():
+            return out.zero_().to(value.dtype)
+        call(load(self.name), "forward", shapes, sizes_of(v, at, r), softmax, [v, at, w, r], [out])
         return out.to(value.dtype)
 
     def backward(self, grad, value, shapes, locations, weights, softmax=False, reference=None):
         "Gradients of value, of the places (not of offsets from a reference), and of weights or logits."
         g, v, at, w, r = self._plain(grad, value, locations, weights, reference)
-        dvalue, dat, dw = v.new_zeros(v.shape, dtype=at.dtype), at.new_empty(at.shape), at.new_empty(w.shape)
-        if g.numel() and w.numel(): call(load(self.name), 'backward', shapes, sizes_of(v, at, r), softmax, [g, v, at, w, r], [dvalue, dat, dw])
-        else: dat.zero_(), dw.zero_()
+        dvalue, dat, dw = (
+            v.new_zeros(v.shape, dtype=at.dtype),
+            at.new_empty(at.shape),
+            at.new_empty(w.shape),
+        )
+        if g.numel() and w.numel():
+            call(
+                load(self.name),
+                "backward",
+                shapes,
+                sizes_of(v, at, r),
+                softmax,
+                [g, v, at, w, r],
+                [dvalue, dat, dw],
+            )
+        else:
+            dat.zero_(), dw.zero_()
         return dvalue.to(value.dtype), dat, dw.to(weights.dtype)
 
-cpu, cuda, simple = Compiled('ms_deform_attn_cpu.cpp', 'cpu'), Compiled('ms_deform_attn.cu', 'cuda'), Compiled('ms_deform_attn_simple.cu', 'cuda')
+
+cpu, cuda, simple = (
+    Compiled("ms_deform_attn_cpu.cpp", "cpu"),
+    Compiled("ms_deform_attn.cu", "cuda"),
+    Compiled("ms_deform_attn_simple.cu", "cuda"),
+)

@@ -11,30 +11,44 @@ import math
 import types
 import warnings
 from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import max as largest, sum as total
+from triton.language import max as largest
+from triton.language import sum as total
 from triton.runtime.interpreter import InterpretedFunction
+
 from . import native
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #c81472a0
 def interpreted(kernel):
     "A kernel that runs on CPU tensors, slowly, by Triton's interpreter; for tests."
-    if not isinstance(kernel, triton.JITFunction): return kernel   # TRITON_INTERPRET is set: it is one already
+    if not isinstance(kernel, triton.JITFunction):
+        return kernel  # TRITON_INTERPRET is set: it is one already
     fn = kernel.fn
     scope = dict(fn.__globals__)
     copy = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
     copy.__annotations__ = fn.__annotations__
     for name in fn.__code__.co_names:
         if isinstance(inner := scope.get(name), triton.JITFunction):
-            scope[name] = inner.fn if inner.fn.__module__.startswith('triton.') else interpreted(inner)
+            scope[name] = (
+                inner.fn if inner.fn.__module__.startswith("triton.") else interpreted(inner)
+            )
     return InterpretedFunction(copy)
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #72805f24
 @triton.jit
-def whose(queries, tiles, heads: tl.constexpr, shapes: tl.constexpr, group: tl.constexpr, high: tl.constexpr, wide: tl.constexpr):
+def whose(
+    queries,
+    tiles,
+    heads: tl.constexpr,
+    shapes: tl.constexpr,
+    group: tl.constexpr,
+    high: tl.constexpr,
+    wide: tl.constexpr,
+):
     "Image, queries and heads of this program, and which of its rows exist."
     number = tl.program_id(0)
     r = tl.arange(0, group * high * wide)
@@ -49,136 +63,269 @@ def whose(queries, tiles, heads: tl.constexpr, shapes: tl.constexpr, group: tl.c
             y, x = t // across * high + r // wide, t % across * wide + r % wide
             query = tl.where((t >= 0) & (y < h) & (x < w), start + y * w + x, query)
             first, start = first + across * ((h + high - 1) // high), start + h * w
-    return (number // (heads // group) // tiles).to(tl.int64), query, head, (query >= 0) & (query < queries)
+    return (
+        (number // (heads // group) // tiles).to(tl.int64),
+        query,
+        head,
+        (query >= 0) & (query < queries),
+    )
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #e27e9354
 @triton.jit
-def sampling(locations, reference, sample, around, valid, h, w, numbers: tl.constexpr, points: tl.constexpr, real: tl.constexpr):
+def sampling(
+    locations,
+    reference,
+    sample,
+    around,
+    valid,
+    h,
+    w,
+    numbers: tl.constexpr,
+    points: tl.constexpr,
+    real: tl.constexpr,
+):
     "Column and row of the cell above and left, the way beyond its centre (both (rows,)), and whether the map is touched at all."
-    x = tl.load(locations + 2 * sample, mask=valid, other=0.).to(real)
-    y = tl.load(locations + 2 * sample + 1, mask=valid, other=0.).to(real)
+    x = tl.load(locations + 2 * sample, mask=valid, other=0.0).to(real)
+    y = tl.load(locations + 2 * sample + 1, mask=valid, other=0.0).to(real)
     if numbers:
-        sx, sy = 1. / w, 1. / h
+        sx, sy = 1.0 / w, 1.0 / h
         if numbers == 4:
-            sx = tl.load(reference + around + 2, mask=valid, other=0.).to(real) * (0.5 / points)
-            sy = tl.load(reference + around + 3, mask=valid, other=0.).to(real) * (0.5 / points)
-        x = tl.load(reference + around, mask=valid, other=0.).to(real) + x * sx
-        y = tl.load(reference + around + 1, mask=valid, other=0.).to(real) + y * sy
+            sx = tl.load(reference + around + 2, mask=valid, other=0.0).to(real) * (0.5 / points)
+            sy = tl.load(reference + around + 3, mask=valid, other=0.0).to(real) * (0.5 / points)
+        x = tl.load(reference + around, mask=valid, other=0.0).to(real) + x * sx
+        y = tl.load(reference + around + 1, mask=valid, other=0.0).to(real) + y * sy
     x, y = x * w - 0.5, y * h - 0.5
     near = valid & (x > -1) & (x < w) & (y > -1) & (y < h)
-    x, y = tl.where(near, x, 0.), tl.where(near, y, 0.)
+    x, y = tl.where(near, x, 0.0), tl.where(near, y, 0.0)
     left, top = tl.floor(x), tl.floor(y)
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top, near
+
 
 @triton.jit
 def corners(left, top, near, h, w):
     "Which of the corners above left, above right, below left, below right are cells of the map."
     north, south, west, east = near & (top >= 0), near & (top + 1 < h), left >= 0, left + 1 < w
-    return (north & west)[:, None], (north & east)[:, None], (south & west)[:, None], (south & east)[:, None]
+    return (
+        (north & west)[:, None],
+        (north & east)[:, None],
+        (south & west)[:, None],
+        (south & east)[:, None],
+    )
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #b225cda8
 @triton.jit
-def softmax_parts(weights, row, valid, samples: tl.constexpr, padded: tl.constexpr, real: tl.constexpr):
+def softmax_parts(
+    weights, row, valid, samples: tl.constexpr, padded: tl.constexpr, real: tl.constexpr
+):
     "Largest logit of each row, and the sum of exponentials of the distances to it."
     k = tl.arange(0, padded)
-    logits = tl.load(weights + row[:, None] * samples + k[None], mask=valid[:, None] & (k < samples)[None], other=-float('inf')).to(real)
-    peak = tl.where(valid, largest(logits, 1), 0.)
-    return peak, tl.where(valid, total(tl.exp(logits - peak[:, None]), 1), 1.)
+    logits = tl.load(
+        weights + row[:, None] * samples + k[None],
+        mask=valid[:, None] & (k < samples)[None],
+        other=-float("inf"),
+    ).to(real)
+    peak = tl.where(valid, largest(logits, 1), 0.0)
+    return peak, tl.where(valid, total(tl.exp(logits - peak[:, None]), 1), 1.0)
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #27e793cf
 @lru_cache(maxsize=256)
 def plan(
-    images: int, cells: int, heads: int, dim: int, queries: int, points: int,
-    shapes: tuple[tuple[int, int], ...],   # (h, w) of each level
+    images: int,
+    cells: int,
+    heads: int,
+    dim: int,
+    queries: int,
+    points: int,
+    shapes: tuple[tuple[int, int], ...],  # (h, w) of each level
     softmax: bool,
-    reference: tuple[int, int, int],       # its images, levels and numbers per level; (1, 1, 0) without one
+    reference: tuple[
+        int, int, int
+    ],  # its images, levels and numbers per level; (1, 1, 0) without one
     dtype: torch.dtype,
     backward: bool,
-) -> tuple[tuple[int], dict]:              # grid, and the arguments of a kernel that are no tensors
+) -> tuple[tuple[int], dict]:  # grid, and the arguments of a kernel that are no tensors
     "Tile, warps and sizes of one launch."
     lanes, size = triton.next_power_of_2(dim), 4 if backward else dtype.itemsize
     rows = max(8, min(32 if backward else 64, 4096 // lanes, triton.next_power_of_2(queries)))
     wide, group = min(rows, 8), 1
-    if not backward and lanes * size < 128: group = math.gcd(heads, 128 // (lanes * size))
+    if not backward and lanes * size < 128:
+        group = math.gcd(heads, 128 // (lanes * size))
     walk = shapes if queries == cells else ()
-    tiles = sum(-(-h // (rows // wide)) * -(-w // wide) for h, w in walk) if walk else -(-queries // rows)
+    tiles = (
+        sum(-(-h // (rows // wide)) * -(-w // wide) for h, w in walk)
+        if walk
+        else -(-queries // rows)
+    )
     warps = max(1, min(8, triton.next_power_of_2(rows * group * lanes * size // 16 // 64)))
-    sizes = dict(queries=queries, tiles=tiles, heads=heads, dim=dim, lanes=lanes, points=points, shapes=shapes, walk=walk, cells=cells,
-                 padded=triton.next_power_of_2(len(shapes) * points), ref_images=reference[0], ref_levels=reference[1], numbers=reference[2],
-                 group=group, high=rows // wide, wide=wide, softmax=softmax, enable_fp_fusion=True, real=tl.float64 if dtype == torch.float64 else tl.float32,
-                 index=tl.int64 if cells * heads * dim >= 2**31 else tl.int32, num_warps=warps)
+    sizes = {
+        "queries": queries,
+        "tiles": tiles,
+        "heads": heads,
+        "dim": dim,
+        "lanes": lanes,
+        "points": points,
+        "shapes": shapes,
+        "walk": walk,
+        "cells": cells,
+        "padded": triton.next_power_of_2(len(shapes) * points),
+        "ref_images": reference[0],
+        "ref_levels": reference[1],
+        "numbers": reference[2],
+        "group": group,
+        "high": rows // wide,
+        "wide": wide,
+        "softmax": softmax,
+        "enable_fp_fusion": True,
+        "real": tl.float64 if dtype == torch.float64 else tl.float32,
+        "index": tl.int64 if cells * heads * dim >= 2**31 else tl.int32,
+        "num_warps": warps,
+    }
     return (images * tiles * (heads // group),), sizes
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #aaefa5eb
 @triton.jit
 def forward_kernel(
-        value, locations, weights, reference, out, queries, tiles, heads: tl.constexpr, dim: tl.constexpr, lanes: tl.constexpr, points: tl.constexpr,
-        shapes: tl.constexpr, walk: tl.constexpr, cells: tl.constexpr, padded: tl.constexpr, numbers: tl.constexpr, ref_images: tl.constexpr,
-        ref_levels: tl.constexpr, group: tl.constexpr, high: tl.constexpr, wide: tl.constexpr, softmax: tl.constexpr, real: tl.constexpr, index: tl.constexpr):
+    value,
+    locations,
+    weights,
+    reference,
+    out,
+    queries,
+    tiles,
+    heads: tl.constexpr,
+    dim: tl.constexpr,
+    lanes: tl.constexpr,
+    points: tl.constexpr,
+    shapes: tl.constexpr,
+    walk: tl.constexpr,
+    cells: tl.constexpr,
+    padded: tl.constexpr,
+    numbers: tl.constexpr,
+    ref_images: tl.constexpr,
+    ref_levels: tl.constexpr,
+    group: tl.constexpr,
+    high: tl.constexpr,
+    wide: tl.constexpr,
+    softmax: tl.constexpr,
+    real: tl.constexpr,
+    index: tl.constexpr,
+):
     "Output of one tile of queries; the arguments are those of `plan`."
     image, query, head, valid = whose(queries, tiles, heads, walk, group, high, wide)
-    row, around = (image * queries + query) * heads + head, (image % ref_images * queries + query) * ref_levels * numbers
+    row, around = (
+        (image * queries + query) * heads + head,
+        (image % ref_images * queries + query) * ref_levels * numbers,
+    )
     samples: tl.constexpr = len(shapes) * points
     step: tl.constexpr = heads * dim
     channel = tl.arange(0, lanes)[None]
     level = value + image * cells * step
-    if softmax: peak, mass = softmax_parts(weights, row, valid, samples, padded, real)
+    if softmax:
+        peak, mass = softmax_parts(weights, row, valid, samples, padded, real)
     sum = tl.full((group * high * wide, lanes), 0, real)
     for l in tl.static_range(len(shapes)):
         h, w = shapes[l][0], shapes[l][1]
         for p in range(points):
             sample = row * samples + l * points + p
-            left, top, fx, fy, near = sampling(locations, reference, sample, around + (l * numbers if ref_levels > 1 else 0), valid, h, w, numbers, points, real)
+            left, top, fx, fy, near = sampling(
+                locations,
+                reference,
+                sample,
+                around + (l * numbers if ref_levels > 1 else 0),
+                valid,
+                h,
+                w,
+                numbers,
+                points,
+                real,
+            )
             nw, ne, sw, se = corners(left, top, near, h, w)
-            weight = tl.load(weights + sample, mask=near, other=0.).to(real)
-            if softmax: weight = tl.where(near, tl.exp(weight - peak) / mass, 0.)
+            weight = tl.load(weights + sample, mask=near, other=0.0).to(real)
+            if softmax:
+                weight = tl.where(near, tl.exp(weight - peak) / mass, 0.0)
             at = level + ((top * w + left).to(index) * step + head * dim)[:, None] + channel
-            sum += (weight * (1 - fy) * (1 - fx))[:, None] * tl.load(at, mask=nw & (channel < dim), other=0.).to(real)
-            sum += (weight * (1 - fy) * fx)[:, None] * tl.load(at + step, mask=ne & (channel < dim), other=0.).to(real)
-            sum += (weight * fy * (1 - fx))[:, None] * tl.load(at + w * step, mask=sw & (channel < dim), other=0.).to(real)
-            sum += (weight * fy * fx)[:, None] * tl.load(at + (w + 1) * step, mask=se & (channel < dim), other=0.).to(real)
+            sum += (weight * (1 - fy) * (1 - fx))[:, None] * tl.load(
+                at, mask=nw & (channel < dim), other=0.0
+            ).to(real)
+            sum += (weight * (1 - fy) * fx)[:, None] * tl.load(
+                at + step, mask=ne & (channel < dim), other=0.0
+            ).to(real)
+            sum += (weight * fy * (1 - fx))[:, None] * tl.load(
+                at + w * step, mask=sw & (channel < dim), other=0.0
+            ).to(real)
+            sum += (weight * fy * fx)[:, None] * tl.load(
+                at + (w + 1) * step, mask=se & (channel < dim), other=0.0
+            ).to(real)
         level += h * w * step
     tl.store(out + row[:, None] * dim + channel, sum, mask=valid[:, None] & (channel < dim))
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #deb968bf
-_FAILED: list[str] = []   # why Triton cannot be used in this process after all
+_FAILED: list[str] = []  # why Triton cannot be used in this process after all
+
 
 def launch(kernel, device: torch.device, grid: tuple, *tensors, **sizes):
     "Run a kernel on the device of its tensors; `native.Unavailable` where Triton cannot compile or start it."
-    if device.type == 'cpu': return interpreted(kernel)[grid](*tensors, **sizes)
+    if device.type == "cpu":
+        return interpreted(kernel)[grid](*tensors, **sizes)
     try:
-        with torch.cuda.device(device): kernel[grid](*tensors, **sizes)
-    except torch.OutOfMemoryError: raise
+        with torch.cuda.device(device):
+            kernel[grid](*tensors, **sizes)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:
-        _FAILED.append(f'{type(e).__name__}: {e}'.splitlines()[0])
-        warnings.warn(f'Triton cannot run {kernel.fn.__name__} ({_FAILED[-1]}); the next implementation is used', stacklevel=2)
+        _FAILED.append(f"{type(e).__name__}: {e}".splitlines()[0])
+        warnings.warn(
+            f"Triton cannot run {kernel.fn.__name__} ({_FAILED[-1]}); the next implementation is used",
+            stacklevel=2,
+        )
         raise native.Unavailable(_FAILED[-1]) from e
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     "'' where these kernels can run on that device with values of that type, otherwise why not."
-    if device.type != 'cuda': return 'Triton needs a GPU; on the CPU it has only its interpreter, for tests'
-    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16): return f'the kernels do not know {dtype}'
-    if not torch.cuda.is_available(): return 'PyTorch finds no GPU'
-    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0): return 'the kernels need compute capability 8.0'
-    return _FAILED[-1] if _FAILED else ''
+    if device.type != "cuda":
+        return "Triton needs a GPU; on the CPU it has only its interpreter, for tests"
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return f"the kernels do not know {dtype}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
+    return _FAILED[-1] if _FAILED else ""
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #5327606c
 def _sizes(value, shapes, locations, softmax, reference, backward=False):
     "`plan` for these tensors."
-    about = (1, 1, 0) if reference is None else (reference.shape[0], reference.shape[2], reference.shape[3])
-    return plan(*value.shape, locations.shape[1], locations.shape[4], tuple((int(h), int(w)) for h, w in shapes), bool(softmax), about, value.dtype, backward)
+    about = (
+        (1, 1, 0)
+        if reference is None
+        else (reference.shape[0], reference.shape[2], reference.shape[3])
+    )
+    return plan(
+        *value.shape,
+        locations.shape[1],
+        locations.shape[4],
+        tuple((int(h), int(w)) for h, w in shapes),
+        bool(softmax),
+        about,
+        value.dtype,
+        backward,
+    )
+
 
 def forward(
-    value: Tensor,                  # (N, S, heads, dim) float32, float64, float16 or bfloat16
+    value: Tensor,  # (N, S, heads, dim) float32, float64, float16 or bfloat16
     shapes: list[tuple[int, int]],  # (h, w) of each level
-    locations: Tensor,              # (N, Lq, heads, levels, points, 2) x, y, or offsets where there is a reference; float32, or float64 as value
-    weights: Tensor,                # (N, Lq, heads, levels, points) type of `value`; logits with `softmax`
+    locations: Tensor,  # (N, Lq, heads, levels, points, 2) x, y, or offsets where there is a reference; float32, or float64 as value
+    weights: Tensor,  # (N, Lq, heads, levels, points) type of `value`; logits with `softmax`
     softmax: bool = False,
-    reference: Tensor | None = None,# (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h; type of `locations`
-) -> Tensor:                        # (N, Lq, heads·dim) type of `value`
+    reference: Tensor
+    | None = None,  # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h; type of `locations`
+) -> Tensor:  # (N, Lq, heads·dim) type of `value`
     "Deformable attention; see `ms_deform_attn`. `native.Unavailable` where Triton cannot compile. CPU tensors take the interpreter."
     out = value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
-    if not out.numel() or not weights.numel(): return out.zero_()
+    if not out.numel() or not weights.numel():
+        return out.zero_()
     grid, sizes = _sizes(value, shapes, locations, softmax, reference)
     tensors = [x if x is None else x.contiguous() for x in (value, locations, weights, reference)]
     launch(forward_kernel, value.device, grid, *tensors, out, **sizes)
@@ -186,10 +333,12 @@ def forward(
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #7ba64e39
 def unit_of(
-    grad: Tensor, weights: Tensor, samples: int,   # samples: queries · points
-    softmax: bool,                                 # weights are logits, and none becomes larger than 1
+    grad: Tensor,
+    weights: Tensor,
+    samples: int,  # samples: queries · points
+    softmax: bool,  # weights are logits, and none becomes larger than 1
     real: torch.dtype,
-) -> Tensor:                                       # () power of two; NaN where the gradient is not finite
+) -> Tensor:  # () power of two; NaN where the gradient is not finite
     "How many units make one, such that a sum of `samples` addends stays below 2^62."
     bound = grad.abs().amax().double() * (1 if softmax else weights.abs().amax().double()) * samples
     exponent = (62 - torch.frexp(bound)[1]).clamp(max=126)
@@ -199,72 +348,163 @@ def unit_of(
 @triton.jit
 def add_to(at, amount, scale, mask, exact: tl.constexpr):
     "Add to a gradient in memory: as a float, or as a whole number of units of 1/scale."
-    if exact: amount = (amount * tl.load(scale)).to(tl.int64)
-    tl.atomic_add(at, amount, mask=mask, sem='relaxed')
+    if exact:
+        amount = (amount * tl.load(scale)).to(tl.int64)
+    tl.atomic_add(at, amount, mask=mask, sem="relaxed")
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #8aebbda5
 @triton.jit
 def backward_kernel(
-        grad, value, locations, weights, reference, dvalue, dlocations, dweights, scale, queries, tiles, heads: tl.constexpr, dim: tl.constexpr, lanes: tl.constexpr,
-        points: tl.constexpr, shapes: tl.constexpr, walk: tl.constexpr, cells: tl.constexpr, padded: tl.constexpr, numbers: tl.constexpr, ref_images: tl.constexpr,
-        ref_levels: tl.constexpr, group: tl.constexpr, high: tl.constexpr, wide: tl.constexpr, softmax: tl.constexpr, exact: tl.constexpr, real: tl.constexpr, index: tl.constexpr):
+    grad,
+    value,
+    locations,
+    weights,
+    reference,
+    dvalue,
+    dlocations,
+    dweights,
+    scale,
+    queries,
+    tiles,
+    heads: tl.constexpr,
+    dim: tl.constexpr,
+    lanes: tl.constexpr,
+    points: tl.constexpr,
+    shapes: tl.constexpr,
+    walk: tl.constexpr,
+    cells: tl.constexpr,
+    padded: tl.constexpr,
+    numbers: tl.constexpr,
+    ref_images: tl.constexpr,
+    ref_levels: tl.constexpr,
+    group: tl.constexpr,
+    high: tl.constexpr,
+    wide: tl.constexpr,
+    softmax: tl.constexpr,
+    exact: tl.constexpr,
+    real: tl.constexpr,
+    index: tl.constexpr,
+):
     "Gradients of one tile of queries; the arguments are those of `plan`."
     image, query, head, valid = whose(queries, tiles, heads, walk, group, high, wide)
-    row, around = (image * queries + query) * heads + head, (image % ref_images * queries + query) * ref_levels * numbers
+    row, around = (
+        (image * queries + query) * heads + head,
+        (image % ref_images * queries + query) * ref_levels * numbers,
+    )
     samples: tl.constexpr = len(shapes) * points
     step: tl.constexpr = heads * dim
-    channel = tl.max_contiguous(tl.arange(0, lanes), 4)[None]   # four channels to a thread, as its atomic additions have
-    g = tl.load(grad + row[:, None] * dim + channel, mask=valid[:, None] & (channel < dim), other=0.).to(real)
+    channel = tl.max_contiguous(tl.arange(0, lanes), 4)[
+        None
+    ]  # four channels to a thread, as its atomic additions have
+    g = tl.load(
+        grad + row[:, None] * dim + channel, mask=valid[:, None] & (channel < dim), other=0.0
+    ).to(real)
     begin = image * cells * step
-    if softmax: peak, mass = softmax_parts(weights, row, valid, samples, padded, real)
+    if softmax:
+        peak, mass = softmax_parts(weights, row, valid, samples, padded, real)
     mean = tl.full((group * high * wide,), 0, real)
     for l in tl.static_range(len(shapes)):
         h, w = shapes[l][0], shapes[l][1]
         for p in range(points):
             sample = row * samples + l * points + p
-            left, top, fx, fy, near = sampling(locations, reference, sample, around + (l * numbers if ref_levels > 1 else 0), valid, h, w, numbers, points, real)
+            left, top, fx, fy, near = sampling(
+                locations,
+                reference,
+                sample,
+                around + (l * numbers if ref_levels > 1 else 0),
+                valid,
+                h,
+                w,
+                numbers,
+                points,
+                real,
+            )
             nw, ne, sw, se = corners(left, top, near, h, w)
-            nw, ne, sw, se = nw & (channel < dim), ne & (channel < dim), sw & (channel < dim), se & (channel < dim)
-            weight = tl.load(weights + sample, mask=near, other=0.).to(real)
-            if softmax: weight = tl.where(near, tl.exp(weight - peak) / mass, 0.)
+            nw, ne, sw, se = (
+                nw & (channel < dim),
+                ne & (channel < dim),
+                sw & (channel < dim),
+                se & (channel < dim),
+            )
+            weight = tl.load(weights + sample, mask=near, other=0.0).to(real)
+            if softmax:
+                weight = tl.where(near, tl.exp(weight - peak) / mass, 0.0)
             at = begin + ((top * w + left).to(index) * step + head * dim)[:, None] + channel
-            dot_nw = total(g * tl.load(value + at, mask=nw, other=0.).to(real), 1)
-            dot_ne = total(g * tl.load(value + at + step, mask=ne, other=0.).to(real), 1)
-            dot_sw = total(g * tl.load(value + at + w * step, mask=sw, other=0.).to(real), 1)
-            dot_se = total(g * tl.load(value + at + (w + 1) * step, mask=se, other=0.).to(real), 1)
+            dot_nw = total(g * tl.load(value + at, mask=nw, other=0.0).to(real), 1)
+            dot_ne = total(g * tl.load(value + at + step, mask=ne, other=0.0).to(real), 1)
+            dot_sw = total(g * tl.load(value + at + w * step, mask=sw, other=0.0).to(real), 1)
+            dot_se = total(g * tl.load(value + at + (w + 1) * step, mask=se, other=0.0).to(real), 1)
             add_to(dvalue + at, (weight * (1 - fy) * (1 - fx))[:, None] * g, scale, nw, exact)
             add_to(dvalue + at + step, (weight * (1 - fy) * fx)[:, None] * g, scale, ne, exact)
             add_to(dvalue + at + w * step, (weight * fy * (1 - fx))[:, None] * g, scale, sw, exact)
             add_to(dvalue + at + (w + 1) * step, (weight * fy * fx)[:, None] * g, scale, se, exact)
             dx = weight * ((1 - fy) * (dot_ne - dot_nw) + fy * (dot_se - dot_sw)) * w
             dy = weight * ((1 - fx) * (dot_sw - dot_nw) + fx * (dot_se - dot_ne)) * h
-            dweight = (1 - fy) * ((1 - fx) * dot_nw + fx * dot_ne) + fy * ((1 - fx) * dot_sw + fx * dot_se)
-            if softmax: dweight = weight * dweight
-            mean += tl.where(near, dweight, 0.)
-            tl.store(dlocations + 2 * sample, tl.where(near, dx, 0.), mask=valid)
-            tl.store(dlocations + 2 * sample + 1, tl.where(near, dy, 0.), mask=valid)
-            tl.store(dweights + sample, tl.where(near, dweight, 0.), mask=valid)
+            dweight = (1 - fy) * ((1 - fx) * dot_nw + fx * dot_ne) + fy * (
+                (1 - fx) * dot_sw + fx * dot_se
+            )
+            if softmax:
+                dweight = weight * dweight
+            mean += tl.where(near, dweight, 0.0)
+            tl.store(dlocations + 2 * sample, tl.where(near, dx, 0.0), mask=valid)
+            tl.store(dlocations + 2 * sample + 1, tl.where(near, dy, 0.0), mask=valid)
+            tl.store(dweights + sample, tl.where(near, dweight, 0.0), mask=valid)
         begin += h * w * step
     if softmax:
         tl.debug_barrier()
         k = tl.arange(0, padded)[None]
         at, there = row[:, None] * samples + k, valid[:, None] & (k < samples)
-        weight = tl.exp(tl.load(weights + at, mask=there, other=0.).to(real) - peak[:, None]) / mass[:, None]
-        tl.store(dweights + at, tl.load(dweights + at, mask=there, other=0.) - weight * mean[:, None], mask=there)
+        weight = (
+            tl.exp(tl.load(weights + at, mask=there, other=0.0).to(real) - peak[:, None])
+            / mass[:, None]
+        )
+        tl.store(
+            dweights + at,
+            tl.load(dweights + at, mask=there, other=0.0) - weight * mean[:, None],
+            mask=there,
+        )
 
 # %% ../../nbs/03a3_ops.triton_kernel.ipynb #e6507091
 def backward(
-    grad: Tensor,                   # (N, Lq, heads·dim) type of `value`
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, softmax: bool = False, reference: Tensor | None = None, # as `forward` takes them
-) -> tuple[Tensor, Tensor, Tensor]: # of value; of the places (not of offsets), as `locations`; of weights or logits
+    grad: Tensor,  # (N, Lq, heads·dim) type of `value`
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    softmax: bool = False,
+    reference: Tensor | None = None,  # as `forward` takes them
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # of value; of the places (not of offsets), as `locations`; of weights or logits
     "Gradients of `forward`, the same bits on every run under `torch.use_deterministic_algorithms`."
-    if not grad.numel() or not weights.numel(): return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
+    if not grad.numel() or not weights.numel():
+        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
     exact, real = torch.are_deterministic_algorithms_enabled(), locations.dtype
     dvalue = torch.zeros(value.shape, dtype=torch.int64 if exact else real, device=value.device)
-    dlocations, dweights = (torch.empty(x.shape, dtype=real, device=x.device) for x in (locations, weights))
-    unit = unit_of(grad, weights, locations.shape[1] * locations.shape[4], softmax, real) if exact else None
+    dlocations, dweights = (
+        torch.empty(x.shape, dtype=real, device=x.device) for x in (locations, weights)
+    )
+    unit = (
+        unit_of(grad, weights, locations.shape[1] * locations.shape[4], softmax, real)
+        if exact
+        else None
+    )
     grid, sizes = _sizes(value, shapes, locations, softmax, reference, backward=True)
-    tensors = [x if x is None else x.contiguous() for x in (grad, value, locations, weights, reference)]
-    launch(backward_kernel, value.device, grid, *tensors, dvalue, dlocations, dweights, unit, exact=exact, **sizes)
-    if exact: dvalue = dvalue.double() / unit
+    tensors = [
+        x if x is None else x.contiguous() for x in (grad, value, locations, weights, reference)
+    ]
+    launch(
+        backward_kernel,
+        value.device,
+        grid,
+        *tensors,
+        dvalue,
+        dlocations,
+        dweights,
+        unit,
+        exact=exact,
+        **sizes,
+    )
+    if exact:
+        dvalue = dvalue.double() / unit
     return dvalue.to(value.dtype), dlocations, dweights.to(weights.dtype)

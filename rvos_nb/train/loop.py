@@ -9,15 +9,21 @@ __all__ = ['VALIDATION', 'TASKS', 'SOURCES', 'Tuning', 'Watch', 'Recipe', 'ident
            'build_stage', 'read_recipe', 'Trainer', 'batches_from', 'Log', 'run_steps', 'card_of', 'train']
 
 # %% ../../nbs/04b_train.loop.ipynb #6f612842
-import copy, csv, json, math, time
+import copy
+import csv
+import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+
 from ..core import Problem, Report, device_name, resolve, run_stage, shipped, versions, whole
 from ..data import refshapes
 from ..data.clips import Draw, ReferBatch, SequenceBatch, Stream, refer_batch, sequence_batch
@@ -32,110 +38,167 @@ from .losses import Criterion, PixelLoss, aux_weight, hard_share, sequence_loss
 @dataclass(frozen=True)
 class Tuning:
     "The optimizer: AdamW with a warm-up and a decay, both counted in steps."
+
     lr: float = 1e-3
     weight_decay: float = 1e-4  # on matrices and kernels only
-    no_decay: Sequence[str] = () # parts of the names of matrices that are left alone all the same
-    warmup: float = 0.03        # share of all steps
-    schedule: str = 'cosine'    # or 'poly', see `rate`
-    final: float = 0.02         # share of lr at the last step
-    clip: float = 1.0           # largest gradient norm
-    groups: dict = field(default_factory=dict) # part of a parameter's name -> factor on lr
-    ema: float = 0.             # decay of the averaged weights; 0: no averaging
+    no_decay: Sequence[str] = ()  # parts of the names of matrices that are left alone all the same
+    warmup: float = 0.03  # share of all steps
+    schedule: str = "cosine"  # or 'poly', see `rate`
+    final: float = 0.02  # share of lr at the last step
+    clip: float = 1.0  # largest gradient norm
+    groups: dict = field(default_factory=dict)  # part of a parameter's name -> factor on lr
+    ema: float = 0.0  # decay of the averaged weights; 0: no averaging
 
     def __post_init__(self):
-        if self.schedule not in ('cosine', 'poly'): raise Problem('recipe, tuning, schedule', repr(self.schedule), "'cosine' or 'poly'", 'correct the recipe')
-        for name in ('lr', 'weight_decay', 'warmup', 'final', 'clip', 'ema'):
+        if self.schedule not in ("cosine", "poly"):
+            raise Problem(
+                "recipe, tuning, schedule",
+                repr(self.schedule),
+                "'cosine' or 'poly'",
+                "correct the recipe",
+            )
+        for name in ("lr", "weight_decay", "warmup", "final", "clip", "ema"):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0:
-                raise Problem(f'recipe, tuning, {name}', repr(v), 'a number from 0 on', 'write it with a dot, such as 1.0e-3, since YAML takes 1e-3 for a text')
+                raise Problem(
+                    f"recipe, tuning, {name}",
+                    repr(v),
+                    "a number from 0 on",
+                    "write it with a dot, such as 1.0e-3, since YAML takes 1e-3 for a text",
+                )
 
 # %% ../../nbs/04b_train.loop.ipynb #e6adb17f
 @dataclass(frozen=True)
 class Watch:
     "The quick validation: a few fixed scenes that training never draws."
-    every: int = 500            # steps
-    clips: int = 16             # per level
+
+    every: int = 500  # steps
+    clips: int = 16  # per level
     frames: int = 4
     size: Sequence[int] = (64, 96)
-    levels: Sequence[str] = ('easy', 'medium')
+    levels: Sequence[str] = ("easy", "medium")
+
 
 @dataclass(frozen=True)
 class Recipe:
     "All that decides the weights that come out."
+
     name: str
-    family: str                 # of the zoo
-    stages: list                # of Draw, Stills or Films, one after another
-    model: dict = field(default_factory=dict)  # fields of the family's configuration; `variant`: those of a published one
-    data: dict = field(default_factory=dict)   # names that the stages use -> folders; where they lie does not decide anything
-    start: str = ''             # weights to begin with, see `begin_from`; empty: from scratch
-    loss: dict = field(default_factory=dict)   # options of the task, see there
+    family: str  # of the zoo
+    stages: list  # of Draw, Stills or Films, one after another
+    model: dict = field(
+        default_factory=dict
+    )  # fields of the family's configuration; `variant`: those of a published one
+    data: dict = field(
+        default_factory=dict
+    )  # names that the stages use -> folders; where they lie does not decide anything
+    start: str = ""  # weights to begin with, see `begin_from`; empty: from scratch
+    loss: dict = field(default_factory=dict)  # options of the task, see there
     tuning: Tuning = field(default_factory=Tuning)
     watch: Watch = field(default_factory=Watch)
     seed: int = 0
-    save_minutes: float = 3.    # time between two checkpoints
+    save_minutes: float = 3.0  # time between two checkpoints
+
 
 def identity(recipe: Recipe) -> dict:
     "All of a recipe but where files lie: a folder may move between two runs, and a model's card names none."
-    return {k: v for k, v in asdict(recipe).items() if k != 'data'} | dict(start=Path(recipe.start).name)
+    return {k: v for k, v in asdict(recipe).items() if k != "data"} | {
+        "start": Path(recipe.start).name
+    }
 
-def same_recipe(recipe: Recipe) -> str: # equal for equal recipes
+
+def same_recipe(recipe: Recipe) -> str:  # equal for equal recipes
     return json.dumps(identity(recipe), sort_keys=True)
 
 # %% ../../nbs/04b_train.loop.ipynb #8165018f
 def build(
-    cls: type,      # a dataclass
-    values,         # a mapping of its fields
-    where: str,     # named in errors
+    cls: type,  # a dataclass
+    values,  # a mapping of its fields
+    where: str,  # named in errors
 ):
     "`cls(**values)`, with a Problem for unknown, missing or impossible settings."
-    if not isinstance(values, Mapping): raise Problem(where, repr(values), 'settings, one per line', 'correct the recipe')
+    if not isinstance(values, Mapping):
+        raise Problem(where, repr(values), "settings, one per line", "correct the recipe")
     known = [f.name for f in fields(cls)]
     if strange := sorted(set(map(str, values)) - set(known)):
-        raise Problem(where, f"unknown setting{'s' * (len(strange) > 1)} {', '.join(strange)}", f"some of {', '.join(known)}", 'correct the recipe')
-    try: return cls(**values)
-    except TypeError as e: raise Problem(where, str(e).split(') ')[-1], 'all settings of the right type', 'correct the recipe') from None
+        raise Problem(
+            where,
+            f"unknown setting{'s' * (len(strange) > 1)} {', '.join(strange)}",
+            f"some of {', '.join(known)}",
+            "correct the recipe",
+        )
+    try:
+        return cls(**values)
+    except TypeError as e:
+        raise Problem(
+            where, str(e).split(") ")[-1], "all settings of the right type", "correct the recipe"
+        ) from None
 
 # %% ../../nbs/04b_train.loop.ipynb #8d090714
 def rescale(
     recipe: Recipe,
-    steps: int,     # all stages together
+    steps: int,  # all stages together
 ) -> Recipe:
     "The same recipe over another number of steps."
     total = sum(s.steps for s in recipe.stages)
-    if steps < len(recipe.stages): raise Problem('steps', str(steps), f'at least one for each of {len(recipe.stages)} stages', 'ask for more')
-    ends = [max(i + 1, round(steps * sum(s.steps for s in recipe.stages[:i + 1]) / total)) for i in range(len(recipe.stages))]
-    return replace(recipe, stages=[replace(s, steps=b - a) for s, a, b in zip(recipe.stages, [0, *ends], ends)])
+    if steps < len(recipe.stages):
+        raise Problem(
+            "steps",
+            str(steps),
+            f"at least one for each of {len(recipe.stages)} stages",
+            "ask for more",
+        )
+    ends = [
+        max(i + 1, round(steps * sum(s.steps for s in recipe.stages[: i + 1]) / total))
+        for i in range(len(recipe.stages))
+    ]
+    return replace(
+        recipe, stages=[replace(s, steps=b - a) for s, a, b in zip(recipe.stages, [0, *ends], ends)]
+    )
 
 # %% ../../nbs/04b_train.loop.ipynb #7866d949
 def stages_of(recipe: Recipe) -> list:
     "The stages, with the folders of `data` in place of their names."
-    def place(name): # the folders of a name; a path stands for itself
-        found = recipe.data.get(name, name) or ''
-        return [str(resolve(f)) if f else '' for f in (found if isinstance(found, list) else [found])]
+
+    def place(name):  # the folders of a name; a path stands for itself
+        found = recipe.data.get(name, name) or ""
+        return [
+            str(resolve(f)) if f else "" for f in (found if isinstance(found, list) else [found])
+        ]
+
     def placed(s):
-        if isinstance(s, Stills): return replace(s, folders=[f for name in s.folders for f in place(name)])
-        return replace(s, sources=[src | dict(folder=f) for src in s.sources for f in place(src['folder'])]) if isinstance(s, Films) else s
+        if isinstance(s, Stills):
+            return replace(s, folders=[f for name in s.folders for f in place(name)])
+        return (
+            replace(
+                s, sources=[src | {"folder": f} for src in s.sources for f in place(src["folder"])]
+            )
+            if isinstance(s, Films)
+            else s
+        )
+
     return [placed(s) for s in recipe.stages]
 
 # %% ../../nbs/04b_train.loop.ipynb #219b4d2e
 def rate(
-    step: int,       # from 0
+    step: int,  # from 0
     total: int,
     tuning: Tuning,
 ) -> float:
     "Learning rate of a step for parameters without a factor."
     t, rise = tuning, max(1, round(tuning.warmup * total))
     floor, past = t.final * t.lr, step - rise
-    if t.schedule == 'poly':
-        share = step / rise if past < 0 else (1 - past / (total - rise + 1)) ** .9
+    if t.schedule == "poly":
+        share = step / rise if past < 0 else (1 - past / (total - rise + 1)) ** 0.9
         return floor + (t.lr - floor) * share
-    if past < 0: return t.lr * (step + 1) / rise
+    if past < 0:
+        return t.lr * (step + 1) / rise
     return floor + (t.lr - floor) * (1 + math.cos(math.pi * past / max(1, total - rise))) / 2
 
 # %% ../../nbs/04b_train.loop.ipynb #da942db7
 def ema_decay(
-    n: int,          # steps made
-    decay: float,    # in the long run
+    n: int,  # steps made
+    decay: float,  # in the long run
 ) -> float:
     "Decay of the averaged weights after `n` steps."
     return min(decay, (1 + n) / (10 + n))
@@ -148,50 +211,64 @@ def optimizer_for(
     "AdamW with one group for each factor on the learning rate and each decay."
     groups: dict = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        factor = next((f for part, f in tuning.groups.items() if part in name), 1.)
+        if not p.requires_grad:
+            continue
+        factor = next((f for part, f in tuning.groups.items() if part in name), 1.0)
         decays = p.ndim > 1 and not any(part in name for part in tuning.no_decay)
-        groups.setdefault((factor, tuning.weight_decay if decays else 0.), []).append(p)
-    return torch.optim.AdamW([dict(params=ps, lr=tuning.lr, factor=f, weight_decay=wd) for (f, wd), ps in groups.items()], fused=True)
+        groups.setdefault((factor, tuning.weight_decay if decays else 0.0), []).append(p)
+    return torch.optim.AdamW(
+        [
+            {"params": ps, "lr": tuning.lr, "factor": f, "weight_decay": wd}
+            for (f, wd), ps in groups.items()
+        ],
+        fused=True,
+    )
+
 
 def set_rates(
     optimizer: torch.optim.Optimizer,
     step: int,
     total: int,
     tuning: Tuning,
-) -> float: # the rate of parameters without a factor
+) -> float:  # the rate of parameters without a factor
     "Give every group its learning rate for this step."
-    now, floor = rate(step, total, tuning), tuning.final * tuning.lr if tuning.schedule == 'poly' else 0.
-    for group in optimizer.param_groups: group['lr'] = floor + group['factor'] * (now - floor)
+    now, floor = (
+        rate(step, total, tuning),
+        tuning.final * tuning.lr if tuning.schedule == "poly" else 0.0,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = floor + group["factor"] * (now - floor)
     return now
 
 # %% ../../nbs/04b_train.loop.ipynb #366e6180
 def begin_from(
-    model: nn.Module, # ReferFormer, AOT or DeAOT
-    start: str,       # a checkpoint folder or a shipped name, or a file of ImageNet or Kinetics (.pth)
+    model: nn.Module,  # ReferFormer, AOT or DeAOT
+    start: str,  # a checkpoint folder or a shipped name, or a file of ImageNet or Kinetics (.pth)
 ):
     "Take the weights of a whole model or of its backbone; raises Problem where names or shapes differ."
-    backbone = model.encoder if hasattr(model, 'encoder') else model.backbone[0].body
-    if start.endswith(('.pth', '.pt')): start_from(backbone, read_published(start), start)
-    else: zoo.load_tensors(model, zoo.unique_tensors(zoo.load(start))[0], start)
+    backbone = model.encoder if hasattr(model, "encoder") else model.backbone[0].body
+    if start.endswith((".pth", ".pt")):
+        start_from(backbone, read_published(start), start)
+    else:
+        zoo.load_tensors(model, zoo.unique_tensors(zoo.load(start))[0], start)
 
 # %% ../../nbs/04b_train.loop.ipynb #567bec7c
 def normalised(
-    frames: np.ndarray, # (B, T, H, W, 3) uint8 RGB
-    config,             # with .mean and .std, of RGB in [0, 1]
+    frames: np.ndarray,  # (B, T, H, W, 3) uint8 RGB
+    config,  # with .mean and .std, of RGB in [0, 1]
     device: str,
-) -> Tensor:            # (B, T, 3, H, W) float32
+) -> Tensor:  # (B, T, 3, H, W) float32
     "Frames as the network takes them."
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (config.mean, config.std))
     return (torch.from_numpy(frames).to(device).movedim(-1, -3).float() / 255 - mean) / std
 
 # %% ../../nbs/04b_train.loop.ipynb #6143e574
 def ask(
-    model: nn.Module,   # a ReferFormer
-    frames: Tensor,     # (B, T, 3, H, W) normalised
-    clip: Tensor,       # (E,) the clip of each sentence
+    model: nn.Module,  # a ReferFormer
+    frames: Tensor,  # (B, T, 3, H, W) normalised
+    clip: Tensor,  # (E,) the clip of each sentence
     texts: Sequence[str],
-) -> dict:              # what `ReferFormer.forward` answers, for E sentences
+) -> dict:  # what `ReferFormer.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
     seen, t = model.look(frames), frames.shape[1]
     rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
@@ -200,183 +277,327 @@ def ask(
 
 # %% ../../nbs/04b_train.loop.ipynb #9ea59211
 def clip_scores(
-    logits: Tensor,     # (E, T, Q, K)
-    masks: Tensor,      # (E, T, Q, h, w) logits
+    logits: Tensor,  # (E, T, Q, K)
+    masks: Tensor,  # (E, T, Q, h, w) logits
     batch: ReferBatch,
-) -> dict:              # J, oracle, wrong: (E,) each
+) -> dict:  # J, oracle, wrong: (E,) each
     "Quality of the chosen and of the best query at full size, for each sentence."
     truth = torch.from_numpy(batch.masks)
-    full = F.interpolate(masks.cpu().flatten(0, 1), truth.shape[-2:], mode='bilinear').unflatten(0, masks.shape[:2]) > 0  # (E, T, Q, H, W)
+    full = (
+        F.interpolate(masks.cpu().flatten(0, 1), truth.shape[-2:], mode="bilinear").unflatten(
+            0, masks.shape[:2]
+        )
+        > 0
+    )  # (E, T, Q, H, W)
     t = truth[:, :, None]
     union = (full | t).sum((-2, -1))
-    j = torch.where(union > 0, (full & t).sum((-2, -1)) / union.clamp(min=1), 1.).mean(1)                                 # (E, Q)
+    j = torch.where(union > 0, (full & t).sum((-2, -1)) / union.clamp(min=1), 1.0).mean(1)  # (E, Q)
     q = logits.sigmoid().mean(1).amax(-1).argmax(-1).cpu()
-    chosen, label = full[torch.arange(len(q)), :, q], torch.from_numpy(batch.others)[torch.from_numpy(batch.clip)]
+    chosen, label = (
+        full[torch.arange(len(q)), :, q],
+        torch.from_numpy(batch.others)[torch.from_numpy(batch.clip)],
+    )
     own = (chosen & truth).sum((1, 2, 3))
-    rival = torch.stack([(chosen & (label == k) & ~truth).sum((1, 2, 3)) for k in range(1, int(label.max()) + 1)]).amax(0)
-    return dict(J=j[torch.arange(len(q)), q], oracle=j.amax(1), wrong=((own == 0) | (rival > own)).float())
+    rival = torch.stack(
+        [(chosen & (label == k) & ~truth).sum((1, 2, 3)) for k in range(1, int(label.max()) + 1)]
+    ).amax(0)
+    return {
+        "J": j[torch.arange(len(q)), q],
+        "oracle": j.amax(1),
+        "wrong": ((own == 0) | (rival > own)).float(),
+    }
 
 # %% ../../nbs/04b_train.loop.ipynb #d8d81a69
 VALIDATION = 2**61 + 1  # the seed of validation clips
 
+
 def options(recipe: Recipe, **defaults) -> dict:
     "Options of a task's loss; Problem for unknown ones."
-    if strange := sorted(set(recipe.loss) - set(defaults)): raise Problem('recipe, loss', ', '.join(strange), f"some of {', '.join(defaults)}", 'correct the recipe')
+    if strange := sorted(set(recipe.loss) - set(defaults)):
+        raise Problem(
+            "recipe, loss",
+            ", ".join(strange),
+            f"some of {', '.join(defaults)}",
+            "correct the recipe",
+        )
     return defaults | recipe.loss
 
 # %% ../../nbs/04b_train.loop.ipynb #b7d960ef
 def _means(
     rows: list[tuple],  # level, kind, J, oracle, wrong of each sentence
-) -> dict:              # 'J easy': …
+) -> dict:  # 'J easy': …
     result = {}
-    def mean(keep, name): return {f'{k} {name}': float(np.mean([r[i] for r in rows if keep(r)])) for i, k in enumerate(('J', 'oracle', 'wrong'), 2)}
-    for level in dict.fromkeys(r[0] for r in rows): result |= mean(lambda r: r[0] == level, level)
-    for kind in dict.fromkeys(r[1] for r in rows if r[0] != 'easy'): result |= mean(lambda r: r[0] != 'easy' and r[1] == kind, kind)
+
+    def mean(keep, name):
+        return {
+            f"{k} {name}": float(np.mean([r[i] for r in rows if keep(r)]))
+            for i, k in enumerate(("J", "oracle", "wrong"), 2)
+        }
+
+    for level in dict.fromkeys(r[0] for r in rows):
+        result |= mean(lambda r: r[0] == level, level)
+    for kind in dict.fromkeys(r[1] for r in rows if r[0] != "easy"):
+        result |= mean(lambda r: r[0] != "easy" and r[1] == kind, kind)
     return result
 
 # %% ../../nbs/04b_train.loop.ipynb #db03e939
 class Refer:
     "Training a ReferFormer on RefShapes. Options of `loss`: weights, target, mask_per (see `Criterion`) and pixel, the weight of the pixel loss."
-    kind = 'refer'
+
+    kind = "refer"
 
     def __init__(self, recipe: Recipe, device: str):
         from rvos_nb.models.text import make_tokenizer
-        o = options(recipe, weights=None, target='average', mask_per='clip', pixel=1.)
+
+        o = options(recipe, weights=None, target="average", mask_per="clip", pixel=1.0)
         cls, config = zoo.family_of(recipe.family)
         tokenizer, settings = make_tokenizer(refshapes.WORDS), copy.deepcopy(dict(recipe.model))
-        settings['text'] = dict(settings.get('text', {}), vocab_size=len(tokenizer))
-        self.model = cls(zoo.read_config(config, settings, 'recipe, model'), tokenizer=tokenizer)
-        if recipe.start: begin_from(self.model, recipe.start)
-        self.pixel = PixelLoss(self.model.pixel_channels, o['target'])
-        self.modules = nn.ModuleDict(dict(model=self.model, pixel=self.pixel)).to(device)
-        self.criterion, self.weight, self.device = Criterion(o['weights'], o['weights'], o['target'], o['mask_per']), o['pixel'], device
+        settings["text"] = dict(settings.get("text", {}), vocab_size=len(tokenizer))
+        self.model = cls(zoo.read_config(config, settings, "recipe, model"), tokenizer=tokenizer)
+        if recipe.start:
+            begin_from(self.model, recipe.start)
+        self.pixel = PixelLoss(self.model.pixel_channels, o["target"])
+        self.modules = nn.ModuleDict({"model": self.model, "pixel": self.pixel}).to(device)
+        self.criterion, self.weight, self.device = (
+            Criterion(o["weights"], o["weights"], o["target"], o["mask_per"]),
+            o["pixel"],
+            device,
+        )
 
     def answer(self, batch: ReferBatch) -> dict:
-        return ask(self.model, normalised(batch.frames, self.model.config, self.device), torch.from_numpy(batch.clip).to(self.device), batch.texts)
+        return ask(
+            self.model,
+            normalised(batch.frames, self.model.config, self.device),
+            torch.from_numpy(batch.clip).to(self.device),
+            batch.texts,
+        )
 
     def loss(self, batch: ReferBatch, progress: float) -> tuple[Tensor, dict]:
         "Total loss and its parts."
-        target = {k: torch.from_numpy(getattr(batch, k)).to(self.device) for k in ('boxes', 'valid', 'masks')}
-        target['labels'] = torch.zeros_like(target['valid'], dtype=torch.long)
+        target = {
+            k: torch.from_numpy(getattr(batch, k)).to(self.device)
+            for k in ("boxes", "valid", "masks")
+        }
+        target["labels"] = torch.zeros_like(target["valid"], dtype=torch.long)
         out = self.answer(batch)
         total, parts, _ = self.criterion(out, target)
         if self.weight:
-            parts['loss_pixel'] = self.pixel(out['pixel_maps'], target['masks'])
-            total = total + self.weight * parts['loss_pixel']
+            parts["loss_pixel"] = self.pixel(out["pixel_maps"], target["masks"])
+            total = total + self.weight * parts["loss_pixel"]
         return total, parts
 
     def watched(self, watch: Watch) -> list[tuple[str, ReferBatch]]:
         "The validation clips, one sentence each."
-        draw = lambda level: Draw(1, frames=watch.frames, clips=8, size=watch.size, levels={level: 1})
-        return [(level, refer_batch(VALIDATION, i, draw(level), worn=False)) for level in watch.levels for i in range(-(-watch.clips // 8))]
+
+        def draw(level):
+            return Draw(1, frames=watch.frames, clips=8, size=watch.size, levels={level: 1})
+
+        return [
+            (level, refer_batch(VALIDATION, i, draw(level), worn=False))
+            for level in watch.levels
+            for i in range(-(-watch.clips // 8))
+        ]
 
     def score(self, batches) -> dict:
         "`{'J easy': …, 'wrong easy': …, 'J motion': …}`: means per level and, where there are several, per kind of sentence."
         rows = []
         for level, batch in batches:
             out = self.answer(batch)
-            s = clip_scores(out['pred_logits'], out['pred_masks'], batch)
-            rows += [(level, kind, *(v[i].item() for v in s.values())) for i, kind in enumerate(batch.kinds)]
+            s = clip_scores(out["pred_logits"], out["pred_masks"], batch)
+            rows += [
+                (level, kind, *(v[i].item() for v in s.values()))
+                for i, kind in enumerate(batch.kinds)
+            ]
         return _means(rows)
 
 # %% ../../nbs/04b_train.loop.ipynb #f3782b99
 def configured(
     recipe: Recipe,
-):           # a configuration of its family
+):  # a configuration of its family
     "What a recipe's `model` means: `variant` names a published configuration, and the other settings change it."
     given, known = dict(recipe.model), zoo.variants(recipe.family)
-    if variant := given.pop('variant', None):
-        if zoo.plain_name(variant) not in known: raise Problem('recipe, model, variant', repr(variant), 'one of ' + ', '.join(known), 'correct the name, or the family')
+    if variant := given.pop("variant", None):
+        if zoo.plain_name(variant) not in known:
+            raise Problem(
+                "recipe, model, variant",
+                repr(variant),
+                "one of " + ", ".join(known),
+                "correct the name, or the family",
+            )
         given = asdict(known[zoo.plain_name(variant)]) | given
-    return zoo.read_config(zoo.family_of(recipe.family)[1], given, 'recipe, model')
+    return zoo.read_config(zoo.family_of(recipe.family)[1], given, "recipe, model")
 
 # %% ../../nbs/04b_train.loop.ipynb #837dd4af
 def check_stages(
     recipe: Recipe,
-    model: nn.Module, # with .config and .encoder
+    model: nn.Module,  # with .config and .encoder
 ):
     "Problem where a stage of pictures or films does not fit the model."
     stride, one, c = model.encoder.stride, int(model.config.align_corners), model.config
     for i, s in enumerate(recipe.stages):
-        if not isinstance(s, Sequences): continue
-        where = f'recipe, stage {i + 1}'
-        if any((n - one) % stride for n in s.size): raise Problem(f'{where}, size', str(list(s.size)), f'multiples of {stride}' + ' and one pixel more' * one, f'take {[n // stride * stride + one for n in s.size]}')
-        if s.objects > c.max_objects: raise Problem(f'{where}, objects', str(s.objects), f'at most {c.max_objects}, the identities of the model', 'correct the recipe')
+        if not isinstance(s, Sequences):
+            continue
+        where = f"recipe, stage {i + 1}"
+        if any((n - one) % stride for n in s.size):
+            raise Problem(
+                f"{where}, size",
+                str(list(s.size)),
+                f"multiples of {stride}" + " and one pixel more" * one,
+                f"take {[n // stride * stride + one for n in s.size]}",
+            )
+        if s.objects > c.max_objects:
+            raise Problem(
+                f"{where}, objects",
+                str(s.objects),
+                f"at most {c.max_objects}, the identities of the model",
+                "correct the recipe",
+            )
 
 # %% ../../nbs/04b_train.loop.ipynb #7b32d4ed
 class Propagate:
     "Training an AOT or DeAOT. Options of `loss`: final, start, stop (see `hard_share`), aux (see `aux_weight`), own, hold_identities (see above)."
-    kind = 'sequence'
+
+    kind = "sequence"
 
     def __init__(self, recipe: Recipe, device: str):
-        self.options = options(recipe, final=.25, start=.3, stop=1., aux=1., own=True, hold_identities=False)
-        self.model, self.device, self.stages = zoo.family_of(recipe.family)[0](configured(recipe)), device, stages_of(recipe)
+        self.options = options(
+            recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
+        )
+        self.model, self.device, self.stages = (
+            zoo.family_of(recipe.family)[0](configured(recipe)),
+            device,
+            stages_of(recipe),
+        )
         check_stages(recipe, self.model)
-        if recipe.start: begin_from(self.model, recipe.start)
-        self.modules = nn.ModuleDict(dict(model=self.model)).to(device)
+        if recipe.start:
+            begin_from(self.model, recipe.start)
+        self.modules = nn.ModuleDict({"model": self.model}).to(device)
 
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
-        labels, objects = torch.from_numpy(batch.labels).to(self.device), torch.from_numpy(batch.objects).to(self.device)
+        labels, objects = (
+            torch.from_numpy(batch.labels).to(self.device),
+            torch.from_numpy(batch.objects).to(self.device),
+        )
         frames = torch.from_numpy(batch.frames).to(self.device).movedim(-1, -3)
-        hold = own and self.options['hold_identities']
-        return self.model.forward_sequence(frames, labels, objects, use_prediction=own, detach_identity=hold), labels, objects
+        hold = own and self.options["hold_identities"]
+        return (
+            self.model.forward_sequence(
+                frames, labels, objects, use_prediction=own, detach_identity=hold
+            ),
+            labels,
+            objects,
+        )
 
     def loss(self, batch: SequenceBatch, progress: float) -> tuple[Tensor, dict]:
         "Total loss and its parts."
         o = self.options
-        own = o['own'] if isinstance(o['own'], bool) else progress >= o['own']
+        own = o["own"] if isinstance(o["own"], bool) else progress >= o["own"]
         logits, labels, objects = self.answer(batch, own)
-        total, each = sequence_loss(logits, labels, objects, hard_share(progress, o['final'], o['start'], o['stop']), aux_weight(progress, o['aux']))
-        return total, dict(loss_reference=each[0].mean(), loss_last=each[-1].mean())
+        total, each = sequence_loss(
+            logits,
+            labels,
+            objects,
+            hard_share(progress, o["final"], o["start"], o["stop"]),
+            aux_weight(progress, o["aux"]),
+        )
+        return total, {"loss_reference": each[0].mean(), "loss_last": each[-1].mean()}
 
     def watched(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
         if isinstance(stage := self.stages[-1], Sequences):
-            return [('sampled', stage.batch(VALIDATION, i)) for i in range(-(-watch.clips // stage.clips))]
-        draw = lambda level: Draw(1, frames=watch.frames, clips=8, size=watch.size, levels={level: 1}, objects=self.model.config.max_objects)
-        return [(level, sequence_batch(VALIDATION, i, draw(level), worn=False)) for level in watch.levels for i in range(-(-watch.clips // 8))]
+            return [
+                ("sampled", stage.batch(VALIDATION, i))
+                for i in range(-(-watch.clips // stage.clips))
+            ]
+
+        def draw(level):
+            return Draw(
+                1,
+                frames=watch.frames,
+                clips=8,
+                size=watch.size,
+                levels={level: 1},
+                objects=self.model.config.max_objects,
+            )
+
+        return [
+            (level, sequence_batch(VALIDATION, i, draw(level), worn=False))
+            for level in watch.levels
+            for i in range(-(-watch.clips // 8))
+        ]
 
     def score(self, batches) -> dict:
         "`{'J easy': …, 'last easy': …}`: mean over objects of J over all propagated frames, and in the last one."
         found: dict = {}
         for level, batch in batches:
-            answer = torch.stack(self.answer(batch)[0]).argmax(2).cpu().numpy()                       # (T, B, H, W)
+            answer = torch.stack(self.answer(batch)[0]).argmax(2).cpu().numpy()  # (T, B, H, W)
             for b, n in enumerate(batch.objects):
                 for k in range(1, n + 1):
                     j = jaccard(batch.labels[1:, b] == k, answer[1:, b] == k)
-                    found.setdefault(f'J {level}', []).append(float(j.mean())); found.setdefault(f'last {level}', []).append(float(j[-1]))
+                    found.setdefault(f"J {level}", []).append(float(j.mean()))
+                    found.setdefault(f"last {level}", []).append(float(j[-1]))
         return {k: float(np.mean(v)) for k, v in found.items()}
 
 # %% ../../nbs/04b_train.loop.ipynb #b4601ea0
-TASKS = {'referformer': Refer, 'aot': Propagate, 'deaot': Propagate}
-SOURCES = {'refshapes': Draw, 'stills': Stills, 'films': Films}
+TASKS = {"referformer": Refer, "aot": Propagate, "deaot": Propagate}
+SOURCES = {"refshapes": Draw, "stills": Stills, "films": Films}
+
 
 def recipe_mapping(
-    recipe, # a name that ships, a path of a YAML file, or a mapping
+    recipe,  # a name that ships, a path of a YAML file, or a mapping
 ) -> dict:
     "A recipe as it is written; raises Problem where it is missing or not YAML."
-    if isinstance(recipe, Mapping): return copy.deepcopy(dict(recipe))
-    path = resolve(recipe) if str(recipe).endswith(('.yaml', '.yml')) else shipped('recipes', f'{recipe}.yaml')
-    try: found = yaml.safe_load(path.read_text(encoding='utf-8'))
+    if isinstance(recipe, Mapping):
+        return copy.deepcopy(dict(recipe))
+    path = (
+        resolve(recipe)
+        if str(recipe).endswith((".yaml", ".yml"))
+        else shipped("recipes", f"{recipe}.yaml")
+    )
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        names = ', '.join(sorted(p.stem for p in shipped('recipes', 'x').parent.glob('train-*.yaml')))
-        raise Problem(recipe, 'no such recipe', f'a YAML file, or one of {names}', 'correct the name or the path') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise Problem(path, f'text that is not YAML ({e})', 'a recipe', 'correct the file') from None
-    if not isinstance(found, dict): raise Problem(path, repr(found), 'settings, one per line', 'correct the recipe')
+        names = ", ".join(
+            sorted(p.stem for p in shipped("recipes", "x").parent.glob("train-*.yaml"))
+        )
+        raise Problem(
+            recipe,
+            "no such recipe",
+            f"a YAML file, or one of {names}",
+            "correct the name or the path",
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise Problem(
+            path, f"text that is not YAML ({e})", "a recipe", "correct the file"
+        ) from None
+    if not isinstance(found, dict):
+        raise Problem(path, repr(found), "settings, one per line", "correct the recipe")
     return found
 
 # %% ../../nbs/04b_train.loop.ipynb #5dbf8ec3
 def with_given(
     recipe: dict,
-    given: Mapping, # name -> value
+    given: Mapping,  # name -> value
 ) -> dict:
     "The recipe with other values; raises Problem for a name that leads nowhere."
     recipe = copy.deepcopy(recipe)
     for name, value in given.items():
-        parts = ['data', name] if name in (recipe.get('data') or {}) else name.split('.')
+        parts = ["data", name] if name in (recipe.get("data") or {}) else name.split(".")
         node = recipe
         for part in parts[:-1]:
-            node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict): raise Problem(f'parameter {name}', 'no such setting in the recipe', ', '.join([*(recipe.get('data') or {}), *recipe]), 'correct the name')
+            node = (
+                node[int(part)]
+                if isinstance(node, list) and part.isdigit() and int(part) < len(node)
+                else node.get(part)
+                if isinstance(node, dict)
+                else None
+            )
+        if not isinstance(node, dict):
+            raise Problem(
+                f"parameter {name}",
+                "no such setting in the recipe",
+                ", ".join([*(recipe.get("data") or {}), *recipe]),
+                "correct the name",
+            )
         node[parts[-1]] = value
     return recipe
 
@@ -384,33 +605,56 @@ def with_given(
 def build_stage(values, where: str):
     "A `Draw`, `Stills` or `Films`."
     values = dict(values) if isinstance(values, Mapping) else values
-    kind = values.pop('source', 'stills' if 'folders' in values else 'films' if 'sources' in values else 'refshapes') if isinstance(values, dict) else 'refshapes'
-    if kind not in SOURCES: raise Problem(where, f'source {kind!r}', f"one of {', '.join(SOURCES)}", 'correct the recipe')
+    kind = (
+        values.pop(
+            "source",
+            "stills" if "folders" in values else "films" if "sources" in values else "refshapes",
+        )
+        if isinstance(values, dict)
+        else "refshapes"
+    )
+    if kind not in SOURCES:
+        raise Problem(
+            where, f"source {kind!r}", f"one of {', '.join(SOURCES)}", "correct the recipe"
+        )
     return build(SOURCES[kind], values, where)
 
+
 def read_recipe(
-    recipe,              # a name that ships, a path of a YAML file, or a mapping
-    given: Mapping = {}, # other values of some settings, see `with_given`
+    recipe,  # a name that ships, a path of a YAML file, or a mapping
+    given: Mapping = {},  # other values of some settings, see `with_given`
 ) -> Recipe:
     "A checked recipe; raises Problem where it is missing or misspelt."
-    where = 'recipe' if isinstance(recipe, Mapping) else str(recipe)
+    where = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     r = build(Recipe, with_given(recipe_mapping(recipe), given), where)
-    if r.family not in TASKS: raise Problem(where, f'family {r.family!r}', f"one of {', '.join(TASKS)}", 'correct the recipe')
-    if not isinstance(r.stages, list) or not r.stages: raise Problem(where, f'stages {r.stages!r}', 'a list of at least one stage', 'correct the recipe')
-    return replace(r, stages=[build_stage(s, f'{where}, stage {i + 1}') for i, s in enumerate(r.stages)],
-                   tuning=r.tuning if isinstance(r.tuning, Tuning) else build(Tuning, r.tuning, f'{where}, tuning'),
-                   watch=r.watch if isinstance(r.watch, Watch) else build(Watch, r.watch, f'{where}, watch'))
+    if r.family not in TASKS:
+        raise Problem(
+            where, f"family {r.family!r}", f"one of {', '.join(TASKS)}", "correct the recipe"
+        )
+    if not isinstance(r.stages, list) or not r.stages:
+        raise Problem(
+            where, f"stages {r.stages!r}", "a list of at least one stage", "correct the recipe"
+        )
+    return replace(
+        r,
+        stages=[build_stage(s, f"{where}, stage {i + 1}") for i, s in enumerate(r.stages)],
+        tuning=r.tuning
+        if isinstance(r.tuning, Tuning)
+        else build(Tuning, r.tuning, f"{where}, tuning"),
+        watch=r.watch if isinstance(r.watch, Watch) else build(Watch, r.watch, f"{where}, watch"),
+    )
 
 # %% ../../nbs/04b_train.loop.ipynb #26a29fa1
 class Trainer:
     "Weights, optimizer and averaged weights of a task; knows how to make one step, to save and to resume."
+
     def __init__(self, recipe: Recipe, device: str):
         self.recipe, self.device, self.total = recipe, device, sum(s.steps for s in recipe.stages)
         torch.manual_seed(recipe.seed)
         self.task = TASKS[recipe.family](recipe, device)
         self.optimizer = optimizer_for(self.task.modules, recipe.tuning)
         self.average = copy.deepcopy(self.task.model).eval() if recipe.tuning.ema else None
-        self.step, self.seconds = 0, 0.
+        self.step, self.seconds = 0, 0.0
 
     def one_step(self, batch) -> dict:
         "Train on one batch; returns the parts of the loss as floats. Raises Problem where the loss is not finite."
@@ -423,135 +667,253 @@ class Trainer:
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.task.modules.parameters(), t.clip)
         if not torch.isfinite(total + norm):
-            raise Problem(f'training step {self.step}', f'loss {total.item()}, gradient norm {norm.item()}', 'finite numbers', 'lower the learning rate in the recipe and resume')
-        self.optimizer.step(); self.step += 1
-        if self.average is not None: self._average(t.ema)
-        return dict(lr=lr, loss=total.item(), norm=norm.item()) | {k: v.item() for k, v in parts.items()}
+            raise Problem(
+                f"training step {self.step}",
+                f"loss {total.item()}, gradient norm {norm.item()}",
+                "finite numbers",
+                "lower the learning rate in the recipe and resume",
+            )
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self._average(t.ema)
+        return {"lr": lr, "loss": total.item(), "norm": norm.item()} | {
+            k: v.item() for k, v in parts.items()
+        }
 
     def _average(self, decay: float):
-        ours = [(a, p) for a, p in zip(self.average.parameters(), self.task.model.parameters()) if p.requires_grad]
-        with torch.no_grad(): torch._foreach_lerp_(*map(list, zip(*ours)), 1 - ema_decay(self.step, decay))
+        ours = [
+            (a, p)
+            for a, p in zip(self.average.parameters(), self.task.model.parameters())
+            if p.requires_grad
+        ]
+        with torch.no_grad():
+            torch._foreach_lerp_(*map(list, zip(*ours)), 1 - ema_decay(self.step, decay))
 
     @property
-    def model(self) -> nn.Module: # the weights to use: averaged ones where they are kept
+    def model(self) -> nn.Module:  # the weights to use: averaged ones where they are kept
         return self.task.model if self.average is None else self.average
 
     def save(self, path):
         "Write a checkpoint, whole or not at all."
-        state = dict(recipe=same_recipe(self.recipe), step=self.step, seconds=self.seconds, modules=self.task.modules.state_dict(),
-                     optimizer=self.optimizer.state_dict(), average=None if self.average is None else self.average.state_dict())
-        with whole(path) as tmp: torch.save(state, tmp)
+        state = {
+            "recipe": same_recipe(self.recipe),
+            "step": self.step,
+            "seconds": self.seconds,
+            "modules": self.task.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+        with whole(path) as tmp:
+            torch.save(state, tmp)
 
     def load(self, path):
         "Go on from a checkpoint of the same recipe; raises Problem for a damaged file or another recipe."
-        try: state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as e: raise Problem(path, f'a file that does not load ({type(e).__name__})', 'a checkpoint of this training', 'remove it to start again') from e
-        if state['recipe'] != same_recipe(self.recipe):
-            raise Problem(path, 'a checkpoint of another recipe', 'the same recipe, seed and number of steps', 'choose another output folder, or do not resume')
-        self.task.modules.load_state_dict(state['modules']); self.optimizer.load_state_dict(state['optimizer'])
-        if self.average is not None: self.average.load_state_dict(state['average'])
-        self.step, self.seconds = state['step'], state['seconds']
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as e:
+            raise Problem(
+                path,
+                f"a file that does not load ({type(e).__name__})",
+                "a checkpoint of this training",
+                "remove it to start again",
+            ) from e
+        if state["recipe"] != same_recipe(self.recipe):
+            raise Problem(
+                path,
+                "a checkpoint of another recipe",
+                "the same recipe, seed and number of steps",
+                "choose another output folder, or do not resume",
+            )
+        self.task.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.seconds = state["step"], state["seconds"]
 
     @torch.no_grad()
     def validate(self, batches) -> dict:
         "Scores of the weights to use on fixed batches."
         trained, self.task.model = self.task.model, self.model.eval()
-        try: return self.task.score(batches)
-        finally: self.task.model = trained
+        try:
+            return self.task.score(batches)
+        finally:
+            self.task.model = trained
 
 # %% ../../nbs/04b_train.loop.ipynb #4faa726d
 def batches_from(
     stream: Stream,
-    start: int,       # the first step
-    workers: int = 0, # processes that draw ahead; 0: this one draws
+    start: int,  # the first step
+    workers: int = 0,  # processes that draw ahead; 0: this one draws
 ) -> Iterator:
     "Batches `start`, `start + 1`, … to the end, in order."
-    if not workers: return (stream[i] for i in range(start, len(stream)))
-    return iter(torch.utils.data.DataLoader(stream, batch_size=None, sampler=range(start, len(stream)), num_workers=workers, prefetch_factor=4,
-                                            collate_fn=_as_it_is, worker_init_fn=_one_thread, multiprocessing_context='spawn'))
+    if not workers:
+        return (stream[i] for i in range(start, len(stream)))
+    return iter(
+        torch.utils.data.DataLoader(
+            stream,
+            batch_size=None,
+            sampler=range(start, len(stream)),
+            num_workers=workers,
+            prefetch_factor=4,
+            collate_fn=_as_it_is,
+            worker_init_fn=_one_thread,
+            multiprocessing_context="spawn",
+        )
+    )
 
-def _as_it_is(batch): return batch
 
-def _one_thread(worker): import cv2; cv2.setNumThreads(1)
+def _as_it_is(batch):
+    return batch
+
+
+def _one_thread(worker):
+    import cv2
+
+    cv2.setNumThreads(1)
 
 # %% ../../nbs/04b_train.loop.ipynb #15c12bf9
 class Log:
     "A CSV file that survives a resume: rows past the checkpoint are dropped."
+
     def __init__(self, path, step: int):
         self.path, rows = Path(path), []
         if self.path.exists() and step:
-            with open(self.path, newline='') as f: rows = [r for r in csv.DictReader(f) if int(r['step']) <= step]
+            with open(self.path, newline="") as f:
+                rows = [r for r in csv.DictReader(f) if int(r["step"]) <= step]
         self.columns = list(rows[0]) if rows else []
-        self._write(rows, 'w')
+        self._write(rows, "w")
 
     def _write(self, rows: list[dict], mode: str):
-        with open(self.path, mode, newline='') as f:
-            w = csv.DictWriter(f, self.columns, extrasaction='ignore')
-            if mode == 'w' and self.columns: w.writeheader()
+        with open(self.path, mode, newline="") as f:
+            w = csv.DictWriter(f, self.columns, extrasaction="ignore")
+            if mode == "w" and self.columns:
+                w.writeheader()
             w.writerows(rows)
 
     def add(self, **row):
         first, self.columns = not self.columns, self.columns or list(row)
-        self._write([{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}], 'w' if first else 'a')
+        self._write(
+            [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}],
+            "w" if first else "a",
+        )
 
 # %% ../../nbs/04b_train.loop.ipynb #db8313a8
 def run_steps(
     trainer: Trainer,
-    out: Path,                    # gets checkpoint.pt, train.csv, validation.csv
-    minutes: float | None = None, # stop after so long in this call; None: at the end of the recipe
+    out: Path,  # gets checkpoint.pt, train.csv, validation.csv
+    minutes: float | None = None,  # stop after so long in this call; None: at the end of the recipe
     workers: int = 0,
 ):
     "Train from the trainer's step to the end of the recipe or of the time, with logs, validation and checkpoints."
     r, began = trainer.recipe, time.monotonic()
-    watched, log, scores = trainer.task.watched(r.watch), Log(out/'train.csv', trainer.step), Log(out/'validation.csv', trainer.step)
+    watched, log, scores = (
+        trainer.task.watched(r.watch),
+        Log(out / "train.csv", trainer.step),
+        Log(out / "validation.csv", trainer.step),
+    )
     before, saved, recent = trainer.seconds, began, []
-    for batch in batches_from(Stream(trainer.task.kind, r.seed, stages_of(r)), trainer.step, workers):
+    for batch in batches_from(
+        Stream(trainer.task.kind, r.seed, stages_of(r)), trainer.step, workers
+    ):
         recent.append(trainer.one_step(batch))
-        now = time.monotonic(); trainer.seconds = before + now - began
-        last = trainer.step == trainer.total or (minutes is not None and now - began >= 60 * minutes)
+        now = time.monotonic()
+        trainer.seconds = before + now - began
+        last = trainer.step == trainer.total or (
+            minutes is not None and now - began >= 60 * minutes
+        )
         if trainer.step % 50 == 0 or last:
-            log.add(step=trainer.step, seconds=trainer.seconds, **{k: float(np.mean([x[k] for x in recent])) for k in recent[0]})
+            log.add(
+                step=trainer.step,
+                seconds=trainer.seconds,
+                **{k: float(np.mean([x[k] for x in recent])) for k in recent[0]},
+            )
             recent = recent[-1:] if trainer.step % r.watch.every and not last else recent
         if trainer.step % r.watch.every == 0 or last:
             found = trainer.validate(watched)
             scores.add(step=trainer.step, seconds=trainer.seconds, **found)
-            print(f"step {trainer.step}/{trainer.total}  {trainer.seconds / 60:.0f} min  loss {recent[-1]['loss']:.2f}  " + '  '.join(f'{k} {v:.2f}' for k, v in found.items()), flush=True)
+            print(
+                f"step {trainer.step}/{trainer.total}  {trainer.seconds / 60:.0f} min  loss {recent[-1]['loss']:.2f}  "
+                + "  ".join(f"{k} {v:.2f}" for k, v in found.items()),
+                flush=True,
+            )
             recent = []
-        if last or now - saved >= 60 * r.save_minutes: trainer.save(out/'checkpoint.pt'); saved = now
-        if last: return
+        if last or now - saved >= 60 * r.save_minutes:
+            trainer.save(out / "checkpoint.pt")
+            saved = now
+        if last:
+            return
 
 # %% ../../nbs/04b_train.loop.ipynb #e3f464a5
 def card_of(
     trainer: Trainer,
-    scores: dict, # of the last validation
+    scores: dict,  # of the last validation
 ) -> dict:
     "What is recorded beside the weights: recipe, seed, steps, time, hardware, scores."
     import platform
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
-    hardware = torch.cuda.get_device_name() if trainer.device.startswith('cuda') else f"{cpu or platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    return dict(recipe=identity(trainer.recipe), seed=trainer.recipe.seed, steps=trainer.step, of_steps=trainer.total, minutes=round(trainer.seconds / 60, 1),
-                hardware=hardware, versions=versions(), quick_validation={k: round(v, 4) for k, v in scores.items()})
+
+    cpu = (
+        next(
+            (
+                l.split(":")[1].strip()
+                for l in Path("/proc/cpuinfo").read_text().splitlines()
+                if l.startswith("model name")
+            ),
+            "",
+        )
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
+    hardware = (
+        torch.cuda.get_device_name()
+        if trainer.device.startswith("cuda")
+        else f"{cpu or platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
+    return {
+        "recipe": identity(trainer.recipe),
+        "seed": trainer.recipe.seed,
+        "steps": trainer.step,
+        "of_steps": trainer.total,
+        "minutes": round(trainer.seconds / 60, 1),
+        "hardware": hardware,
+        "versions": versions(),
+        "quick_validation": {k: round(v, 4) for k, v in scores.items()},
+    }
+
 
 def train(
-    recipe,                       # a name that ships, a path of a YAML file, or a mapping
-    out,                          # results folder
-    minutes: float | None = None, # cap on this call; the schedule does not change
-    steps: int | None = None,     # another number of steps; all stages shrink or stretch alike
-    resume: bool = True,          # go on from a checkpoint there; False: remove what is there and start again
-    device: str = '',             # '' picks CUDA where it is available
-    workers: int = 0,             # processes that draw batches ahead
-    given: Mapping = {},          # other values of the recipe's settings: {'images': FOLDER, 'model.variant': 'r50_aotl'}
+    recipe,  # a name that ships, a path of a YAML file, or a mapping
+    out,  # results folder
+    minutes: float | None = None,  # cap on this call; the schedule does not change
+    steps: int | None = None,  # another number of steps; all stages shrink or stretch alike
+    resume: bool = True,  # go on from a checkpoint there; False: remove what is there and start again
+    device: str = "",  # '' picks CUDA where it is available
+    workers: int = 0,  # processes that draw batches ahead
+    given: Mapping = {},  # other values of the recipe's settings: {'images': FOLDER, 'model.variant': 'r50_aotl'}
 ) -> Report:
     "Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a folder of another one."
     r, out, device = read_recipe(recipe, given), Path(out), device_name(device)
-    if steps: r = rescale(r, steps)
-    model = out/'model'
-    def done(unit): return resume and (model/'config.json').exists() and zoo.card(model)['card'].get('steps') == sum(s.steps for s in r.stages)
+    if steps:
+        r = rescale(r, steps)
+    model = out / "model"
+
+    def done(unit):
+        return (
+            resume
+            and (model / "config.json").exists()
+            and zoo.card(model)["card"].get("steps") == sum(s.steps for s in r.stages)
+        )
+
     def work(unit):
         with torch.random.fork_rng():
             trainer = Trainer(r, device)
-            if resume and (out/'checkpoint.pt').exists(): trainer.load(out/'checkpoint.pt')
-            if trainer.step < trainer.total: run_steps(trainer, out, minutes, workers)
+            if resume and (out / "checkpoint.pt").exists():
+                trainer.load(out / "checkpoint.pt")
+            if trainer.step < trainer.total:
+                run_steps(trainer, out, minutes, workers)
             scores = trainer.validate(trainer.task.watched(r.watch))
             zoo.save(trainer.model, model, card_of(trainer, scores))
-    return run_stage('train', out, identity(r), [r.name], work, done, force=not resume, device=device)
+
+    return run_stage(
+        "train", out, identity(r), [r.name], work, done, force=not resume, device=device
+    )

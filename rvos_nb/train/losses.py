@@ -9,247 +9,317 @@ __all__ = ['MATCH', 'focal', 'dice', 'corners', 'giou', 'pad_masks', 'shrink', '
 
 # %% ../../nbs/04a_train.losses.ipynb #1f1b0cb4
 from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from ..core import Problem
 
 # %% ../../nbs/04a_train.losses.ipynb #cc178c24
 def focal(
-    x: Tensor,            # (...) logits
-    y: Tensor,            # (...) targets in [0, 1]; the two broadcast
+    x: Tensor,  # (...) logits
+    y: Tensor,  # (...) targets in [0, 1]; the two broadcast
     alpha: float = 0.25,  # weight of the positive side
-    gamma: float = 2,     # how much easy entries are discounted
-) -> Tensor:              # (...) loss of every entry
+    gamma: float = 2,  # how much easy entries are discounted
+) -> Tensor:  # (...) loss of every entry
     "Sigmoid focal loss of every entry (Lin et al. 2017, eq. 5), not reduced."
     x, y = torch.broadcast_tensors(x, y.to(x.dtype))
     p = x.sigmoid()
-    wrong = p + y - 2 * p * y                                   # 1 - p_y
-    return (alpha * y + (1 - alpha) * (1 - y)) * wrong ** gamma * F.binary_cross_entropy_with_logits(x, y, reduction='none')
+    wrong = p + y - 2 * p * y  # 1 - p_y
+    return (
+        (alpha * y + (1 - alpha) * (1 - y))
+        * wrong**gamma
+        * F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    )
 
 # %% ../../nbs/04a_train.losses.ipynb #0be8643a
 def dice(
-    x: Tensor, # (..., P) mask logits, all pixels of a clip in one axis
-    y: Tensor, # (..., P) target in [0, 1], broadcastable to `x`
-) -> Tensor:   # (...) in (0, 1], 1 is perfect
+    x: Tensor,  # (..., P) mask logits, all pixels of a clip in one axis
+    y: Tensor,  # (..., P) target in [0, 1], broadcastable to `x`
+) -> Tensor:  # (...) in (0, 1], 1 is perfect
     "Soft dice coefficient of each mask (Milletari et al. 2016, with plain sums)."
     p, y = x.sigmoid(), y.to(x.dtype)
     return (2 * (p * y).sum(-1) + 1) / (p.sum(-1) + y.sum(-1) + 1)
 
 # %% ../../nbs/04a_train.losses.ipynb #81d1c05f
 def corners(
-    boxes: Tensor, # (..., 4) centre x, centre y, width, height
-) -> Tensor:       # (..., 4) x1, y1, x2, y2
+    boxes: Tensor,  # (..., 4) centre x, centre y, width, height
+) -> Tensor:  # (..., 4) x1, y1, x2, y2
     "The two corners of each box, same units."
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - size / 2, centre + size / 2], -1)
 
+
 def giou(
-    a: Tensor, # (..., 4) cxcywh
-    b: Tensor, # (..., 4) cxcywh, broadcastable to `a`
-) -> Tensor:   # (...) in [-1, 1]
+    a: Tensor,  # (..., 4) cxcywh
+    b: Tensor,  # (..., 4) cxcywh, broadcastable to `a`
+) -> Tensor:  # (...) in [-1, 1]
     "Generalised IoU of box pairs (Rezatofighi et al. 2019) with ReferFormer's 1e-6 on either side of both fractions."
     area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]
     a, b = torch.broadcast_tensors(corners(a), corners(b))
-    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    inter = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
+    hull = (
+        (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     union = area - inter
     return (inter + 1e-6) / (union + 1e-6) - (hull - union + 1e-6) / (hull + 1e-6)
 
 # %% ../../nbs/04a_train.losses.ipynb #4d298c9f
 def pad_masks(
-    masks: Sequence[Tensor], # clips of (T, H, W) bool, sizes may differ
-    multiple: int = 32,      # height and width become multiples of this
-) -> Tensor:                 # (B, T, H', W') bool, zeros below and right
+    masks: Sequence[Tensor],  # clips of (T, H, W) bool, sizes may differ
+    multiple: int = 32,  # height and width become multiples of this
+) -> Tensor:  # (B, T, H', W') bool, zeros below and right
     "One batch of target masks, zero-padded to a common size."
     size = [-(-max(m.shape[i] for m in masks) // multiple) * multiple for i in (1, 2)]
-    return torch.stack([F.pad(m, (0, size[1] - m.shape[2], 0, size[0] - m.shape[1])) for m in masks])
+    return torch.stack(
+        [F.pad(m, (0, size[1] - m.shape[2], 0, size[0] - m.shape[1])) for m in masks]
+    )
+
 
 def shrink(
-    masks: Tensor,           # (..., H, W) bool or float, sides divisible by `stride`
-    how: str = 'sample',     # 'sample': every fourth pixel, as published; 'average': covered share of each cell
-    stride: int = 4,         # of the predicted masks
-) -> Tensor:                 # (..., H/stride, W/stride) float32
+    masks: Tensor,  # (..., H, W) bool or float, sides divisible by `stride`
+    how: str = "sample",  # 'sample': every fourth pixel, as published; 'average': covered share of each cell
+    stride: int = 4,  # of the predicted masks
+) -> Tensor:  # (..., H/stride, W/stride) float32
     "Target masks at the size of the predicted ones; raises Problem for another `how`."
     masks = masks.float()
-    if how == 'sample': return masks[..., stride // 2::stride, stride // 2::stride]
-    if how == 'average': return F.avg_pool2d(masks.flatten(0, -3), stride).unflatten(0, masks.shape[:-2])
-    raise Problem('target masks', repr(how), "'sample' or 'average'", "set `target` in the training recipe to one of them")
+    if how == "sample":
+        return masks[..., stride // 2 :: stride, stride // 2 :: stride]
+    if how == "average":
+        return F.avg_pool2d(masks.flatten(0, -3), stride).unflatten(0, masks.shape[:-2])
+    raise Problem(
+        "target masks",
+        repr(how),
+        "'sample' or 'average'",
+        "set `target` in the training recipe to one of them",
+    )
 
 # %% ../../nbs/04a_train.losses.ipynb #497da5cf
-MATCH = dict(ce=2., bbox=5., giou=2., mask=2., dice=5.)     # the published weights, of costs and of losses
+MATCH = {
+    "ce": 2.0,
+    "bbox": 5.0,
+    "giou": 2.0,
+    "mask": 2.0,
+    "dice": 5.0,
+}  # the published weights, of costs and of losses
+
 
 def class_cost(
-    logits: Tensor, # (..., B, T, Q, K)
-    labels: Tensor, # (B, T) class of the target, not read where K = 1
+    logits: Tensor,  # (..., B, T, Q, K)
+    labels: Tensor,  # (B, T) class of the target, not read where K = 1
     valid: Tensor,  # (B, T) bool, the object is visible
-) -> Tensor:        # (..., B, Q)
+) -> Tensor:  # (..., B, Q)
     "Mean over visible frames of the focal cost of being called positive less that of being called negative."
     if logits.shape[-1] > 1:
         index = labels[:, :, None, None].expand(*logits.shape[:-1], 1)
         logits = logits.gather(-1, index)
     p = logits[..., 0].sigmoid()
-    cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+    cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
     v = valid.to(p.dtype)
     return (cost * v[..., None]).sum(-2) / v.sum(-1).clamp(min=1)[:, None]
 
 # %% ../../nbs/04a_train.losses.ipynb #afee5fcd
 def by_query(
-    masks: Tensor, # (..., T, Q, h, w)
-) -> Tensor:       # (..., Q, T*h*w) every pixel of a clip in one row per query
+    masks: Tensor,  # (..., T, Q, h, w)
+) -> Tensor:  # (..., Q, T*h*w) every pixel of a clip in one row per query
     "Rows in which a query's clip lies as one vector."
     return masks.transpose(-4, -3).flatten(-3)
 
+
 def match(
-    pred: dict,    # pred_logits, pred_boxes, pred_masks with leading axes (..., B)
+    pred: dict,  # pred_logits, pred_boxes, pred_masks with leading axes (..., B)
     target: dict,  # labels, boxes, masks (already at stride 4), valid
-    weights: dict | None = None, # of the five costs; None: MATCH
-) -> Tensor:       # (..., B) int64, the query that stands for the target
+    weights: dict | None = None,  # of the five costs; None: MATCH
+) -> Tensor:  # (..., B) int64, the query that stands for the target
     "One query per clip (Wu et al. 2022, section 3.4); no gradient."
     w = weights or MATCH
     with torch.no_grad():
-        x, y = by_query(pred['pred_masks']), target['masks'].flatten(1)[:, None]
-        boxes, truth = pred['pred_boxes'], target['boxes'][:, :, None]
-        cost = w['ce'] * class_cost(pred['pred_logits'], target['labels'], target['valid'])
-        cost = cost + w['bbox'] * (boxes - truth).abs().sum(-1).mean(-2) - w['giou'] * giou(boxes, truth).mean(-2)
-        cost = cost + w['mask'] * focal(x, y).mean(-1) - w['dice'] * dice(x, y)
+        x, y = by_query(pred["pred_masks"]), target["masks"].flatten(1)[:, None]
+        boxes, truth = pred["pred_boxes"], target["boxes"][:, :, None]
+        cost = w["ce"] * class_cost(pred["pred_logits"], target["labels"], target["valid"])
+        cost = (
+            cost
+            + w["bbox"] * (boxes - truth).abs().sum(-1).mean(-2)
+            - w["giou"] * giou(boxes, truth).mean(-2)
+        )
+        cost = cost + w["mask"] * focal(x, y).mean(-1) - w["dice"] * dice(x, y)
         return cost.argmin(-1)
 
 # %% ../../nbs/04a_train.losses.ipynb #f5a748cc
 def positives(
-    shape: torch.Size, # (..., B, T, Q, K) of the logits
-    index: Tensor,     # (..., B) matched query
-    labels: Tensor,    # (B, T)
-    valid: Tensor,     # (B, T) bool
-) -> Tensor:           # (..., B, T, Q, K) float, 1 at the matched query and true class in visible frames
+    shape: torch.Size,  # (..., B, T, Q, K) of the logits
+    index: Tensor,  # (..., B) matched query
+    labels: Tensor,  # (B, T)
+    valid: Tensor,  # (B, T) bool
+) -> Tensor:  # (..., B, T, Q, K) float, 1 at the matched query and true class in visible frames
     "Class targets of every query."
-    chosen = F.one_hot(index, shape[-2])[..., None, :, None]                                        # (..., B, 1, Q, 1)
+    chosen = F.one_hot(index, shape[-2])[..., None, :, None]  # (..., B, 1, Q, 1)
     label = labels.clamp(max=shape[-1] - 1) if shape[-1] > 1 else torch.zeros_like(labels)
-    true = (F.one_hot(label, shape[-1]) * valid[..., None])[:, :, None]                               # (B, T, 1, K)
+    true = (F.one_hot(label, shape[-1]) * valid[..., None])[:, :, None]  # (B, T, 1, K)
     return (chosen * true).float()
 
+
 def take_query(
-    x: Tensor,     # (..., B, T, Q, *rest)
-    index: Tensor, # (..., B)
-    rest: int,     # how many axes follow Q
-) -> Tensor:       # (..., B, T, *rest)
+    x: Tensor,  # (..., B, T, Q, *rest)
+    index: Tensor,  # (..., B)
+    rest: int,  # how many axes follow Q
+) -> Tensor:  # (..., B, T, *rest)
     "The matched query's prediction in every frame."
     q = x.ndim - rest - 1
-    i = index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)).expand(*x.shape[:q], 1, *x.shape[q + 1:])
+    i = index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)).expand(
+        *x.shape[:q], 1, *x.shape[q + 1 :]
+    )
     return x.gather(q, i).squeeze(q)
 
 # %% ../../nbs/04a_train.losses.ipynb #e63980e2
 def charge(
-    pred: dict,      # as for `match`
-    target: dict,    # as for `match`
-    index: Tensor,   # (..., B) matched query
-    mask_per: str = 'clip', # 'clip': one mask term per clip, as published; 'frame': weighted by its visible frames
-) -> dict:           # ce, bbox, giou, mask, dice: (...) each, one number per decoder layer
+    pred: dict,  # as for `match`
+    target: dict,  # as for `match`
+    index: Tensor,  # (..., B) matched query
+    mask_per: str = "clip",  # 'clip': one mask term per clip, as published; 'frame': weighted by its visible frames
+) -> dict:  # ce, bbox, giou, mask, dice: (...) each, one number per decoder layer
     "The five losses of matched predictions (Wu et al. 2022, eq. 5), not yet weighted."
-    valid = target['valid']
+    valid = target["valid"]
     n = valid.sum().clamp(min=1).to(torch.float32)
-    boxes = take_query(pred['pred_boxes'], index, 1)
-    x, y = take_query(pred['pred_masks'], index, 2).flatten(-3), target['masks'].flatten(1)
-    each = valid.sum(-1).to(x.dtype) if mask_per == 'frame' else x.new_ones(())
-    truth = positives(pred['pred_logits'].shape, index, target['labels'], valid)
-    return dict(ce=focal(pred['pred_logits'], truth).flatten(-4).sum(-1) / n,
-                bbox=(boxes - target['boxes']).abs().flatten(-3).sum(-1) / n,
-                giou=(1 - giou(boxes, target['boxes'])).flatten(-2).sum(-1) / n,
-                mask=(focal(x, y).mean(-1) * each).sum(-1) / n,
-                dice=((1 - dice(x, y)) * each).sum(-1) / n)
+    boxes = take_query(pred["pred_boxes"], index, 1)
+    x, y = take_query(pred["pred_masks"], index, 2).flatten(-3), target["masks"].flatten(1)
+    each = valid.sum(-1).to(x.dtype) if mask_per == "frame" else x.new_ones(())
+    truth = positives(pred["pred_logits"].shape, index, target["labels"], valid)
+    return {
+        "ce": focal(pred["pred_logits"], truth).flatten(-4).sum(-1) / n,
+        "bbox": (boxes - target["boxes"]).abs().flatten(-3).sum(-1) / n,
+        "giou": (1 - giou(boxes, target["boxes"])).flatten(-2).sum(-1) / n,
+        "mask": (focal(x, y).mean(-1) * each).sum(-1) / n,
+        "dice": ((1 - dice(x, y)) * each).sum(-1) / n,
+    }
 
 # %% ../../nbs/04a_train.losses.ipynb #cba14bc4
 class Criterion:
     "Matching and the weighted sum of all losses of a DETR-like referring model (Wu et al. 2022)."
-    def __init__(self,
-        weights: dict | None = None,   # of the five losses; None: MATCH
-        costs: dict | None = None,     # of the five matching costs; None: MATCH
-        target: str = 'sample',        # how target masks get to stride 4: 'sample' or 'average', see `shrink`
-        mask_per: str = 'clip',        # see `charge`
-    ): self.weights, self.costs, self.target, self.mask_per = weights or MATCH, costs or MATCH, target, mask_per
 
-    def __call__(self,
-        out: dict,     # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w), aux_outputs: list of the same
+    def __init__(
+        self,
+        weights: dict | None = None,  # of the five losses; None: MATCH
+        costs: dict | None = None,  # of the five matching costs; None: MATCH
+        target: str = "sample",  # how target masks get to stride 4: 'sample' or 'average', see `shrink`
+        mask_per: str = "clip",  # see `charge`
+    ):
+        self.weights, self.costs, self.target, self.mask_per = (
+            weights or MATCH,
+            costs or MATCH,
+            target,
+            mask_per,
+        )
+
+    def __call__(
+        self,
+        out: dict,  # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w), aux_outputs: list of the same
         target: dict,  # labels (B,T), boxes (B,T,4) cxcywh in [0,1], valid (B,T) bool, masks (B,T,H,W) at input size
-    ) -> tuple[Tensor, dict, Tensor]: # weighted total; {'loss_ce': …, 'loss_ce_0': …}; (layers, B) matched queries, last layer last
+    ) -> tuple[
+        Tensor, dict, Tensor
+    ]:  # weighted total; {'loss_ce': …, 'loss_ce_0': …}; (layers, B) matched queries, last layer last
         "Total loss, its parts under their published names, and who was matched."
-        layers = [*out.get('aux_outputs', []), out]
-        pred = {k: torch.stack([layer[k] for layer in layers]) for k in ('pred_logits', 'pred_boxes', 'pred_masks')}
-        target = target | dict(masks=shrink(target['masks'], self.target))
+        layers = [*out.get("aux_outputs", []), out]
+        pred = {
+            k: torch.stack([layer[k] for layer in layers])
+            for k in ("pred_logits", "pred_boxes", "pred_masks")
+        }
+        target = target | {"masks": shrink(target["masks"], self.target)}
         index = match(pred, target, self.costs)
-        each = charge(pred, target, index, self.mask_per)                             # each (layers,)
+        each = charge(pred, target, index, self.mask_per)  # each (layers,)
         total = sum(self.weights[k] * v.sum() for k, v in each.items())
         last = len(layers) - 1
-        return total, {f'loss_{k}' + ('' if i == last else f'_{i}'): v[i] for k, v in each.items() for i in range(last + 1)}, index
+        return (
+            total,
+            {
+                f"loss_{k}" + ("" if i == last else f"_{i}"): v[i]
+                for k, v in each.items()
+                for i in range(last + 1)
+            },
+            index,
+        )
 
 # %% ../../nbs/04a_train.losses.ipynb #5933bb97
 class PixelLoss(nn.Module):
     "Auxiliary supervision of language-aware feature maps; lives in the training loop, not in the model."
-    def __init__(self,
-        channels: Sequence[int], # of each supervised map
-        target: str = 'average', # see `shrink`
+
+    def __init__(
+        self,
+        channels: Sequence[int],  # of each supervised map
+        target: str = "average",  # see `shrink`
     ):
         super().__init__()
         self.heads, self.target = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels), target
 
-    def forward(self,
-        maps: Sequence[Tensor], # each (B*T, C, h, w), h a divisor of H
-        masks: Tensor,          # (B, T, H, W) bool
-    ) -> Tensor:                # scalar
+    def forward(
+        self,
+        maps: Sequence[Tensor],  # each (B*T, C, h, w), h a divisor of H
+        masks: Tensor,  # (B, T, H, W) bool
+    ) -> Tensor:  # scalar
         "Sum over the maps of 4 BCE + 1 - dice, mean over frames."
         loss = 0
         for head, x in zip(self.heads, maps):
             y = shrink(masks, self.target, masks.shape[-1] // x.shape[-1]).flatten(0, 1).flatten(1)
             logit = head(x).flatten(1)
-            loss = loss + 4 * F.binary_cross_entropy_with_logits(logit, y) + 1 - dice(logit, y).mean()
+            loss = (
+                loss + 4 * F.binary_cross_entropy_with_logits(logit, y) + 1 - dice(logit, y).mean()
+            )
         return loss
 
 # %% ../../nbs/04a_train.losses.ipynb #c3c91a08
 def only_objects(
     logits: Tensor,  # (B, C, H, W) with background first
-    objects: Tensor, # (B,) how many objects each sample has
-) -> Tensor:         # (B, C, H, W)
+    objects: Tensor,  # (B,) how many objects each sample has
+) -> Tensor:  # (B, C, H, W)
     "Logits with the channels of objects that do not exist pushed to -1e4."
     surplus = torch.arange(logits.shape[1], device=logits.device)[None] > objects[:, None]
     return logits.masked_fill(surplus[:, :, None, None], -1e4)
 
 # %% ../../nbs/04a_train.losses.ipynb #45f5ae98
 def bootstrapped_ce(
-    logits: Tensor, # (B, C, H, W)
-    labels: Tensor, # (B, H, W) integer, 255 is ignored
-    share: float,   # of the pixels that count, hardest first
-) -> Tensor:        # (B,)
+    logits: Tensor,  # (B, C, H, W)
+    labels: Tensor,  # (B, H, W) integer, 255 is ignored
+    share: float,  # of the pixels that count, hardest first
+) -> Tensor:  # (B,)
     "Mean cross-entropy of the hardest pixels of each sample."
-    each = F.cross_entropy(logits, labels.long(), ignore_index=255, reduction='none').flatten(1)
+    each = F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="none").flatten(1)
     k = int(share * each.shape[1])
     return each.mean(1) if k >= each.shape[1] else each.topk(k, sorted=False).values.mean(1)
 
 # %% ../../nbs/04a_train.losses.ipynb #1b575a4d
 def hard_share(
-    progress: float,     # 0 to 1, how far training is
-    final: float = 0.15, # share at the end
-    start: float = 0.,   # when mining starts
-    stop: float = 0.5,   # when `final` is reached
+    progress: float,  # 0 to 1, how far training is
+    final: float = 0.15,  # share at the end
+    start: float = 0.0,  # when mining starts
+    stop: float = 0.5,  # when `final` is reached
 ) -> float:
     "Share of pixels in `bootstrapped_ce`."
-    r = min(1., max(0., (progress - start) / (stop - start)))
+    r = min(1.0, max(0.0, (progress - start) / (stop - start)))
     return r * final + 1 - r
 
+
 def aux_weight(
-    progress: float,    # 0 to 1
-    ratio: float = 1.,  # fraction of training over which it fades
+    progress: float,  # 0 to 1
+    ratio: float = 1.0,  # fraction of training over which it fades
 ) -> float:
     "Weight of the reference frame's own reconstruction: 1 at first, fading linearly to 0."
-    return max(1 - progress / ratio, 0.) if ratio else 0.
+    return max(1 - progress / ratio, 0.0) if ratio else 0.0
 
 # %% ../../nbs/04a_train.losses.ipynb #35122c22
 def soft_jaccard(
-    logits: Tensor, # (B, C, H, W)
-    labels: Tensor, # (B, H, W) integer, 255 is ignored
-) -> Tensor:        # (B,)
+    logits: Tensor,  # (B, C, H, W)
+    labels: Tensor,  # (B, H, W) integer, 255 is ignored
+) -> Tensor:  # (B,)
     "Mean soft Jaccard distance over the classes that occur in each label."
     p = (logits.softmax(1) * (labels != 255)[:, None]).flatten(2)
-    g = torch.stack([labels == c for c in range(logits.shape[1])], 1).flatten(2)         # (B, C, HW)
+    g = torch.stack([labels == c for c in range(logits.shape[1])], 1).flatten(2)  # (B, C, HW)
     present, g = g.any(2), g.to(p.dtype)
     inter = (p * g).sum(2)
     distance = 1 - inter / (p.sum(2) + g.sum(2) - inter + 1e-6)
@@ -259,20 +329,21 @@ def soft_jaccard(
 def frame_loss(
     logits: Tensor,  # (B, C, H, W) at the size of the labels
     labels: Tensor,  # (B, H, W)
-    objects: Tensor, # (B,)
-    share: float,    # of hard pixels
-) -> Tensor:         # (B,)
+    objects: Tensor,  # (B,)
+    share: float,  # of hard pixels
+) -> Tensor:  # (B,)
     "Half bootstrapped cross-entropy, half soft Jaccard, of one frame."
     logits = only_objects(logits, objects)
     return (bootstrapped_ce(logits, labels, share) + soft_jaccard(logits, labels)) / 2
 
+
 def sequence_loss(
-    logits: Sequence[Tensor], # T entries (B, C, H, W), the reference frame first
-    labels: Tensor,           # (T, B, H, W)
-    objects: Tensor,          # (B,)
-    share: float,             # of hard pixels
-    aux: float,               # weight of the reference frame
-) -> tuple[Tensor, Tensor]:   # scalar; (T, B) loss of every frame
+    logits: Sequence[Tensor],  # T entries (B, C, H, W), the reference frame first
+    labels: Tensor,  # (T, B, H, W)
+    objects: Tensor,  # (B,)
+    share: float,  # of hard pixels
+    aux: float,  # weight of the reference frame
+) -> tuple[Tensor, Tensor]:  # scalar; (T, B) loss of every frame
     "Training loss of AOT (Yang et al. 2021, section 4.2) for a batch of sequences."
     each = torch.stack([frame_loss(x, y, objects, share) for x, y in zip(logits, labels)])
     return aux * each[0].mean() + each[1:].mean(), each

@@ -24,14 +24,20 @@ from ..core import Problem, natural_key
 
 # %% ../../nbs/07c_verify.cases.ipynb #fa8a8513
 def fill(
-    name: str,               # published name of the tensor; it seeds the numbers
+    name: str,  # published name of the tensor; it seeds the numbers
     shape: tuple[int, ...],  # its shape
-) -> np.ndarray:             # float32 of `shape`
+) -> np.ndarray:  # float32 of `shape`
     "The values that the tensor `name` holds in every golden case."
-    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32)
-    if len(shape) >= 2: return noise / np.float32(np.sqrt(prod(shape[1:])))
-    if name.endswith('running_var'): return 1 + np.float32(0.1) * np.abs(noise)
-    return np.float32(0.1) * noise + np.float32(name.endswith('weight'))
+    noise = (
+        np.random.RandomState(zlib.crc32(name.encode()))
+        .standard_normal(tuple(shape))
+        .astype(np.float32)
+    )
+    if len(shape) >= 2:
+        return noise / np.float32(np.sqrt(prod(shape[1:])))
+    if name.endswith("running_var"):
+        return 1 + np.float32(0.1) * np.abs(noise)
+    return np.float32(0.1) * noise + np.float32(name.endswith("weight"))
 
 
 def image(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -42,143 +48,221 @@ def image(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 @dataclass(frozen=True)
 class Case:
     "One golden case; `arrays` holds what was stored under `in/` and `int/`, `answers` what was under `out/`."
+
     path: Path
     meta: dict
-    arrays: dict = field(repr=False)   # name with its prefix -> array
+    arrays: dict = field(repr=False)  # name with its prefix -> array
     answers: dict = field(repr=False)  # name without `out/` -> array, possibly sampled
 
     @property
-    def name(self) -> str: return f'{self.path.parent.name}/{self.path.stem}'
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.stem}"
 
 
 def load_case(
     path: Path,  # an .npz file
 ) -> Case:
     "Read a golden case; Problem where the file is missing, damaged or no case."
-    path, remedy = Path(path), 'give a golden case, or fetch the file again'
-    if not path.is_file(): raise Problem(path, 'no such file', 'a golden case (.npz)', 'check the path')
+    path, remedy = Path(path), "give a golden case, or fetch the file again"
+    if not path.is_file():
+        raise Problem(path, "no such file", "a golden case (.npz)", "check the path")
     try:
-        with np.load(path, allow_pickle=False) as z: stored = {k: z[k] for k in z.files}
+        with np.load(path, allow_pickle=False) as z:
+            stored = {k: z[k] for k in z.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as e:
-        raise Problem(path, f'unreadable archive ({e})', 'a NumPy .npz file', remedy) from e
-    try: meta = json.loads(str(stored['meta']))
-    except (KeyError, ValueError) as e: raise Problem(path, 'no readable `meta`', 'a JSON text named meta', remedy) from e
-    answers = {k[4:]: v for k, v in stored.items() if k.startswith('out/')}
-    if not isinstance(meta, dict) or not answers: raise Problem(path, 'no answers', 'arrays named out/…', remedy)
-    return Case(path, meta, {k: v for k, v in stored.items() if k != 'meta' and not k.startswith('out/')}, answers)
+        raise Problem(path, f"unreadable archive ({e})", "a NumPy .npz file", remedy) from e
+    try:
+        meta = json.loads(str(stored["meta"]))
+    except (KeyError, ValueError) as e:
+        raise Problem(path, "no readable `meta`", "a JSON text named meta", remedy) from e
+    answers = {k[4:]: v for k, v in stored.items() if k.startswith("out/")}
+    if not isinstance(meta, dict) or not answers:
+        raise Problem(path, "no answers", "arrays named out/…", remedy)
+    return Case(
+        path,
+        meta,
+        {k: v for k, v in stored.items() if k != "meta" and not k.startswith("out/")},
+        answers,
+    )
 
 # %% ../../nbs/07c_verify.cases.ipynb #77e8c284
 def integer_tensors(
-    meta: dict, # of the case
+    meta: dict,  # of the case
 ) -> set[str]:
     "Names of the tensors of the case's checkpoint that are no weights."
-    named = meta.get('integers')
-    return {n for n, _, dtype in meta['keys'] if 'float' not in dtype} | set(named if isinstance(named, Mapping) else ())
+    named = meta.get("integers")
+    return {n for n, _, dtype in meta["keys"] if "float" not in dtype} | set(
+        named if isinstance(named, Mapping) else ()
+    )
+
 
 def published_tensors(
-    meta: dict,                 # of the case
-    arrays: Mapping = {},       # its stored arrays; `int/NAME` are the integer tensors
+    meta: dict,  # of the case
+    arrays: Mapping = {},  # its stored arrays; `int/NAME` are the integer tensors
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Each tensor of the case's checkpoint, under its published name; integers that the model computes are left out."
-    aliases, integers = dict(meta.get('aliases') or {}), integer_tensors(meta)
-    for name, shape, _ in meta['keys']:
-        if name not in integers: yield name, fill(aliases.get(name, name), tuple(shape))
-        elif f'int/{name}' in arrays: yield name, arrays[f'int/{name}']
+    aliases, integers = dict(meta.get("aliases") or {}), integer_tensors(meta)
+    for name, shape, _ in meta["keys"]:
+        if name not in integers:
+            yield name, fill(aliases.get(name, name), tuple(shape))
+        elif f"int/{name}" in arrays:
+            yield name, arrays[f"int/{name}"]
 
 # %% ../../nbs/07c_verify.cases.ipynb #a0a249c1
 def load_filled(
-    model,                 # a torch module whose state dict has published names
-    meta: dict,            # of the case
+    model,  # a torch module whose state dict has published names
+    meta: dict,  # of the case
     arrays: Mapping = {},  # its stored arrays
-    prefix: str = '',      # take only the names with this prefix, without it
-):                         # the module, for chaining
+    prefix: str = "",  # take only the names with this prefix, without it
+):  # the module, for chaining
     "Fill `model` in place as the case says; Problem listing what is missing, left over or of another shape."
     import torch
+
     ours = dict(model.state_dict())
-    given = {n[len(prefix):]: tuple(s) for n, s, _ in meta['keys'] if n.startswith(prefix)}
-    optional = {n[len(prefix):] for n in integer_tensors(meta)}
-    bad = [f'missing {n}' for n in given if n not in ours and n not in optional]
-    bad += [f'left over {n}' for n in ours if n not in given and n not in optional]
-    bad += [f'{n} {tuple(ours[n].shape)} instead of {s}' for n, s in given.items() if n in ours and tuple(ours[n].shape) != s]
-    if bad: raise Problem(meta.get('model', 'model'), f'{len(bad)} tensors that differ: ' + '; '.join(bad[:6]), 'the published names and shapes', 'build the model with the configuration of the case')
-    for name, value in published_tensors({**meta, 'keys': [k for k in meta['keys'] if k[0].startswith(prefix)]}, arrays):
-        name = name[len(prefix):]
-        if name in ours: ours[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+    given = {n[len(prefix) :]: tuple(s) for n, s, _ in meta["keys"] if n.startswith(prefix)}
+    optional = {n[len(prefix) :] for n in integer_tensors(meta)}
+    bad = [f"missing {n}" for n in given if n not in ours and n not in optional]
+    bad += [f"left over {n}" for n in ours if n not in given and n not in optional]
+    bad += [
+        f"{n} {tuple(ours[n].shape)} instead of {s}"
+        for n, s in given.items()
+        if n in ours and tuple(ours[n].shape) != s
+    ]
+    if bad:
+        raise Problem(
+            meta.get("model", "model"),
+            f"{len(bad)} tensors that differ: " + "; ".join(bad[:6]),
+            "the published names and shapes",
+            "build the model with the configuration of the case",
+        )
+    for name, value in published_tensors(
+        {**meta, "keys": [k for k in meta["keys"] if k[0].startswith(prefix)]}, arrays
+    ):
+        name = name[len(prefix) :]
+        if name in ours:
+            ours[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
     return model
 
 # %% ../../nbs/07c_verify.cases.ipynb #1844bda9
 def tolerance(
     meta: dict,  # of the case
-    name: str,   # an output
-) -> dict:       # {shape, stride, atol, rtol, mismatch, what}
+    name: str,  # an output
+) -> dict:  # {shape, stride, atol, rtol, mismatch, what}
     "What the case says of one output; its names may be patterns, in which capitals stand for any text."
-    exact, specs = meta.get('tolerance'), meta.get('outputs') or {}
-    default = {'atol': exact, 'rtol': 0} if isinstance(exact, (int, float)) else {'atol': 2e-3, 'rtol': 2e-3}
-    spec = specs.get(name) or specs.get(f'out/{name}')
+    exact, specs = meta.get("tolerance"), meta.get("outputs") or {}
+    default = (
+        {"atol": exact, "rtol": 0}
+        if isinstance(exact, (int, float))
+        else {"atol": 2e-3, "rtol": 2e-3}
+    )
+    spec = specs.get(name) or specs.get(f"out/{name}")
     if spec is None:
         for pattern, s in specs.items():
-            parts = [p.split('|') for p in pattern.removeprefix('out/').split('/')]
-            mine = name.split('/')
-            if len(parts) == len(mine) and all(any(o.isupper() and len(o) > 1 or fnmatchcase(m, o) for o in os) for m, os in zip(mine, parts)):
-                spec = s; break
-    return {'shape': None, 'stride': None, 'mismatch': 0, 'what': ''} | default | {k: v for k, v in (spec or {}).items() if k in ('shape', 'stride', 'atol', 'rtol', 'mismatch', 'what')}
+            parts = [p.split("|") for p in pattern.removeprefix("out/").split("/")]
+            mine = name.split("/")
+            if len(parts) == len(mine) and all(
+                any((o.isupper() and len(o) > 1) or fnmatchcase(m, o) for o in os)
+                for m, os in zip(mine, parts)
+            ):
+                spec = s
+                break
+    return (
+        {"shape": None, "stride": None, "mismatch": 0, "what": ""}
+        | default
+        | {
+            k: v
+            for k, v in (spec or {}).items()
+            if k in ("shape", "stride", "atol", "rtol", "mismatch", "what")
+        }
+    )
 
 
 def error(
-    ours: np.ndarray,       # what we answer, already sampled like `published`
+    ours: np.ndarray,  # what we answer, already sampled like `published`
     published: np.ndarray,  # what the case holds
-    spec: dict,             # of `tolerance`
-) -> float:                 # 0 is equal, up to 1 is within tolerance, inf is of another kind
+    spec: dict,  # of `tolerance`
+) -> float:  # 0 is equal, up to 1 is within tolerance, inf is of another kind
     "The largest difference, in units of the tolerance; what is masked in a masked array is not compared."
     ours, skip = np.asarray(ours), np.ma.getmaskarray(ours)
-    if ours.shape != published.shape: return np.inf
-    if published.dtype.kind in 'US': return max((text_error(str(a), str(p), spec) for a, p in zip(ours.ravel(), published.ravel())), default=0.0)
-    if not published.size: return 0.0
+    if ours.shape != published.shape:
+        return np.inf
+    if published.dtype.kind in "US":
+        return max(
+            (text_error(str(a), str(p), spec) for a, p in zip(ours.ravel(), published.ravel())),
+            default=0.0,
+        )
+    if not published.size:
+        return 0.0
     a, p = (v.astype(np.float64) for v in (ours, published))
     same = (a == p) | (np.isnan(a) & np.isnan(p)) | skip
-    allowed = np.broadcast_to(spec['atol'] + spec['rtol'] * np.abs(p), p.shape)
-    with np.errstate(all='ignore'): ratio = np.where(same, 0, np.where(allowed > 0, np.abs(a - p) / allowed, np.inf))
+    allowed = np.broadcast_to(spec["atol"] + spec["rtol"] * np.abs(p), p.shape)
+    with np.errstate(all="ignore"):
+        ratio = np.where(same, 0, np.where(allowed > 0, np.abs(a - p) / allowed, np.inf))
     ratio = np.where(np.isnan(ratio), np.inf, ratio)
-    if spec['mismatch']: return float((ratio > 1).mean() / spec['mismatch'])
+    if spec["mismatch"]:
+        return float((ratio > 1).mean() / spec["mismatch"])
     return float(ratio.max())
 
 # %% ../../nbs/07c_verify.cases.ipynb #906e128c
 def leaves(found) -> Iterator[tuple[str, object]]:
     "Every value of a JSON text with its path in it."
-    parts = enumerate(found) if isinstance(found, list) else found.items() if isinstance(found, dict) else None
-    if parts is None: yield '', found; return
-    for key, part in parts: yield from ((f'/{key}{path}', x) for path, x in leaves(part))
+    parts = (
+        enumerate(found)
+        if isinstance(found, list)
+        else found.items()
+        if isinstance(found, dict)
+        else None
+    )
+    if parts is None:
+        yield "", found
+        return
+    for key, part in parts:
+        yield from ((f"/{key}{path}", x) for path, x in leaves(part))
 
 
 def text_error(ours: str, published: str, spec: dict) -> float:
     "0 for equal texts; of two JSON texts that differ in numbers only, the largest difference; inf otherwise."
-    if ours == published: return 0.0
-    try: a, p = (dict(leaves(json.loads(t))) for t in (ours, published))
-    except ValueError: return np.inf
+    if ours == published:
+        return 0.0
+    try:
+        a, p = (dict(leaves(json.loads(t))) for t in (ours, published))
+    except ValueError:
+        return np.inf
     number = {k: isinstance(x, (int, float)) and not isinstance(x, bool) for k, x in p.items()}
-    if list(a) != list(p) or any(a[k] != p[k] for k in p if not number[k] or not isinstance(a[k], (int, float))): return np.inf
-    return error(np.array([a[k] for k in p if number[k]], float), np.array([p[k] for k in p if number[k]], float), spec | {'shape': None, 'stride': None})
+    if list(a) != list(p) or any(
+        a[k] != p[k] for k in p if not number[k] or not isinstance(a[k], (int, float))
+    ):
+        return np.inf
+    return error(
+        np.array([a[k] for k in p if number[k]], float),
+        np.array([p[k] for k in p if number[k]], float),
+        spec | {"shape": None, "stride": None},
+    )
 
 # %% ../../nbs/07c_verify.cases.ipynb #4c1d8a1a
 @dataclass
 class Verdict:
     "How one case went: the worst error over tolerance and where, the first output outside, or why it could not be run."
+
     case: str
     worst: float = 0.0
-    where: str = ''
-    first: str = ''     # first output outside its tolerance
-    count: int = 0      # outputs compared
-    fault: str = ''     # why the case could not be run
+    where: str = ""
+    first: str = ""  # first output outside its tolerance
+    count: int = 0  # outputs compared
+    fault: str = ""  # why the case could not be run
     seconds: float = 0.0
 
     @property
-    def ok(self) -> bool: return not self.fault and not self.first and self.count > 0
+    def ok(self) -> bool:
+        return not self.fault and not self.first and self.count > 0
 
     def __str__(self) -> str:
-        if self.fault: return f'ERROR {self.case}: {self.fault}'
-        end = f'{self.count} outputs, {self.seconds:.1f} s'
-        if self.ok: return f'pass  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where or "-"}; none outside; {end}'
-        return f'FAIL  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where}; first outside {self.first}; {end}'
+        if self.fault:
+            return f"ERROR {self.case}: {self.fault}"
+        end = f"{self.count} outputs, {self.seconds:.1f} s"
+        if self.ok:
+            return f"pass  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where or '-'}; none outside; {end}"
+        return f"FAIL  {self.case}: worst error {self.worst:.3g} of tolerance at {self.where}; first outside {self.first}; {end}"
 
 # %% ../../nbs/07c_verify.cases.ipynb #4e35d895
 def compare(
@@ -187,53 +271,79 @@ def compare(
 ) -> Verdict:
     "Hold every published answer against ours; an answer that never came counts as outside."
     v, start, waiting = Verdict(case.name), time.perf_counter(), dict(case.answers)
+
     def note(name, e):
         v.count += 1
-        if e > v.worst: v.worst, v.where = e, name
-        if e > 1 and not v.first: v.first = name
+        if e > v.worst:
+            v.worst, v.where = e, name
+        if e > 1 and not v.first:
+            v.first = name
+
     for name, ours in outputs:
-        if name not in waiting: continue
+        if name not in waiting:
+            continue
         spec, ours = tolerance(case.meta, name), np.asanyarray(ours)
-        if spec['shape'] and list(ours.shape) != list(spec['shape']): ours = np.empty(0)  # of another shape: error is inf
-        elif spec['stride']: ours = ours[tuple(slice(None, None, s) for s in spec['stride'])]
+        if spec["shape"] and list(ours.shape) != list(spec["shape"]):
+            ours = np.empty(0)  # of another shape: error is inf
+        elif spec["stride"]:
+            ours = ours[tuple(slice(None, None, s) for s in spec["stride"])]
         note(name, error(ours, waiting.pop(name), spec))
     for name in waiting:
-        if 'informative' not in tolerance(case.meta, name)['what']: note(name, np.inf); v.first = v.first if v.first != name else f'{name} (not answered)'
+        if "informative" not in tolerance(case.meta, name)["what"]:
+            note(name, np.inf)
+            v.first = v.first if v.first != name else f"{name} (not answered)"
     v.seconds = time.perf_counter() - start
     return v
 
 # %% ../../nbs/07c_verify.cases.ipynb #29a61674
-HOMES = ('rvos_nb.verify.referformer', 'rvos_nb.verify.vos', 'rvos_nb.verify.pipeline')  # later ones may be added at run time
+HOMES = (
+    "rvos_nb.verify.referformer",
+    "rvos_nb.verify.vos",
+    "rvos_nb.verify.pipeline",
+)  # later ones may be added at run time
 
 
 def find_runner(
-    meta: dict,                       # of a case
-    homes: Iterable[str] = HOMES,     # modules with RUNNERS
-) -> Callable | None:                 # a runner, or None where no system here can run the case
+    meta: dict,  # of a case
+    homes: Iterable[str] = HOMES,  # modules with RUNNERS
+) -> Callable | None:  # a runner, or None where no system here can run the case
     "The first runner whose test accepts the case."
     for home in homes:
-        try: module = importlib.import_module(home)
+        try:
+            module = importlib.import_module(home)
         except ModuleNotFoundError as e:
-            if e.name != home: raise
+            if e.name != home:
+                raise
             continue
         for accepts, run in module.RUNNERS:
-            if accepts(meta): return run
+            if accepts(meta):
+                return run
     return None
 
 # %% ../../nbs/07c_verify.cases.ipynb #2e138968
 def judge(
-    path: Path,                    # of one case
+    path: Path,  # of one case
     homes: Iterable[str] = HOMES,  # modules with RUNNERS
 ) -> Verdict:
     "Run one case and compare; whatever goes wrong ends up in the verdict, on one line."
-    path = Path(path); name = f'{path.parent.name}/{path.stem}'
+    path = Path(path)
+    name = f"{path.parent.name}/{path.stem}"
     try:
         case = load_case(path)
         run = find_runner(case.meta, homes)
-        if run is None: return Verdict(name, fault=f'cannot be run: no system here answers for model {case.meta.get("model")!r}')
+        if run is None:
+            return Verdict(
+                name,
+                fault=f"cannot be run: no system here answers for model {case.meta.get('model')!r}",
+            )
         return compare(case, run(case.meta, case.arrays))
-    except Problem as p: return Verdict(name, fault=str(p))
-    except Exception as e: return Verdict(name, fault=f'the runner stopped with {type(e).__name__}: ' + ' '.join(str(e).split())[:300])
+    except Problem as p:
+        return Verdict(name, fault=str(p))
+    except Exception as e:
+        return Verdict(
+            name,
+            fault=f"the runner stopped with {type(e).__name__}: " + " ".join(str(e).split())[:300],
+        )
 
 # %% ../../nbs/07c_verify.cases.ipynb #869a624d
 def find_cases(
@@ -242,20 +352,22 @@ def find_cases(
     "Every case under `paths`, each once, in natural order; a file that was named is kept even if it does not exist."
     found = []
     for p in map(Path, paths):
-        found += sorted(p.rglob('*.npz'), key=lambda f: natural_key(str(f))) if p.is_dir() else [p]
+        found += sorted(p.rglob("*.npz"), key=lambda f: natural_key(str(f))) if p.is_dir() else [p]
     return list(dict.fromkeys(found))
 
 
 def verify(
-    paths: Iterable[Path],         # files or folders
+    paths: Iterable[Path],  # files or folders
     homes: Iterable[str] = HOMES,  # modules with RUNNERS
-) -> int:                          # exit code: 0 where every case passed and there was one
+) -> int:  # exit code: 0 where every case passed and there was one
     "Run golden cases; one line per case, and a last line with the count."
     cases, bad = find_cases(paths), 0
     for path in cases:
         verdict = judge(path, homes)
         bad += not verdict.ok
         print(verdict, flush=True)
-    if not cases: print('no golden case (.npz) found in ' + ', '.join(map(str, paths)))
-    else: print(f'{len(cases) - bad} of {len(cases)} cases pass')
+    if not cases:
+        print("no golden case (.npz) found in " + ", ".join(map(str, paths)))
+    else:
+        print(f"{len(cases) - bad} of {len(cases)} cases pass")
     return int(bad > 0 or not cases)

@@ -17,133 +17,207 @@ from ..data.video import Expression
 from ..fuse import RULES, grouped
 from ..keyframe import as_json, key_frame
 from ..members import foreground
-from ..metrics import average_precision, contour_f, davis_mean, frame_scores, jaccard, label_scores, overlaps, precision_of_first, sentence_scores, statistics
+from rvos_nb.metrics import (
+    average_precision,
+    contour_f,
+    davis_mean,
+    frame_scores,
+    jaccard,
+    label_scores,
+    overlaps,
+    precision_of_first,
+    sentence_scores,
+    statistics,
+)
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #afb99126
 def _layout(arrays: Mapping[str, np.ndarray]) -> dict[str, list[list[str]]]:
     "The consecutive pairs of every video of a case."
-    videos = json.loads(str(arrays['in/meta_expressions']))['videos']
-    return {v: grouped([Expression(v, e, d['exp']) for e, d in about['expressions'].items()]) for v, about in videos.items()}
+    videos = json.loads(str(arrays["in/meta_expressions"]))["videos"]
+    return {
+        v: grouped([Expression(v, e, d["exp"]) for e, d in about["expressions"].items()])
+        for v, about in videos.items()
+    }
 
-def _grey(mask: np.ndarray) -> np.ndarray: return mask.astype(np.uint8) * np.uint8(255)
+
+def _grey(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8) * np.uint8(255)
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #cfb57cb2
 def fusion_round1(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # its inputs
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # its inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Masks and key frames of the first round, as published and with the leftover mended."
-    config, layout = meta['config'], _layout(arrays)
-    keys = {m: json.dumps(as_json({v: {e: key_frame(arrays[f'in/{m}/{v}/{e}/class_info']) for g in gs for e in g} for v, gs in layout.items()})) for m in config['kind']}
-    for m, text in keys.items(): yield f'ptf/{m}/key_frame', np.array(text)
-    for name, members in config['members'].items():
-        kinds = [config['kind'][m] for m in members]
-        variants = {name: 'logit'} if kinds[0] == 'logit' else {name: 'logit', f'{name}_leftover_fixed': kinds[0]}
+    config, layout = meta["config"], _layout(arrays)
+    keys = {
+        m: json.dumps(
+            as_json(
+                {
+                    v: {e: key_frame(arrays[f"in/{m}/{v}/{e}/class_info"]) for g in gs for e in g}
+                    for v, gs in layout.items()
+                }
+            )
+        )
+        for m in config["kind"]
+    }
+    for m, text in keys.items():
+        yield f"ptf/{m}/key_frame", np.array(text)
+    for name, members in config["members"].items():
+        kinds = [config["kind"][m] for m in members]
+        variants = (
+            {name: "logit"}
+            if kinds[0] == "logit"
+            else {name: "logit", f"{name}_leftover_fixed": kinds[0]}
+        )
         for variant, alone in variants.items():
             for v, groups in layout.items():
                 single = {g[0] for g in groups if len(g) == 1}
-                opinion = lambda m, e: foreground(arrays[f'in/{members[m]}/{v}/{e}/mask_logits'], alone if e in single else kinds[m])
-                for group, mask in replace(RULES['round1'], threshold=config['threshold']).fuse(opinion, groups, len(members)):
-                    for e in group: yield f'{variant}/Annotations/{v}/{e}', _grey(mask)
-            yield f'{variant}/key_frame', np.array(keys[members[0]])
+
+                def opinion(m, e):
+                    return foreground(
+                        arrays[f"in/{members[m]}/{v}/{e}/mask_logits"],
+                        alone if e in single else kinds[m],
+                    )
+
+                for group, mask in replace(RULES["round1"], threshold=config["threshold"]).fuse(
+                    opinion, groups, len(members)
+                ):
+                    for e in group:
+                        yield f"{variant}/Annotations/{v}/{e}", _grey(mask)
+            yield f"{variant}/key_frame", np.array(keys[members[0]])
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #a4a9527b
 def fusion_round2(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # its inputs
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # its inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Masks of both ensembles of the second round."
-    config, made = meta['config'], {}
-    for name, members in config['members'].items():
+    config, made = meta["config"], {}
+    for name, members in config["members"].items():
         for v, groups in _layout(arrays).items():
-            opinion = lambda m, e: made[f'{members[m]}/{v}/{e}'] if members[m] in config['members'] else arrays[f'in/{members[m]}/{v}/{e}'] == 255
-            for group, mask in replace(RULES['round2'], threshold=config['threshold_pair'], leftover=config['threshold_leftover']).fuse(opinion, groups, len(members)):
+
+            def opinion(m, e):
+                return (
+                    made[f"{members[m]}/{v}/{e}"]
+                    if members[m] in config["members"]
+                    else arrays[f"in/{members[m]}/{v}/{e}"] == 255
+                )
+
+            for group, mask in replace(
+                RULES["round2"],
+                threshold=config["threshold_pair"],
+                leftover=config["threshold_leftover"],
+            ).fuse(opinion, groups, len(members)):
                 for e in group:
-                    made[f'{name}/{v}/{e}'] = mask
-                    yield f'{name}/{v}/{e}', _grey(mask)
+                    made[f"{name}/{v}/{e}"] = mask
+                    yield f"{name}/{v}/{e}", _grey(mask)
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #48791141
 def _clip(arrays: Mapping[str, np.ndarray], case: str, what: str) -> np.ndarray | None:
     "(T, H, W) bool, unpacked from bits; None where the case has no such mask."
-    if f'in/{case}/{what}' not in arrays: return None
-    shape = tuple(arrays[f'in/{case}/shape'])
-    return np.unpackbits(arrays[f'in/{case}/{what}'])[:np.prod(shape)].reshape(shape).astype(bool)
+    if f"in/{case}/{what}" not in arrays:
+        return None
+    shape = tuple(arrays[f"in/{case}/shape"])
+    return np.unpackbits(arrays[f"in/{case}/{what}"])[: np.prod(shape)].reshape(shape).astype(bool)
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #aa548853
 def jf_metrics(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # its inputs
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # its inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "J, F at three tolerances, and the statistics of every clip and sequence."
-    for n, case in enumerate(meta['cases']):
-        gt, pred, void = (_clip(arrays, case, what) for what in ('gt', 'pred', 'void'))
+    for n, case in enumerate(meta["cases"]):
+        gt, pred, void = (_clip(arrays, case, what) for what in ("gt", "pred", "void"))
         j, f = jaccard(gt, pred, void), contour_f(gt, pred, void)
-        yield f'{case}/J', j
-        yield f'{case}/F', f
-        yield f'{case}/F_bound_2px', contour_f(gt, pred, void, 2)
-        yield f'{case}/F_bound_0.03', contour_f(gt, pred, void, 0.03)
+        yield f"{case}/J", j
+        yield f"{case}/F", f
+        yield f"{case}/F_bound_2px", contour_f(gt, pred, void, 2)
+        yield f"{case}/F_bound_0.03", contour_f(gt, pred, void, 0.03)
         sj, sf = statistics(j), statistics(f)
-        yield f'{case}/stats', np.array([(sj.mean + sf.mean) / 2, *sj, *sf])
-        if n == 0: yield 'single_frame', np.array([jaccard(gt[0], pred[0]), contour_f(gt[0], pred[0])])
+        yield f"{case}/stats", np.array([(sj.mean + sf.mean) / 2, *sj, *sf])
+        if n == 0:
+            yield "single_frame", np.array([jaccard(gt[0], pred[0]), contour_f(gt[0], pred[0])])
     for name in arrays:
-        if name.startswith('in/stats_'): yield name[3:], np.array(statistics(arrays[name]))
+        if name.startswith("in/stats_"):
+            yield name[3:], np.array(statistics(arrays[name]))
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #7717475e
 def davis17_eval(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # label maps of the annotation and of each annotator's result
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # label maps of the annotation and of each annotator's result
 ) -> Iterator[tuple[str, np.ndarray]]:
     "The tables of every annotator in both tasks."
-    config, found = meta['config'], {}
-    sequences = list(dict.fromkeys(n.split('/')[1] for n in arrays if n.endswith('/gt')))
-    for task in config['tasks']:
-        for a in (f'anno_{i}' for i in range(config['annotators'])):
-            try: scored = {s: label_scores(arrays[f'in/{s}/gt'], arrays[f'in/{s}/{a}'], task) for s in sequences}
-            except Problem: found[f'{task}/{a}'] = 'refused: an index above the number of objects'; continue
-            objects = {f'{s}_{n}': o for s, os in scored.items() for n, o in enumerate(os, 1)}
-            found[f'{task}/{a}'] = {'global_': list(davis_mean(objects.values()).values())} | {
-                name: {o: float(pair[i].mean()) for o, pair in objects.items()} for i, name in enumerate('JF')}
-        every = [found[f'{task}/anno_{i}'] for i in range(config['annotators'])]
-        if all(isinstance(x, dict) for x in every): found[f'{task}/mean_of_annotators'] = np.mean([x['global_'] for x in every], 0).tolist()
-    yield 'results', np.array(json.dumps(found))
+    config, found = meta["config"], {}
+    sequences = list(dict.fromkeys(n.split("/")[1] for n in arrays if n.endswith("/gt")))
+    for task in config["tasks"]:
+        for a in (f"anno_{i}" for i in range(config["annotators"])):
+            try:
+                scored = {
+                    s: label_scores(arrays[f"in/{s}/gt"], arrays[f"in/{s}/{a}"], task)
+                    for s in sequences
+                }
+            except Problem:
+                found[f"{task}/{a}"] = "refused: an index above the number of objects"
+                continue
+            objects = {f"{s}_{n}": o for s, os in scored.items() for n, o in enumerate(os, 1)}
+            found[f"{task}/{a}"] = {"global_": list(davis_mean(objects.values()).values())} | {
+                name: {o: float(pair[i].mean()) for o, pair in objects.items()}
+                for i, name in enumerate("JF")
+            }
+        every = [found[f"{task}/anno_{i}"] for i in range(config["annotators"])]
+        if all(isinstance(x, dict) for x in every):
+            found[f"{task}/mean_of_annotators"] = np.mean([x["global_"] for x in every], 0).tolist()
+    yield "results", np.array(json.dumps(found))
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #3638cb59
 def a2d_metrics(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # two COCO texts
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # two COCO texts
 ) -> Iterator[tuple[str, np.ndarray]]:
     "AP, precision and IoU of masks; the same of boxes; precision of the first 1, 5 and 10 boxes."
-    listing, results = (json.loads(str(arrays[f'in/{k}'])) for k in ('ground_truth', 'predictions'))
-    of = {a['image_id']: a for a in listing['annotations']}
-    masks, boxes = ({i['id']: of[i['id']][k] for i in listing['images']} for k in ('segmentation', 'bbox'))
-    for r in results: x1, y1, x2, y2 = r['bbox']; r['bbox'] = [x1, y1, x2 - x1, y2 - y1]
-    yield 'coco_stats', np.array(list(average_precision(masks, results).values()))
+    listing, results = (json.loads(str(arrays[f"in/{k}"])) for k in ("ground_truth", "predictions"))
+    of = {a["image_id"]: a for a in listing["annotations"]}
+    masks, boxes = (
+        {i["id"]: of[i["id"]][k] for i in listing["images"]} for k in ("segmentation", "bbox")
+    )
+    for r in results:
+        x1, y1, x2, y2 = r["bbox"]
+        r["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    yield "coco_stats", np.array(list(average_precision(masks, results).values()))
     rows = overlaps(masks, results)
-    yield 'per_instance', rows
-    for prefix, found in (('', rows), ('bbox_', overlaps(boxes, results, 'box'))):
+    yield "per_instance", rows
+    for prefix, found in (("", rows), ("bbox_", overlaps(boxes, results, "box"))):
         scores = list(frame_scores(found).values())
-        yield f'{prefix}precision_at_k', np.array(scores[:-2])
-        yield f'{prefix}overall_iou', np.array(scores[-2])
-        yield f'{prefix}mean_iou', np.array(scores[-1])
-    yield 'refexp_precision_1_5_10', np.array(precision_of_first(boxes, results))
+        yield f"{prefix}precision_at_k", np.array(scores[:-2])
+        yield f"{prefix}overall_iou", np.array(scores[-2])
+        yield f"{prefix}mean_iou", np.array(scores[-1])
+    yield "refexp_precision_1_5_10", np.array(precision_of_first(boxes, results))
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #bdd78d58
 def mevis_eval(
-    meta: dict,                       # the case's description
-    arrays: Mapping[str, np.ndarray], # the two JSON files of a split, and the predicted clips
+    meta: dict,  # the case's description
+    arrays: Mapping[str, np.ndarray],  # the two JSON files of a split, and the predicted clips
 ) -> Iterator[tuple[str, np.ndarray]]:
     "J and F of every sentence, and their means."
-    videos, codes = (json.loads(str(arrays[f'in/{k}'])) for k in ('meta_expressions', 'mask_dict'))
-    found = {f'{v}_{e}': sentence_scores([codes[str(a)] for a in what['anno_id']], arrays.get(f'in/{v}/{e}'))
-             for v, about in videos['videos'].items() for e, what in about['expressions'].items()}
+    videos, codes = (json.loads(str(arrays[f"in/{k}"])) for k in ("meta_expressions", "mask_dict"))
+    found = {
+        f"{v}_{e}": sentence_scores(
+            [codes[str(a)] for a in what["anno_id"]], arrays.get(f"in/{v}/{e}")
+        )
+        for v, about in videos["videos"].items()
+        for e, what in about["expressions"].items()
+    }
     j, f = np.mean(list(found.values()), 0)
-    yield 'per_expression', np.array(json.dumps(found))
-    yield 'J_F_JF', np.array([j, f, (j + f) / 2])
+    yield "per_expression", np.array(json.dumps(found))
+    yield "J_F_JF", np.array([j, f, (j + f) / 2])
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #6bdfc616
-RUNNERS = [(lambda meta: meta['model'] == 'fusion_round1', fusion_round1),
-           (lambda meta: meta['model'] == 'fusion_round2', fusion_round2),
-           (lambda meta: meta['model'] == 'davis2017 metrics', jf_metrics),
-           (lambda meta: meta['model'] == 'Ref-DAVIS17 evaluation', davis17_eval),
-           (lambda meta: meta['model'] == 'A2D/JHMDB/RefCOCO metrics', a2d_metrics),
-           (lambda meta: meta['model'] == 'MeViS evaluation', mevis_eval)]
+RUNNERS = [
+    (lambda meta: meta["model"] == "fusion_round1", fusion_round1),
+    (lambda meta: meta["model"] == "fusion_round2", fusion_round2),
+    (lambda meta: meta["model"] == "davis2017 metrics", jf_metrics),
+    (lambda meta: meta["model"] == "Ref-DAVIS17 evaluation", davis17_eval),
+    (lambda meta: meta["model"] == "A2D/JHMDB/RefCOCO metrics", a2d_metrics),
+    (lambda meta: meta["model"] == "MeViS evaluation", mevis_eval),
+]

@@ -33,108 +33,169 @@ from .cases import image, load_filled
 
 # %% ../../nbs/07d_verify.referformer.ipynb #76505359
 def padded_clips(
-    inputs: Mapping,                      # `meta['inputs']` of a model case
-) -> tuple[Tensor, Tensor, Tensor]:       # frames (B,T,3,H,W), mask (B,T,H,W) True at padding, sizes (B,2)
+    inputs: Mapping,  # `meta['inputs']` of a model case
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # frames (B,T,3,H,W), mask (B,T,H,W) True at padding, sizes (B,2)
     "The frames of a case, as one batch."
-    videos, by = inputs['videos'], inputs.get('size_divisibility') or 1
-    h, w = (-(-max(v['shape'][i] for v in videos) // by) * by for i in (2, 3))
-    frames = torch.zeros(len(videos), videos[0]['shape'][0], 3, h, w)
-    mask = torch.ones(len(videos), videos[0]['shape'][0], h, w, dtype=torch.bool)
+    videos, by = inputs["videos"], inputs.get("size_divisibility") or 1
+    h, w = (-(-max(v["shape"][i] for v in videos) // by) * by for i in (2, 3))
+    frames = torch.zeros(len(videos), videos[0]["shape"][0], 3, h, w)
+    mask = torch.ones(len(videos), videos[0]["shape"][0], h, w, dtype=torch.bool)
     for i, v in enumerate(videos):
-        x = torch.from_numpy(image(v['image_seed'], v['shape']))
-        frames[i, :, :, :x.shape[2], :x.shape[3]], mask[i, :, :x.shape[2], :x.shape[3]] = x, False
-    return frames, mask, torch.tensor([v['size'] for v in videos])
+        x = torch.from_numpy(image(v["image_seed"], v["shape"]))
+        frames[i, :, :, : x.shape[2], : x.shape[3]], mask[i, :, : x.shape[2], : x.shape[3]] = (
+            x,
+            False,
+        )
+    return frames, mask, torch.tensor([v["size"] for v in videos])
 
 # %% ../../nbs/07d_verify.referformer.ipynb #4afafe50
 @contextmanager
 def overhear(
-    modules: Mapping[str, nn.Module],     # what to listen to, by name
-) -> Iterator[dict[str, list]]:           # name -> its answers, in order of the calls
+    modules: Mapping[str, nn.Module],  # what to listen to, by name
+) -> Iterator[dict[str, list]]:  # name -> its answers, in order of the calls
     "Record the answers of modules while the block runs."
     heard = defaultdict(list)
-    hooks = [m.register_forward_hook(lambda _, __, out, name=name: heard[name].append(out)) for name, m in modules.items()]
-    try: yield heard
+    hooks = [
+        m.register_forward_hook(lambda _, __, out, name=name: heard[name].append(out))
+        for name, m in modules.items()
+    ]
+    try:
+        yield heard
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #2d14fea1
 def ears(model: ReferFormer) -> dict[str, nn.Module]:
     "The modules whose answers the cases record."
     fpn = model.pixel_decoder
-    return dict(backbone=model.backbone[0].body, resizer=model.resizer, fusion=model.fusion_module, transformer=model.transformer, mask_features=fpn) | {
-        f'pixel_decoder/{kind}_{i}': getattr(fpn, f'{kind}_{i}') for i in (4, 3, 2, 1) for kind in ('cross_attn', 'layer')}
+    return {
+        "backbone": model.backbone[0].body,
+        "resizer": model.resizer,
+        "fusion": model.fusion_module,
+        "transformer": model.transformer,
+        "mask_features": fpn,
+    } | {
+        f"pixel_decoder/{kind}_{i}": getattr(fpn, f"{kind}_{i}")
+        for i in (4, 3, 2, 1)
+        for kind in ("cross_attn", "layer")
+    }
 
 # %% ../../nbs/07d_verify.referformer.ipynb #5c925d2e
 def stages(
     model: ReferFormer,
-    clips: tuple[Tensor, Tensor, Tensor],          # of `padded_clips`
-    text: tuple[Tensor, Tensor, Tensor],           # words (B,L,C_text), word_mask (B,L), sentence (B,C_text)
-    valid_indices: list[int] | None,               # the annotated frame of each clip
+    clips: tuple[Tensor, Tensor, Tensor],  # of `padded_clips`
+    text: tuple[Tensor, Tensor, Tensor],  # words (B,L,C_text), word_mask (B,L), sentence (B,C_text)
+    valid_indices: list[int] | None,  # the annotated frame of each clip
 ) -> Iterator[tuple[str, Tensor]]:
     "Every recorded stage of one run, in order."
     (frames, mask, sizes), (words, word_mask, sentence) = clips, text
     with overhear(ears(model)) as heard:
-        out = model(frames, mask if mask.any() else None, words, word_mask, sentence, sizes, valid_indices, aux=True)
-    shapes, flat = [tuple(x.shape[-2:]) for x in heard['backbone'][0]], mask.flatten(0, 1)
-    for i, x in enumerate(heard['backbone'][0]):
-        yield f'backbone/{i}', x
-        yield f'backbone_mask/{i}', resize_mask(flat, shapes[i])
-        yield f'pos/{i}', sine_position_2d(resize_mask(flat, shapes[i]), model.config.hidden_dim)
-    yield 'text/last_hidden_state', words
-    yield 'text/pooler_output', sentence
-    yield 'text/pos', sine_position_1d(word_mask, model.config.hidden_dim)
-    yield from zip(('text/words', 'text/sentence'), heard['resizer'])
-    for i, x in enumerate(heard['fusion']): yield f'fusion/{i}', x.transpose(0, 1)
-    decoded = heard['transformer'][0]
-    yield 'encoder/memory', decoded.tokens
-    yield 'decoder/init_reference', decoded.init_reference
-    yield 'decoder/hs', decoded.hs
-    yield 'decoder/inter_references', decoded.references
+        out = model(
+            frames,
+            mask if mask.any() else None,
+            words,
+            word_mask,
+            sentence,
+            sizes,
+            valid_indices,
+            aux=True,
+        )
+    shapes, flat = [tuple(x.shape[-2:]) for x in heard["backbone"][0]], mask.flatten(0, 1)
+    for i, x in enumerate(heard["backbone"][0]):
+        yield f"backbone/{i}", x
+        yield f"backbone_mask/{i}", resize_mask(flat, shapes[i])
+        yield f"pos/{i}", sine_position_2d(resize_mask(flat, shapes[i]), model.config.hidden_dim)
+    yield "text/last_hidden_state", words
+    yield "text/pooler_output", sentence
+    yield "text/pos", sine_position_1d(word_mask, model.config.hidden_dim)
+    yield from zip(("text/words", "text/sentence"), heard["resizer"])
+    for i, x in enumerate(heard["fusion"]):
+        yield f"fusion/{i}", x.transpose(0, 1)
+    decoded = heard["transformer"][0]
+    yield "encoder/memory", decoded.tokens
+    yield "decoder/init_reference", decoded.init_reference
+    yield "decoder/hs", decoded.hs
+    yield "decoder/inter_references", decoded.references
     for name in ears(model):
-        if name.startswith('pixel_decoder/'): yield name, heard[name][0].transpose(0, 1) if 'cross' in name else heard[name][0]
-    yield 'mask_features', heard['mask_features'][0]
-    yield 'controller', model.controller(decoded.hs)
-    for i, a in enumerate(out['aux_outputs']): yield from ((f'aux/{i}/{k}', v) for k, v in a.items())
-    for name in ('pred_logits', 'pred_boxes', 'pred_masks', 'reference_points'): yield name, out[name]
+        if name.startswith("pixel_decoder/"):
+            yield name, heard[name][0].transpose(0, 1) if "cross" in name else heard[name][0]
+    yield "mask_features", heard["mask_features"][0]
+    yield "controller", model.controller(decoded.hs)
+    for i, a in enumerate(out["aux_outputs"]):
+        yield from ((f"aux/{i}/{k}", v) for k, v in a.items())
+    for name in ("pred_logits", "pred_boxes", "pred_masks", "reference_points"):
+        yield name, out[name]
 
 # %% ../../nbs/07d_verify.referformer.ipynb #06cdde7d
 def run_model(
-    meta: dict,      # of a model case
-    arrays: Mapping, # its stored inputs
+    meta: dict,  # of a model case
+    arrays: Mapping,  # its stored inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of whole models: build, fill, run with the text encoder, then under `given_text/`."
     names = {f.name for f in dataclasses.fields(ReferFormerConfig)}
-    model = ReferFormer(ReferFormerConfig(**{k: v for k, v in meta['config'].items() if k in names})).eval()
-    clips, inputs = padded_clips(meta['inputs']), meta['inputs']
-    ids, attention = (torch.from_numpy(arrays[f'in/{k}']) for k in ('input_ids', 'attention_mask'))
+    model = ReferFormer(
+        ReferFormerConfig(**{k: v for k, v in meta["config"].items() if k in names})
+    ).eval()
+    clips, inputs = padded_clips(meta["inputs"]), meta["inputs"]
+    ids, attention = (torch.from_numpy(arrays[f"in/{k}"]) for k in ("input_ids", "attention_mask"))
     with torch.inference_mode():
         load_filled(model, meta, arrays)
         words, sentence = model.text_encoder(ids, attention == 0)
-        for name, x in stages(model, clips, (words, attention == 0, sentence), inputs.get('valid_indices')): yield name, x.numpy()
-        seed = inputs['videos'][0]['image_seed']
-        words, sentence = (torch.from_numpy(image(1000 * i + seed, x.shape)) for i, x in ((1, words), (2, sentence)))
-        for name, x in stages(model, clips, (words, attention == 0, sentence.tanh()), inputs.get('valid_indices')): yield f'given_text/{name}', x.numpy()
+        for name, x in stages(
+            model, clips, (words, attention == 0, sentence), inputs.get("valid_indices")
+        ):
+            yield name, x.numpy()
+        seed = inputs["videos"][0]["image_seed"]
+        words, sentence = (
+            torch.from_numpy(image(1000 * i + seed, x.shape))
+            for i, x in ((1, words), (2, sentence))
+        )
+        for name, x in stages(
+            model, clips, (words, attention == 0, sentence.tanh()), inputs.get("valid_indices")
+        ):
+            yield f"given_text/{name}", x.numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #bcf06ce7
 def run_text(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of the text encoder, the resizer and both position encodings."
-    ids, attention, mask2d = (torch.from_numpy(arrays[f'in/{k}']) for k in ('input_ids', 'attention_mask', 'mask2d'))
-    text = nn.ModuleDict(dict(text_encoder=TextEncoder(ROBERTA_BASE | meta['config']), resizer=FeatureResizer(768, 256, 0.1))).eval()
-    body, resizer = text['text_encoder'], text['resizer']
+    ids, attention, mask2d = (
+        torch.from_numpy(arrays[f"in/{k}"]) for k in ("input_ids", "attention_mask", "mask2d")
+    )
+    text = nn.ModuleDict(
+        {
+            "text_encoder": TextEncoder(ROBERTA_BASE | meta["config"]),
+            "resizer": FeatureResizer(768, 256, 0.1),
+        }
+    ).eval()
+    body, resizer = text["text_encoder"], text["resizer"]
     with torch.inference_mode():
         load_filled(text, meta, arrays)
-        inner = {n: m for n, m in body.named_modules() if n.endswith('embeddings') or n.rsplit('.', 2)[-2:-1] == ['layer']}
-        with overhear(inner) as heard: words, sentence = body(ids, attention == 0)
-        def first(x): return x[0] if isinstance(x, tuple) else x
+        inner = {
+            n: m
+            for n, m in body.named_modules()
+            if n.endswith("embeddings") or n.rsplit(".", 2)[-2:-1] == ["layer"]
+        }
+        with overhear(inner) as heard:
+            words, sentence = body(ids, attention == 0)
+
+        def first(x):
+            return x[0] if isinstance(x, tuple) else x
+
         for name in inner:
-            number = name.rsplit('.', 1)[-1]
-            yield f'layer{int(number) + 1}' if number.isdigit() else 'embeddings', first(heard[name][0]).numpy()
-        yield 'last_hidden_state', words.numpy()
-        yield 'pooler_output', sentence.numpy()
-        yield 'words', resizer(words).numpy()
-        yield 'sentence', resizer(sentence).numpy()
-        yield 'position_1d', sine_position_1d(attention == 0, 256).numpy()
-        yield 'position_2d', sine_position_2d(mask2d, 256).numpy()
+            number = name.rsplit(".", 1)[-1]
+            yield (
+                f"layer{int(number) + 1}" if number.isdigit() else "embeddings",
+                first(heard[name][0]).numpy(),
+            )
+        yield "last_hidden_state", words.numpy()
+        yield "pooler_output", sentence.numpy()
+        yield "words", resizer(words).numpy()
+        yield "sentence", resizer(sentence).numpy()
+        yield "position_1d", sine_position_1d(attention == 0, 256).numpy()
+        yield "position_2d", sine_position_2d(mask2d, 256).numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #95df64ae
 def shapes_of(array: np.ndarray) -> list[tuple[int, int]]:
@@ -144,115 +205,187 @@ def shapes_of(array: np.ndarray) -> list[tuple[int, int]]:
 
 def run_core(arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "The attention function by itself."
-    value, at, weights, grad = (torch.from_numpy(arrays[f'in/core/{k}']) for k in ('value', 'sampling_locations', 'attention_weights', 'grad_output'))
+    value, at, weights, grad = (
+        torch.from_numpy(arrays[f"in/core/{k}"])
+        for k in ("value", "sampling_locations", "attention_weights", "grad_output")
+    )
     given = [x.requires_grad_() for x in (value, at, weights)]
-    out = ms_deform_attn(value, shapes_of(arrays['in/core/spatial_shapes']), at, weights)
-    yield 'core/output', out.detach().numpy()
-    for name, g in zip(('value', 'sampling_locations', 'attention_weights'), torch.autograd.grad(out, given, grad)): yield f'core/grad_{name}', g.numpy()
+    out = ms_deform_attn(value, shapes_of(arrays["in/core/spatial_shapes"]), at, weights)
+    yield "core/output", out.detach().numpy()
+    for name, g in zip(
+        ("value", "sampling_locations", "attention_weights"), torch.autograd.grad(out, given, grad)
+    ):
+        yield f"core/grad_{name}", g.numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #4f2d648e
 def run_deform(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of deformable attention: the function, then the module with points and with boxes as references."
     yield from run_core(arrays)
-    c, m = meta['config'], meta['inputs']['module']
-    shapes, padding = shapes_of(arrays['in/module/spatial_shapes']), torch.from_numpy(arrays['in/module/padding_mask'])
-    query, value, grad = (torch.from_numpy(image(m[f'{k}_seed'], m[f'{k}_shape'])) for k in ('query', 'input', 'grad_output'))
-    for kind in ('points', 'boxes'):
-        module = MSDeformAttn(c['d_model'], c['n_levels'], c['n_heads'], c['n_points'])
-        with torch.no_grad(): load_filled(module, meta, arrays)
-        reference = torch.from_numpy(arrays[f'in/module/reference_{kind}'])
+    c, m = meta["config"], meta["inputs"]["module"]
+    shapes, padding = (
+        shapes_of(arrays["in/module/spatial_shapes"]),
+        torch.from_numpy(arrays["in/module/padding_mask"]),
+    )
+    query, value, grad = (
+        torch.from_numpy(image(m[f"{k}_seed"], m[f"{k}_shape"]))
+        for k in ("query", "input", "grad_output")
+    )
+    for kind in ("points", "boxes"):
+        module = MSDeformAttn(c["d_model"], c["n_levels"], c["n_heads"], c["n_points"])
+        with torch.no_grad():
+            load_filled(module, meta, arrays)
+        reference = torch.from_numpy(arrays[f"in/module/reference_{kind}"])
         q, v = query.clone().requires_grad_(), value.clone().requires_grad_()
         out = module(q, reference, v, shapes, padding)
         out.backward(grad)
         at, weights = module.sample(query, reference, shapes)
-        found = dict(output=out, sampling_locations=at, attention_weights=weights, grad_query=q.grad, grad_input=v.grad) | {
-            'grad_' + n.replace('.', '_'): p.grad for n, p in module.named_parameters()}
-        for name, x in found.items(): yield f'module/{kind}/{name}', x.detach().numpy()
+        found = {
+            "output": out,
+            "sampling_locations": at,
+            "attention_weights": weights,
+            "grad_query": q.grad,
+            "grad_input": v.grad,
+        } | {"grad_" + n.replace(".", "_"): p.grad for n, p in module.named_parameters()}
+        for name, x in found.items():
+            yield f"module/{kind}/{name}", x.detach().numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #723699bd
 def run_mask_head(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of the dynamic mask head and the aligned bilinear enlargement."
-    reference, sizes = (torch.from_numpy(arrays[f'in/{k}']) for k in ('reference_points', 'sizes'))
-    b, t, c, h, w = 2, 2, meta['config']['mask_dim'], 9, 12
+    reference, sizes = (torch.from_numpy(arrays[f"in/{k}"]) for k in ("reference_points", "sizes"))
+    b, t, c, h, w = 2, 2, meta["config"]["mask_dim"], 9, 12
     features = torch.from_numpy(image(41, (b, t, c, h, w)))
-    for name, place in (('rel_coord', (reference.view(b, t, -1, 2), sizes)), ('no_rel_coord', (None, None))):
-        n = meta['outputs'][name]['num_params']
+    for name, place in (
+        ("rel_coord", (reference.view(b, t, -1, 2), sizes)),
+        ("no_rel_coord", (None, None)),
+    ):
+        n = meta["outputs"][name]["num_params"]
         params = 0.1 * torch.from_numpy(image(42, (b, reference.shape[1], n))).view(b, t, -1, n)
-        yield name, dynamic_mask_head(features, params, *place, meta['config']['channels'], meta['config']['layers'], meta['config']['stride']).flatten(1, 2).numpy()
+        yield (
+            name,
+            dynamic_mask_head(
+                features,
+                params,
+                *place,
+                meta["config"]["channels"],
+                meta["config"]["layers"],
+                meta["config"]["stride"],
+            )
+            .flatten(1, 2)
+            .numpy(),
+        )
     x = torch.from_numpy(image(44, (2, 3, 5, 7)))
-    for factor in (2, 4): yield f'aligned_bilinear_{factor}', aligned_bilinear(x, factor).numpy()
-    xs, ys = pixel_centres(3, 4, meta['config']['stride'])
-    yield 'locations', torch.stack(torch.meshgrid(xs, ys, indexing='xy'), -1).flatten(0, 1).numpy()
+    for factor in (2, 4):
+        yield f"aligned_bilinear_{factor}", aligned_bilinear(x, factor).numpy()
+    xs, ys = pixel_centres(3, 4, meta["config"]["stride"])
+    yield "locations", torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).flatten(0, 1).numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #90d8d5ef
 def targets_of(arrays: Mapping) -> dict:
     "The case's targets as a batch: labels, boxes, valid, masks padded to a multiple of 32."
-    t = {k: torch.from_numpy(arrays[f'in/{k}']) for k in ('labels', 'boxes', 'valid')}
-    masks = [torch.from_numpy(arrays[f'in/masks_{i}']) for i in range(len(t['labels']))]
-    return t | dict(valid=t['valid'].bool(), masks=pad_masks(masks))
+    t = {k: torch.from_numpy(arrays[f"in/{k}"]) for k in ("labels", "boxes", "valid")}
+    masks = [torch.from_numpy(arrays[f"in/masks_{i}"]) for i in range(len(t["labels"]))]
+    return t | {"valid": t["valid"].bool(), "masks": pad_masks(masks)}
 
 
 def predictions(k: int, layer: int) -> dict:
     "What decoder layer `layer` of the case is said to answer, for `k` classes; leaves that want gradients."
     seed = 100 * k + 10 * layer
     boxes = torch.from_numpy(image(seed + 2, (2, 3, 5, 4))).sigmoid()
-    found = dict(pred_logits=torch.from_numpy(image(seed + 1, (2, 3, 5, k))), pred_boxes=boxes, pred_masks=2 * torch.from_numpy(image(seed + 3, (2, 3, 5, 16, 24))))
+    found = {
+        "pred_logits": torch.from_numpy(image(seed + 1, (2, 3, 5, k))),
+        "pred_boxes": boxes,
+        "pred_masks": 2 * torch.from_numpy(image(seed + 3, (2, 3, 5, 16, 24))),
+    }
     return {n: x.requires_grad_() for n, x in found.items()}
 
 # %% ../../nbs/07d_verify.referformer.ipynb #079766af
 def run_criterion(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of the matcher and the criterion, then of the single formulas."
-    cost, coef = meta['config']['set_cost'], meta['config']['coef']
-    criterion = Criterion({k: coef[f'loss_{k}'] for k in MATCH}, {k: cost[{'ce': 'cls'}.get(k, k)] for k in MATCH})
+    cost, coef = meta["config"]["set_cost"], meta["config"]["coef"]
+    criterion = Criterion(
+        {k: coef[f"loss_{k}"] for k in MATCH}, {k: cost[{"ce": "cls"}.get(k, k)] for k in MATCH}
+    )
     for k in (1, 65):
         layers = [predictions(k, l) for l in range(4)]
-        total, losses, index = criterion(layers[-1] | dict(aux_outputs=layers[:-1]), targets_of(arrays))
+        total, losses, index = criterion(
+            layers[-1] | {"aux_outputs": layers[:-1]}, targets_of(arrays)
+        )
         total.backward()
-        yield f'classes{k}/indices', index.numpy()
-        yield f'classes{k}/losses', torch.stack([losses[n] for n in meta['outputs'][f'classes{k}/losses']['names']]).detach().numpy()
-        yield f'classes{k}/total', total.detach().numpy()
-        for l, layer in enumerate(layers): yield from ((f'classes{k}/grad/{l}/{n}', x.grad.numpy()) for n, x in layer.items())
-    x, y, boxes = torch.from_numpy(image(33, (4, 60))), *(torch.from_numpy(arrays[f'in/unit/{k}']) for k in ('y', 'boxes'))
-    yield 'unit/dice_loss', ((1 - dice(x, y)).sum() / 3).numpy()
-    yield 'unit/focal_loss', (focal(x, y).mean(1).sum() / 3).numpy()
-    yield 'unit/dice_coef', dice(x[:, None], y[None]).numpy()
-    yield 'unit/focal_coef', focal(x[:, None].expand(-1, len(y), -1), y[None]).mean(-1).numpy()
-    yield 'unit/giou', giou(boxes[:3, None], boxes[None, 3:]).numpy()
+        yield f"classes{k}/indices", index.numpy()
+        yield (
+            f"classes{k}/losses",
+            torch.stack([losses[n] for n in meta["outputs"][f"classes{k}/losses"]["names"]])
+            .detach()
+            .numpy(),
+        )
+        yield f"classes{k}/total", total.detach().numpy()
+        for l, layer in enumerate(layers):
+            yield from ((f"classes{k}/grad/{l}/{n}", x.grad.numpy()) for n, x in layer.items())
+    x, y, boxes = (
+        torch.from_numpy(image(33, (4, 60))),
+        *(torch.from_numpy(arrays[f"in/unit/{k}"]) for k in ("y", "boxes")),
+    )
+    yield "unit/dice_loss", ((1 - dice(x, y)).sum() / 3).numpy()
+    yield "unit/focal_loss", (focal(x, y).mean(1).sum() / 3).numpy()
+    yield "unit/dice_coef", dice(x[:, None], y[None]).numpy()
+    yield "unit/focal_coef", focal(x[:, None].expand(-1, len(y), -1), y[None]).mean(-1).numpy()
+    yield "unit/giou", giou(boxes[:3, None], boxes[None, 3:]).numpy()
 
 # %% ../../nbs/07d_verify.referformer.ipynb #01f60bf5
 def said_numbers(text: str, word: str) -> list:
     "The first bracketed list of numbers in a case's prose that follows `word`."
-    found = re.search(re.escape(word) + r'[^\[]*(\[[\[\]\d, ]*\])', text)
+    found = re.search(re.escape(word) + r"[^\[]*(\[[\[\]\d, ]*\])", text)
     return json.loads(found[1])
 
 
 def run_frames(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     "A2D and RefCOCO: masks, scores and boxes of frames of different padding."
-    text, threshold = meta['inputs']['a2d'], meta['config']['threshold']
-    logits, boxes = image(int(re.search(r'image\((\d+)', text)[1]), said_numbers(text, 'image(')), arrays['in/refcoco/boxes_cxcywh'][:, 0]
+    text, threshold = meta["inputs"]["a2d"], meta["config"]["threshold"]
+    logits, boxes = (
+        image(int(re.search(r"image\((\d+)", text)[1]), said_numbers(text, "image(")),
+        arrays["in/refcoco/boxes_cxcywh"][:, 0],
+    )
     scores = torch.from_numpy(logits).sigmoid()[:, 0].amax(-1).numpy()
-    for i, (inner, size) in enumerate(zip(said_numbers(text, 'before padding'), said_numbers(text, 'original sizes'))):
-        masks, order = query_masks(arrays['in/a2d/pred_masks'][i, 0], inner, size, threshold), np.argsort(-scores[i], kind='stable')
-        yield f'a2d/masks_{i}', masks
-        yield f'a2d/scores_{i}', scores[i]
-        yield f'refcoco/masks_{i}', masks[order]
-        yield f'refcoco/scores_{i}', scores[i][order]
-        yield f'refcoco/boxes_{i}', query_boxes(boxes[i], size)[order]
+    for i, (inner, size) in enumerate(
+        zip(said_numbers(text, "before padding"), said_numbers(text, "original sizes"))
+    ):
+        masks, order = (
+            query_masks(arrays["in/a2d/pred_masks"][i, 0], inner, size, threshold),
+            np.argsort(-scores[i], kind="stable"),
+        )
+        yield f"a2d/masks_{i}", masks
+        yield f"a2d/scores_{i}", scores[i]
+        yield f"refcoco/masks_{i}", masks[order]
+        yield f"refcoco/scores_{i}", scores[i][order]
+        yield f"refcoco/boxes_{i}", query_boxes(boxes[i], size)[order]
 
 
 def run_video(meta: dict) -> Iterator[tuple[str, np.ndarray]]:
     "Ref-YouTube-VOS: the query of a whole video, its masks and scores, for every number of classes; Ref-DAVIS17: a merged map."
-    seed, shape = re.search(r'mask logits = image\((\d+)\+K,(\[[\d, ]+\])', meta['inputs']['video']).groups()
+    seed, shape = re.search(
+        r"mask logits = image\((\d+)\+K,(\[[\d, ]+\])", meta["inputs"]["video"]
+    ).groups()
     seed, shape = int(seed), json.loads(shape)
-    for k in (int(n.rsplit('_', 1)[1]) for n in meta['outputs'] if n.startswith('video/query_')):
-        logits, masks = torch.from_numpy(image(seed - 1 + k, (*shape[:2], k))), image(seed + k, shape)
+    for k in (int(n.rsplit("_", 1)[1]) for n in meta["outputs"] if n.startswith("video/query_")):
+        logits, masks = (
+            torch.from_numpy(image(seed - 1 + k, (*shape[:2], k))),
+            image(seed + k, shape),
+        )
         q = best_query(logits[None]).item()
-        yield f'video/query_{k}', np.array(q)
-        yield f'video/masks_{k}', full_masks(masks[:, q], meta['outputs'][f'video/masks_{k}']['shape'][1:], threshold=meta['config']['threshold'])
-        yield f'video/class_info_{k}', logits[:, q, 0].sigmoid().numpy()
-    seed, *shape = map(int, re.findall(r'\d+', meta['inputs']['davis'].split('))')[0]))
+        yield f"video/query_{k}", np.array(q)
+        yield (
+            f"video/masks_{k}",
+            full_masks(
+                masks[:, q],
+                meta["outputs"][f"video/masks_{k}"]["shape"][1:],
+                threshold=meta["config"]["threshold"],
+            ),
+        )
+        yield f"video/class_info_{k}", logits[:, q, 0].sigmoid().numpy()
+    seed, *shape = map(int, re.findall(r"\d+", meta["inputs"]["davis"].split("))")[0]))
     planes = torch.from_numpy(image(seed, shape)).sigmoid().numpy()
-    yield 'davis/ids', np.stack([merge_labels(planes[:, t]) for t in range(shape[1])])
+    yield "davis/ids", np.stack([merge_labels(planes[:, t]) for t in range(shape[1])])
 
 # %% ../../nbs/07d_verify.referformer.ipynb #fbe0118e
 def run_postprocess(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
@@ -260,27 +393,38 @@ def run_postprocess(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarr
     frames = dict(run_frames(meta, arrays))
     yield from frames.items()
     yield from run_video(meta)
-    images = sorted(int(n.rsplit('_', 1)[1]) for n in arrays if n.startswith('in/metrics/gt_') and 'box' not in n)
-    truth = {j: rle_encode(arrays[f'in/metrics/gt_{j}']) for j in images}
-    results = [dict(image_id=j, score=float(s), segmentation=rle_encode(m)) for j in images for s, m in zip(arrays[f'in/metrics/scores_{j}'], frames[f'a2d/masks_{j % 2}'])]
-    for name, given in (('all_queries', results), ('best_query', chosen(results).values())):
-        yield f'metrics/coco_stats_{name}', np.array(list(average_precision(truth, given).values())[:6])
+    images = sorted(
+        int(n.rsplit("_", 1)[1])
+        for n in arrays
+        if n.startswith("in/metrics/gt_") and "box" not in n
+    )
+    truth = {j: rle_encode(arrays[f"in/metrics/gt_{j}"]) for j in images}
+    results = [
+        {"image_id": j, "score": float(s), "segmentation": rle_encode(m)}
+        for j in images
+        for s, m in zip(arrays[f"in/metrics/scores_{j}"], frames[f"a2d/masks_{j % 2}"])
+    ]
+    for name, given in (("all_queries", results), ("best_query", chosen(results).values())):
+        yield (
+            f"metrics/coco_stats_{name}",
+            np.array(list(average_precision(truth, given).values())[:6]),
+        )
     *precision, overall, mean = frame_scores(overlaps(truth, results)).values()
-    yield 'metrics/precision_at_k', np.array(precision)
-    yield 'metrics/overall_iou', np.array(overall)
-    yield 'metrics/mean_iou', np.array(mean)
+    yield "metrics/precision_at_k", np.array(precision)
+    yield "metrics/overall_iou", np.array(overall)
+    yield "metrics/mean_iou", np.array(mean)
 
 # %% ../../nbs/07d_verify.referformer.ipynb #3fa0c560
 def named(*words: str):
     "A test of a case's meta: its model is one of `words`."
-    return lambda meta: meta.get('model') in words
+    return lambda meta: meta.get("model") in words
 
 
 RUNNERS = [
-    (lambda meta: meta.get('model') == 'ReferFormer' and bool(meta.get('keys')), run_model),
-    (named('RoBERTa-base text encoder and feature resizer'), run_text),
-    (named('multi-scale deformable attention'), run_deform),
-    (named('ReferFormer dynamic mask head'), run_mask_head),
-    (named('ReferFormer matcher and criterion'), run_criterion),
-    (named('ReferFormer post-processing and metrics'), run_postprocess),
+    (lambda meta: meta.get("model") == "ReferFormer" and bool(meta.get("keys")), run_model),
+    (named("RoBERTa-base text encoder and feature resizer"), run_text),
+    (named("multi-scale deformable attention"), run_deform),
+    (named("ReferFormer dynamic mask head"), run_mask_head),
+    (named("ReferFormer matcher and criterion"), run_criterion),
+    (named("ReferFormer post-processing and metrics"), run_postprocess),
 ]

@@ -30,94 +30,154 @@ from ..vos.deaot import DeAOT, DeAOTConfig
 from ..vos.propagator import AOTPropagator, Augmented, Propagator
 
 # %% ../../nbs/07e_verify.vos.ipynb #362162c4
-FAMILIES = {'aot': (AOT, AOTConfig), 'deaot': (DeAOT, DeAOTConfig)}
-ENCODERS = {'swin_base': 'swin_b', 'swin_large': 'swin_l'} # published names that are not ours
+FAMILIES = {"aot": (AOT, AOTConfig), "deaot": (DeAOT, DeAOTConfig)}
+ENCODERS = {"swin_base": "swin_b", "swin_large": "swin_l"}  # published names that are not ours
 VARIANTS = aot.VARIANTS | deaot.VARIANTS
 
+
 def published_model(
-    meta: dict, # of a case
+    meta: dict,  # of a case
 ) -> AOT:
     "A published model with random weights. Raises `Problem` for a family or encoder that is not there."
-    c = meta['config']
-    if c['MODEL_VOS'] not in FAMILIES: raise Problem(f"model {meta['model']!r}", f"family {c['MODEL_VOS']!r}", ' or '.join(FAMILIES), 'use a version of this package that has it')
-    cls, config = FAMILIES[c['MODEL_VOS']]
-    align, encoder = c['MODEL_ALIGN_CORNERS'], c['MODEL_ENCODER']
-    return cls(config(encoder=ENCODERS.get(encoder, encoder), layers=c['MODEL_LSTT_NUM'], dim=c['MODEL_ENCODER_EMBEDDING_DIM'], heads=c['MODEL_ATT_HEADS'], max_objects=c['MODEL_MAX_OBJ_NUM'],
-        align_corners=align, id_kernel=17 if align else 16, gap=c['TEST_LONG_TERM_MEM_GAP'], short_skip=c['TEST_SHORT_TERM_MEM_SKIP'])).eval()
+    c = meta["config"]
+    if c["MODEL_VOS"] not in FAMILIES:
+        raise Problem(
+            f"model {meta['model']!r}",
+            f"family {c['MODEL_VOS']!r}",
+            " or ".join(FAMILIES),
+            "use a version of this package that has it",
+        )
+    cls, config = FAMILIES[c["MODEL_VOS"]]
+    align, encoder = c["MODEL_ALIGN_CORNERS"], c["MODEL_ENCODER"]
+    return cls(
+        config(
+            encoder=ENCODERS.get(encoder, encoder),
+            layers=c["MODEL_LSTT_NUM"],
+            dim=c["MODEL_ENCODER_EMBEDDING_DIM"],
+            heads=c["MODEL_ATT_HEADS"],
+            max_objects=c["MODEL_MAX_OBJ_NUM"],
+            align_corners=align,
+            id_kernel=17 if align else 16,
+            gap=c["TEST_LONG_TERM_MEM_GAP"],
+            short_skip=c["TEST_SHORT_TERM_MEM_SKIP"],
+        )
+    ).eval()
 
 # %% ../../nbs/07e_verify.vos.ipynb #6115dfbe
-def tokens(x: Tensor) -> np.ndarray: return x.transpose(0, 1).numpy() # (1, h*w, C) -> (h*w, 1, C)
+def tokens(x: Tensor) -> np.ndarray:
+    return x.transpose(0, 1).numpy()  # (1, h*w, C) -> (h*w, 1, C)
 
-def named(model: AOT, memory: tuple[Tensor, Tensor]) -> dict[str, Tensor]: # each (1, h*w, ·)
+
+def named(model: AOT, memory: tuple[Tensor, Tensor]) -> dict[str, Tensor]:  # each (1, h*w, ·)
     "Keys and values under their published names."
     k, v = memory
-    return dict(K=k, V=v) if type(model) is AOT else dict(K=k, V=v.chunk(2, -1)[0], IDV=v.chunk(2, -1)[1])
+    return (
+        {"K": k, "V": v}
+        if type(model) is AOT
+        else {"K": k, "V": v.chunk(2, -1)[0], "IDV": v.chunk(2, -1)[1]}
+    )
 
-def reference_outputs(engine: AOTEngine, labels: Tensor) -> Iterator[tuple[str, np.ndarray]]: # labels (H, W) at input size
+
+def reference_outputs(
+    engine: AOTEngine, labels: Tensor
+) -> Iterator[tuple[str, np.ndarray]]:  # labels (H, W) at input size
     "What a case records of a reference frame, sub-engine by sub-engine."
     for i, (memory, outputs) in enumerate(zip(engine.memories, engine.outputs)):
-        where = f'_engine{i}/' if i else '/'
-        with torch.no_grad(): identity = identity_of(engine.model, labels, i)
-        yield where + 'id_emb', tokens(identity)
+        where = f"_engine{i}/" if i else "/"
+        with torch.no_grad():
+            identity = identity_of(engine.model, labels, i)
+        yield where + "id_emb", tokens(identity)
         for l, (x, layer) in enumerate(zip(outputs, memory.recent[0].layers)):
-            yield f'{where}lstt{l}', tokens(x)
-            for n, y in named(engine.model, layer).items(): yield f'{where}long/layer{l}_{n}', tokens(y)
+            yield f"{where}lstt{l}", tokens(x)
+            for n, y in named(engine.model, layer).items():
+                yield f"{where}long/layer{l}_{n}", tokens(y)
 
 # %% ../../nbs/07e_verify.vos.ipynb #74ac1156
-def step_outputs(engine: AOTEngine, maps: list[Tensor], stages: dict[str, Tensor], size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
+def step_outputs(
+    engine: AOTEngine, maps: list[Tensor], stages: dict[str, Tensor], size: tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray]]:
     "What a case records of a propagated frame before memory is updated."
     h, w = maps[-1].shape[-2:]
-    yield 'pos_emb', tokens(sine_position(h, w, engine.model.config.dim))
-    for i, m in enumerate(maps): yield f'enc{i}', m.numpy()
-    for l, x in enumerate(engine.outputs[0]): yield f'lstt{l}', tokens(x)
-    for name, x in stages.items(): yield f'decoder_{name}', x.numpy()
+    yield "pos_emb", tokens(sine_position(h, w, engine.model.config.dim))
+    for i, m in enumerate(maps):
+        yield f"enc{i}", m.numpy()
+    for l, x in enumerate(engine.outputs[0]):
+        yield f"lstt{l}", tokens(x)
+    for name, x in stages.items():
+        yield f"decoder_{name}", x.numpy()
     logits = engine.logits(size)
     top = logits.softmax(1).topk(2, 1).values[0]
-    yield 'decoder_logits', engine.raw[-1].numpy()
-    yield 'logits', logits.numpy()
+    yield "decoder_logits", engine.raw[-1].numpy()
+    yield "logits", logits.numpy()
     margin = (top[0] - top[1]).numpy()
-    yield 'label', np.ma.array(logits.argmax(1)[0].numpy(), mask=margin <= 1e-3)
-    yield 'margin', margin
+    yield "label", np.ma.array(logits.argmax(1)[0].numpy(), mask=margin <= 1e-3)
+    yield "margin", margin
 
-def memory_outputs(engine: AOTEngine, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]: # (h, w) of the memory
+
+def memory_outputs(
+    engine: AOTEngine, size: tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray]]:  # (h, w) of the memory
     "What a case records of a propagated frame after memory was updated."
     memory = engine.memories[0]
     for l, layer in enumerate(memory.recent[0].layers):
-        for name, x in named(engine.model, layer).items(): yield f'short/layer{l}_{name}', x.transpose(1, 2).unflatten(2, size).numpy()
-    yield 'long_len', np.array([len(memory.long)])
+        for name, x in named(engine.model, layer).items():
+            yield f"short/layer{l}_{name}", x.transpose(1, 2).unflatten(2, size).numpy()
+    yield "long_len", np.array([len(memory.long)])
 
 # %% ../../nbs/07e_verify.vos.ipynb #8942bfba
 class Case:
     "A model case, ready to be walked: model, encoded frames, labels."
+
     def __init__(self, meta: dict, arrays: dict):
-        about = meta['inputs']
-        self.objects, self.size, self.key = about['obj_nums'], tuple(about['output_size']), about['key_frame']
-        self.late = 2 if 'is added as a new reference' in meta['notes'] else None # the frame with a new object
+        about = meta["inputs"]
+        self.objects, self.size, self.key = (
+            about["obj_nums"],
+            tuple(about["output_size"]),
+            about["key_frame"],
+        )
+        self.late = (
+            2 if "is added as a new reference" in meta["notes"] else None
+        )  # the frame with a new object
         model = published_model(meta)
         with torch.inference_mode():
             load_filled(model, meta, arrays)
-            self.maps = [model.encode(torch.from_numpy(x[None])) for x in image(about['frames']['seed'], tuple(about['frames']['shape']))]
-        self.labels, self.stages = torch.from_numpy(arrays['in/masks']).long(), {}
-        for name in ('conv_in', 'conv_16x', 'conv_8x', 'conv_4x'):
-            getattr(model.decoder, name).register_forward_hook(lambda m, i, o, name=name: self.stages.__setitem__(name, o))
-        self.engine = AOTEngine(model, challenge='challenge' in meta['code'])
+            self.maps = [
+                model.encode(torch.from_numpy(x[None]))
+                for x in image(about["frames"]["seed"], tuple(about["frames"]["shape"]))
+            ]
+        self.labels, self.stages = torch.from_numpy(arrays["in/masks"]).long(), {}
+        for name in ("conv_in", "conv_16x", "conv_8x", "conv_4x"):
+            getattr(model.decoder, name).register_forward_hook(
+                lambda m, i, o, name=name: self.stages.__setitem__(name, o)
+            )
+        self.engine = AOTEngine(model, challenge="challenge" in meta["code"])
 
     def run(self, name: str, frames: range, free: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         "A reference at the key frame, then `frames` in their order."
         engine, key = self.engine, self.labels[self.key]
-        if self.late: key = key.where(key < self.objects, 0)
+        if self.late:
+            key = key.where(key < self.objects, 0)
         engine.refer(self.maps[self.key], key, self.objects - bool(self.late))
-        for n, x in reference_outputs(engine, key): yield f'{name}/ref{self.key}{n}', x
+        for n, x in reference_outputs(engine, key):
+            yield f"{name}/ref{self.key}{n}", x
         for t in frames:
-            where, labels = f'{name}/frame{t}/', self.labels[t]
+            where, labels = f"{name}/frame{t}/", self.labels[t]
             engine.step(self.maps[t])
-            for n, x in step_outputs(engine, self.maps[t], self.stages, self.size): yield where + n, x
-            if free: labels = F.interpolate(engine.logits(self.size).argmax(1)[None].float(), tuple(labels.shape), mode='nearest')[0, 0].long()
-            if t == self.late: engine.refer(self.maps[t], labels, self.objects)
+            for n, x in step_outputs(engine, self.maps[t], self.stages, self.size):
+                yield where + n, x
+            if free:
+                labels = F.interpolate(
+                    engine.logits(self.size).argmax(1)[None].float(),
+                    tuple(labels.shape),
+                    mode="nearest",
+                )[0, 0].long()
+            if t == self.late:
+                engine.refer(self.maps[t], labels, self.objects)
             engine.commit(labels)
-            for n, x in memory_outputs(engine, self.maps[t][-1].shape[-2:]): yield where + n, x
+            for n, x in memory_outputs(engine, self.maps[t][-1].shape[-2:]):
+                yield where + n, x
         *_, value = named(engine.model, engine.memories[0].read()[0][-1]).values()
-        yield f'{name}/last_long_sum', np.array([value.mean().item(), value.std().item()])
+        yield f"{name}/last_long_sum", np.array([value.mean().item(), value.std().item()])
 
 # %% ../../nbs/07e_verify.vos.ipynb #6b3860f7
 def propagation(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
@@ -125,144 +185,235 @@ def propagation(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
     case = Case(meta, arrays)
     k, last = case.key, len(case.labels)
     if k == 0:
-        runs = sorted({n.removeprefix('out/').split('/')[0] for n in meta['outputs']})
+        runs = sorted({n.removeprefix("out/").split("/")[0] for n in meta["outputs"]})
         for name in runs:
             case.engine.restart()
-            yield from case.run(name, range(1, last), free=name == 'free')
+            yield from case.run(name, range(1, last), free=name == "free")
         return
-    yield from case.run('forward', range(k + 1, last))
-    yield from case.run('backward_same_engine', range(k - 1, -1, -1))
+    yield from case.run("forward", range(k + 1, last))
+    yield from case.run("backward_same_engine", range(k - 1, -1, -1))
     case.engine.restart()
-    yield from case.run('backward_restarted', range(k - 1, -1, -1))
+    yield from case.run("backward_restarted", range(k - 1, -1, -1))
 
 # %% ../../nbs/07e_verify.vos.ipynb #dbef07c0
 def same(where: str, ours: list, published: list):
     "Raise `Problem` at the first event that differs."
     for i in range(max(len(ours), len(published))):
-        a, b = (list(x[i]) if i < len(x) else 'nothing' for x in (ours, published))
-        if a != b: raise Problem(where, f'event {i} is {a}', str(b), 'mend the walk or the memory policy')
+        a, b = (list(x[i]) if i < len(x) else "nothing" for x in (ours, published))
+        if a != b:
+            raise Problem(where, f"event {i} is {a}", str(b), "mend the walk or the memory policy")
+
 
 class Stub(Propagator):
     "The stub of the case: a mask that slides one pixel to the right with each step."
-    def __init__(self): self.events = []
-    def start(self, size): pass
+
+    def __init__(self):
+        self.events = []
+
+    def start(self, size):
+        pass
+
     def remember(self, frame, labels):
         self.mask = torch.as_tensor(labels) > 0
-        self.events.append(['reference', int(frame[0, 0, 0])])
+        self.events.append(["reference", int(frame[0, 0, 0])])
+
     def step(self, frame):
         self.mask = F.pad(self.mask, (1, 0))[:, :-1]
-        self.events += [['propagate', int(frame[0, 0, 0])], ['update']]
-        return torch.stack([torch.zeros(self.mask.shape), 10. * self.mask - 5]).softmax(0)
+        self.events += [["propagate", int(frame[0, 0, 0])], ["update"]]
+        return torch.stack([torch.zeros(self.mask.shape), 10.0 * self.mask - 5]).softmax(0)
 
 # %% ../../nbs/07e_verify.vos.ipynb #03fcc1f1
 class Witness(AOTPropagator):
     "AOT that notes which frames are in its long-term memory. A frame's number is the value of its pixels."
-    def start(self, size): super().start(size); self.names, self.events, self.now = {}, [], None
-    def see(self, frame): self.number = int(frame[0, 0, 0]); return super().see(frame) # a frame is seen just before it is used
-    def note(self): self.names[id(self.engine.memories[0].recent[-1])] = self.now
-    def frames(self): return [self.names[id(f)] for f in self.engine.memories[0].long]
+
+    def start(self, size):
+        super().start(size)
+        self.names, self.events, self.now = {}, [], None
+
+    def see(self, frame):
+        self.number = int(frame[0, 0, 0])
+        return super().see(frame)  # a frame is seen just before it is used
+
+    def note(self):
+        self.names[id(self.engine.memories[0].recent[-1])] = self.now
+
+    def frames(self):
+        return [self.names[id(f)] for f in self.engine.memories[0].long]
+
     def settle(self):
-        if self.pending is not None: super().settle(); self.note()
+        if self.pending is not None:
+            super().settle()
+            self.note()
+
     def remember(self, frame, labels):
-        super().remember(frame, labels); self.now = self.number; self.note()
-        event = ['reference', self.now, self.frames()]
-        self.events.append(event + [self.engine.open] if self.engine.challenge else event)
+        super().remember(frame, labels)
+        self.now = self.number
+        self.note()
+        event = ["reference", self.now, self.frames()]
+        self.events.append([*event, self.engine.open] if self.engine.challenge else event)
+
     def step(self, frame):
         self.settle()
         read, p, self.now = self.frames(), super().step(frame), self.number
-        self.events.append(['propagate', self.now, read, self.engine.memories[0].steps])
+        self.events.append(["propagate", self.now, read, self.engine.memories[0].steps])
         return p
 
 # %% ../../nbs/07e_verify.vos.ipynb #a8a65245
 def check_memory(cases: dict[str, list], challenge: bool):
     "Walk a tiny model over numbered frames and compare what is in memory at every step."
-    tiny = dict(aott=AOT(replace(VARIANTS['aot-tiny'], max_objects=10)).eval(), deaott=DeAOT(replace(VARIANTS['deaot-tiny'], max_objects=10)).eval())
+    tiny = {
+        "aott": AOT(replace(VARIANTS["aot-tiny"], max_objects=10)).eval(),
+        "deaott": DeAOT(replace(VARIANTS["deaot-tiny"], max_objects=10)).eval(),
+    }
     for name, published in cases.items():
-        family, n, k, gap = (['aott'] + name.split('_'))[-4:]
+        family, n, k, gap = (["aott", *name.split("_")])[-4:]
         n, k, gap = int(n[1:]), int(k[3:]), int(gap[3:])
         film = [np.full((16, 16, 3), t, np.uint8) for t in range(n)]
-        labels = np.zeros((16, 16), np.uint8); labels[4:9, 4:9] = 1
+        labels = np.zeros((16, 16), np.uint8)
+        labels[4:9, 4:9] = 1
         witness = Witness(tiny[family], gap=gap, challenge=challenge)
         list(walk(witness, film[k:], film[k::-1], k, labels, restart=False))
-        same(f'memory of {name}', witness.events, published)
+        same(f"memory of {name}", witness.events, published)
 
 # %% ../../nbs/07e_verify.vos.ipynb #31160bc5
 def bidirectional(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
     "Runner: the key-frame post-process of the challenge. Raises `Problem` where calls or memory differ."
-    check_memory(meta['memory'], challenge=True)
-    check_memory(meta['memory_current_main'], challenge=False)
-    for name, about in meta['cases'].items():
-        masks, k = arrays[f'in/{name}/annotations'], about['key_index']
+    check_memory(meta["memory"], challenge=True)
+    check_memory(meta["memory_current_main"], challenge=False)
+    for name, about in meta["cases"].items():
+        masks, k = arrays[f"in/{name}/annotations"], about["key_index"]
         with tempfile.TemporaryDirectory() as tmp:
-            frames, source, out = (Path(tmp)/part for part in ('frames', 'source', 'out'))
-            for folder in (frames, source, out): folder.mkdir()
-            names = tuple(f'{t:05d}' for t in range(len(masks)))
+            frames, source, out = (Path(tmp) / part for part in ("frames", "source", "out"))
+            for folder in (frames, source, out):
+                folder.mkdir()
+            names = tuple(f"{t:05d}" for t in range(len(masks)))
             for t, (n, m) in enumerate(zip(names, masks)):
-                Image.fromarray(np.full((*m.shape, 3), t, np.uint8)).save(frames/f'{n}.png')
-                write_mask(source/f'{n}.png', m > 0)
-            stub = Stub(); propagate_sentences(stub, Video(name, names, frames), [Sentence(k, source, out)], restart=False)
-            same(f'calls of {name}', stub.events, [e[:2] for e in about['events']])
-            if (source/f'{names[k]}.png').read_bytes() != (out/f'{names[k]}.png').read_bytes(): raise Problem(name, 'a key frame that was written anew', 'a copy of its bytes', 'copy the file')
-            images = [Image.open(out/f'{n}.png') for n in names]
-            same(f'modes of {name}', [[i.mode] for i in images], [[m] for m in about['png_modes']])
-            yield f'{name}/png', np.stack([np.asarray(i) for i in images])
+                Image.fromarray(np.full((*m.shape, 3), t, np.uint8)).save(frames / f"{n}.png")
+                write_mask(source / f"{n}.png", m > 0)
+            stub = Stub()
+            propagate_sentences(
+                stub, Video(name, names, frames), [Sentence(k, source, out)], restart=False
+            )
+            same(f"calls of {name}", stub.events, [e[:2] for e in about["events"]])
+            if (source / f"{names[k]}.png").read_bytes() != (out / f"{names[k]}.png").read_bytes():
+                raise Problem(
+                    name,
+                    "a key frame that was written anew",
+                    "a copy of its bytes",
+                    "copy the file",
+                )
+            images = [Image.open(out / f"{n}.png") for n in names]
+            same(f"modes of {name}", [[i.mode] for i in images], [[m] for m in about["png_modes"]])
+            yield f"{name}/png", np.stack([np.asarray(i) for i in images])
 
 # %% ../../nbs/07e_verify.vos.ipynb #1f40e869
 class Noted(Augmented):
     "Keeps its last answer."
-    def step(self, frame): self.answer = super().step(frame); return self.answer
+
+    def step(self, frame):
+        self.answer = super().step(frame)
+        return self.answer
+
 
 def augmented(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
     "Runner: the key-frame post-process with several scales and flips. Raises `Problem` where the views have other sizes."
-    c, frames, masks = meta['config'], arrays['in/frames'], arrays['in/annotations']
-    k, size = c['key_index'], frames.shape[1:3]
-    model = published_model({**meta, 'config': {'MODEL_ATT_HEADS': c['MODEL_SELF_HEADS'], 'TEST_SHORT_TERM_MEM_SKIP': 1} | c})
-    with torch.inference_mode(): load_filled(model, meta, arrays)
-    views = Noted(AOTPropagator(model, challenge=True), c['multi_scale'], c['flip'], 'merged')
-    same('views', [[*view.input_size(size), flip] for view, flip in views.views], [[h, w, flip] for _, h, w, flip in meta['inputs']['augmentations']])
+    c, frames, masks = meta["config"], arrays["in/frames"], arrays["in/annotations"]
+    k, size = c["key_index"], frames.shape[1:3]
+    model = published_model(
+        {
+            **meta,
+            "config": {"MODEL_ATT_HEADS": c["MODEL_SELF_HEADS"], "TEST_SHORT_TERM_MEM_SKIP": 1} | c,
+        }
+    )
+    with torch.inference_mode():
+        load_filled(model, meta, arrays)
+    views = Noted(AOTPropagator(model, challenge=True), c["multi_scale"], c["flip"], "merged")
+    same(
+        "views",
+        [[*view.input_size(size), flip] for view, flip in views.views],
+        [[h, w, flip] for _, h, w, flip in meta["inputs"]["augmentations"]],
+    )
     png = (masks > 0) * np.uint8(255)
-    for t, labels in walk(views, frames[k:], frames[k::-1], k, (masks[k] > 0).astype(np.uint8), restart=False):
-        yield f'frame{t}/prob', views.answer[None].numpy()
-        yield f'frame{t}/label', labels
+    for t, labels in walk(
+        views, frames[k:], frames[k::-1], k, (masks[k] > 0).astype(np.uint8), restart=False
+    ):
+        yield f"frame{t}/prob", views.answer[None].numpy()
+        yield f"frame{t}/label", labels
         png[t] = (labels > 0) * np.uint8(255)
-    yield 'png', png
+    yield "png", png
 
 # %% ../../nbs/07e_verify.vos.ipynb #e43f08b5
 def training(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
     "Runner: losses and gradients of training. Raises `Problem` where a gradient differs."
-    from rvos_nb.train.losses import aux_weight, bootstrapped_ce, hard_share, sequence_loss, soft_jaccard
-    c, about = meta['config'], meta['inputs']
-    cls = DeAOT if meta['model'] in deaot.VARIANTS else AOT
-    model = cls(replace(VARIANTS[meta['model']], train_gap=c['TRAIN_LONG_TERM_MEM_GAP'])).eval()
-    with torch.no_grad(): load_filled(model, meta | {'keys': [k for k in meta['keys'] if k[0] != 'LSTT.mask_token']}, arrays)
-    frames = torch.from_numpy(image(about['frames']['seed'], tuple(about['frames']['shape'])))
-    labels, objects, total = torch.from_numpy(arrays['in/masks']), torch.tensor(about['obj_nums']), c['TRAIN_TOTAL_STEPS']
-    def share(step): return hard_share(step / total, c['TRAIN_TOP_K_PERCENT_PIXELS'], stop=c['TRAIN_HARD_MINING_RATIO'])
-    for name, run in meta['runs'].items():
+    from rvos_nb.train.losses import (
+        aux_weight,
+        bootstrapped_ce,
+        hard_share,
+        sequence_loss,
+        soft_jaccard,
+    )
+
+    c, about = meta["config"], meta["inputs"]
+    cls = DeAOT if meta["model"] in deaot.VARIANTS else AOT
+    model = cls(replace(VARIANTS[meta["model"]], train_gap=c["TRAIN_LONG_TERM_MEM_GAP"])).eval()
+    with torch.no_grad():
+        load_filled(
+            model, meta | {"keys": [k for k in meta["keys"] if k[0] != "LSTT.mask_token"]}, arrays
+        )
+    frames = torch.from_numpy(image(about["frames"]["seed"], tuple(about["frames"]["shape"])))
+    labels, objects, total = (
+        torch.from_numpy(arrays["in/masks"]),
+        torch.tensor(about["obj_nums"]),
+        c["TRAIN_TOTAL_STEPS"],
+    )
+
+    def share(step):
+        return hard_share(
+            step / total, c["TRAIN_TOP_K_PERCENT_PIXELS"], stop=c["TRAIN_HARD_MINING_RATIO"]
+        )
+
+    for name, run in meta["runs"].items():
         model.zero_grad(set_to_none=True)
-        logits = model.forward_sequence(frames, labels, objects, run['use_prev_pred'])
-        aux = c['TRAIN_AUX_LOSS_WEIGHT'] * aux_weight(run['step'] / total, c['TRAIN_AUX_LOSS_RATIO'])
-        loss, each = sequence_loss(logits, labels, objects, share(run['step']), aux)
+        logits = model.forward_sequence(frames, labels, objects, run["use_prev_pred"])
+        aux = c["TRAIN_AUX_LOSS_WEIGHT"] * aux_weight(
+            run["step"] / total, c["TRAIN_AUX_LOSS_RATIO"]
+        )
+        loss, each = sequence_loss(logits, labels, objects, share(run["step"]), aux)
         loss.backward()
-        yield f'{name}/loss', loss.detach().numpy()
-        yield f'{name}/frame_losses', each.detach().numpy()
-        for t, x in enumerate(logits): yield f'{name}/pred{t}', x.argmax(1).numpy()
-        check_gradients(f'gradients of {name}', model, run)
-    x, y = torch.from_numpy(arrays['in/loss_logits']), torch.from_numpy(arrays['in/loss_labels'])
-    for step in (0, 25000, 50000, 90000): yield f'ce_step{step}', bootstrapped_ce(x, y, share(step)).numpy()
-    yield 'soft_jaccard', soft_jaccard(x, y).numpy()
+        yield f"{name}/loss", loss.detach().numpy()
+        yield f"{name}/frame_losses", each.detach().numpy()
+        for t, x in enumerate(logits):
+            yield f"{name}/pred{t}", x.argmax(1).numpy()
+        check_gradients(f"gradients of {name}", model, run)
+    x, y = torch.from_numpy(arrays["in/loss_logits"]), torch.from_numpy(arrays["in/loss_labels"])
+    for step in (0, 25000, 50000, 90000):
+        yield f"ce_step{step}", bootstrapped_ce(x, y, share(step)).numpy()
+    yield "soft_jaccard", soft_jaccard(x, y).numpy()
+
 
 def check_gradients(where: str, model: AOT, run: dict):
     "Raise `Problem` where a norm is off by more than 0.2 %, or a parameter trains that should not."
     parameters = dict(model.named_parameters())
-    for n, norm in run['grad_norms'].items():
+    for n, norm in run["grad_norms"].items():
         ours = parameters[n].grad.norm().item()
-        if abs(ours - norm) > 2e-3 * norm: raise Problem(where, f'{n} {ours:.6g}', f'{norm:.6g}', 'mend the backward pass')
-    for n in run['frozen']:
-        if parameters[n].requires_grad: raise Problem(where, f'{n} trains', 'a frozen parameter', 'freeze the first stages')
+        if abs(ours - norm) > 2e-3 * norm:
+            raise Problem(where, f"{n} {ours:.6g}", f"{norm:.6g}", "mend the backward pass")
+    for n in run["frozen"]:
+        if parameters[n].requires_grad:
+            raise Problem(where, f"{n} trains", "a frozen parameter", "freeze the first stages")
 
 # %% ../../nbs/07e_verify.vos.ipynb #0a828879
-RUNNERS = [(lambda meta: 'multi_scale' in (meta.get('config') or {}) and 'key_index' in meta['config'], augmented),
-           (lambda meta: 'MODEL_VOS' in (meta.get('config') or {}), propagation),
-           (lambda meta: 'cases' in meta and 'memory' in meta, bidirectional),
-           (lambda meta: 'TRAIN_LONG_TERM_MEM_GAP' in (meta.get('config') or {}) and meta['model'] in VARIANTS, training)]
+RUNNERS = [
+    (
+        lambda meta: "multi_scale" in (meta.get("config") or {}) and "key_index" in meta["config"],
+        augmented,
+    ),
+    (lambda meta: "MODEL_VOS" in (meta.get("config") or {}), propagation),
+    (lambda meta: "cases" in meta and "memory" in meta, bidirectional),
+    (
+        lambda meta: (
+            "TRAIN_LONG_TERM_MEM_GAP" in (meta.get("config") or {}) and meta["model"] in VARIANTS
+        ),
+        training,
+    ),
+]

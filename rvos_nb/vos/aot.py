@@ -25,188 +25,280 @@ from .attention import LongTermAttention, ShortTermAttention, attend
 @dataclass(frozen=True)
 class AOTConfig:
     "All that decides an AOT. JSON-able: `AOTConfig(**json)` restores it."
-    encoder: str = 'mobilenetv2'  # a key of ENCODERS
-    layers: int = 1               # L
-    dim: int = 256                # C
-    heads: int = 8                # of every attention
-    reach: int = 7                # largest displacement of short-term attention, in cells
-    max_objects: int = 10         # identities, without the background
-    align_corners: bool = True    # input sizes are then 16k + 1, not 16k
-    id_kernel: int = 17           # side of the patches that become identity embeddings
-    gap: int = 9999               # every gap-th step enters the long-term memory
-    train_gap: int = 9999         # the same in training
-    short_skip: int = 1           # the short-term memory lies this many steps back
-    drop_path: float = .1         # training only
-    long_side: int = 1040         # larger frames are shrunk to it
-    short_side: int = 0           # the same for the short side; 0: no limit
-    mean: tuple[float, ...] = (.485, .456, .406) # of RGB in 0..1
-    std: tuple[float, ...] = (.229, .224, .225)
 
-VARIANTS: dict[str, AOTConfig] = dict(
-    aott=AOTConfig(), aots=AOTConfig(layers=2), aotb=AOTConfig(layers=3), aotl=AOTConfig(layers=3, gap=5, train_gap=2),
-    r50_aotl=AOTConfig(encoder='resnet50', layers=3, gap=5, train_gap=2))
-for name in ('swin_b', 'swin_l'): VARIANTS[f'{name.replace("_", "")}_aotl'] = AOTConfig(encoder=name, layers=3, align_corners=False, id_kernel=16, gap=5, train_gap=2)
-VARIANTS['aot-tiny'] = AOTConfig(encoder='conv_tiny_vos', dim=64, heads=4, reach=2, max_objects=5, align_corners=False, id_kernel=16,
-    gap=5, drop_path=0., short_side=144, mean=(100 / 255,) * 3, std=(60 / 255,) * 3)
+    encoder: str = "mobilenetv2"  # a key of ENCODERS
+    layers: int = 1  # L
+    dim: int = 256  # C
+    heads: int = 8  # of every attention
+    reach: int = 7  # largest displacement of short-term attention, in cells
+    max_objects: int = 10  # identities, without the background
+    align_corners: bool = True  # input sizes are then 16k + 1, not 16k
+    id_kernel: int = 17  # side of the patches that become identity embeddings
+    gap: int = 9999  # every gap-th step enters the long-term memory
+    train_gap: int = 9999  # the same in training
+    short_skip: int = 1  # the short-term memory lies this many steps back
+    drop_path: float = 0.1  # training only
+    long_side: int = 1040  # larger frames are shrunk to it
+    short_side: int = 0  # the same for the short side; 0: no limit
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+VARIANTS: dict[str, AOTConfig] = {
+    "aott": AOTConfig(),
+    "aots": AOTConfig(layers=2),
+    "aotb": AOTConfig(layers=3),
+    "aotl": AOTConfig(layers=3, gap=5, train_gap=2),
+    "r50_aotl": AOTConfig(encoder="resnet50", layers=3, gap=5, train_gap=2),
+}
+for name in ("swin_b", "swin_l"):
+    VARIANTS[f"{name.replace('_', '')}_aotl"] = AOTConfig(
+        encoder=name, layers=3, align_corners=False, id_kernel=16, gap=5, train_gap=2
+    )
+VARIANTS["aot-tiny"] = AOTConfig(
+    encoder="conv_tiny_vos",
+    dim=64,
+    heads=4,
+    reach=2,
+    max_objects=5,
+    align_corners=False,
+    id_kernel=16,
+    gap=5,
+    drop_path=0.0,
+    short_side=144,
+    mean=(100 / 255,) * 3,
+    std=(60 / 255,) * 3,
+)
 
 # %% ../../nbs/05d_vos.aot.ipynb #efe915f5
 class MobileNetV2Encoder(nn.Module):
     "torchvision's MobileNetV2 at output stride 16."
+
     channels, stride = (24, 32, 96, 1280), 16
 
     def __init__(self):
         super().__init__()
         from torchvision.models import mobilenet_v2
         from torchvision.ops import FrozenBatchNorm2d
-        self.features = mobilenet_v2(norm_layer=FrozenBatchNorm2d).features # published name
+
+        self.features = mobilenet_v2(norm_layer=FrozenBatchNorm2d).features  # published name
         self.features[14].conv[1][0].stride = (1, 1)
-        for i in (15, 16, 17): self.features[i].conv[1][0].dilation = self.features[i].conv[1][0].padding = (2, 2)
+        for i in (15, 16, 17):
+            self.features[i].conv[1][0].dilation = self.features[i].conv[1][0].padding = (2, 2)
         self.features[:4].requires_grad_(False)
 
-    def forward(self,
-        x: Tensor,        # (B, 3, H, W) normalised
-    ) -> list[Tensor]:    # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised
+    ) -> list[Tensor]:  # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
         maps = []
-        for first, last in ((0, 4), (4, 7), (7, 14), (14, 19)): maps.append(x := self.features[first:last](x))
+        for first, last in ((0, 4), (4, 7), (7, 14), (14, 19)):
+            maps.append(x := self.features[first:last](x))
         return maps
 
 # %% ../../nbs/05d_vos.aot.ipynb #8f928a17
 def conv_norm(
-    x: Tensor,      # (B, C, H, W)
+    x: Tensor,  # (B, C, H, W)
     conv: nn.Conv2d,
     bn: nn.Module,  # FrozenBatchNorm2d
-) -> Tensor:        # (B, C', H', W')
+) -> Tensor:  # (B, C', H', W')
     "A convolution without bias and its frozen normalisation in one."
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(
+        x,
+        conv.weight * scale[:, None, None, None],
+        bn.bias - bn.running_mean * scale,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
 
-def innermost(x: Tensor) -> Tensor: return x.contiguous(memory_format=torch.channels_last) # (B, C, H, W): the same values, channels innermost
+
+def innermost(x: Tensor) -> Tensor:
+    return x.contiguous(
+        memory_format=torch.channels_last
+    )  # (B, C, H, W): the same values, channels innermost
 
 # %% ../../nbs/05d_vos.aot.ipynb #5f2f039b
 class ResNet50Encoder(nn.Module):
     "torchvision's ResNet-50 up to stride 16; the last map is returned twice."
+
     channels, stride = (256, 512, 1024, 1024), 16
 
     def __init__(self):
         super().__init__()
         from torchvision.models import resnet50
         from torchvision.ops import FrozenBatchNorm2d
-        net = resnet50(norm_layer=FrozenBatchNorm2d)
-        for name in ('conv1', 'bn1', 'maxpool', 'layer1', 'layer2', 'layer3'): setattr(self, name, getattr(net, name)) # published names
-        for part in (self.conv1, self.layer1): part.requires_grad_(False)
 
-    def block(self, b: nn.Module, x: Tensor) -> Tensor: # a bottleneck, (B, C, h, w) -> (B, C', h', w')
+        net = resnet50(norm_layer=FrozenBatchNorm2d)
+        for name in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3"):
+            setattr(self, name, getattr(net, name))  # published names
+        for part in (self.conv1, self.layer1):
+            part.requires_grad_(False)
+
+    def block(
+        self, b: nn.Module, x: Tensor
+    ) -> Tensor:  # a bottleneck, (B, C, h, w) -> (B, C', h', w')
         y = F.relu(conv_norm(x, b.conv1, b.bn1), inplace=True)
         y = F.relu(conv_norm(y, b.conv2, b.bn2), inplace=True)
-        return F.relu_(conv_norm(y, b.conv3, b.bn3).add_(x if b.downsample is None else conv_norm(x, *b.downsample)))
+        return F.relu_(
+            conv_norm(y, b.conv3, b.bn3).add_(
+                x if b.downsample is None else conv_norm(x, *b.downsample)
+            )
+        )
 
-    def forward(self,
-        x: Tensor,        # (B, 3, H, W) normalised
-    ) -> list[Tensor]:    # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised
+    ) -> list[Tensor]:  # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
         x, maps = self.maxpool(F.relu_(conv_norm(innermost(x), self.conv1, self.bn1))), []
         for stage in (self.layer1, self.layer2, self.layer3):
-            for b in stage: x = self.block(b, x)
+            for b in stage:
+                x = self.block(b, x)
             maps.append(x)
         return [*maps, x]
 
 # %% ../../nbs/05d_vos.aot.ipynb #4a9a9c69
 class SwinEncoder(Swin):
     "Swin up to stride 16; the last map is returned twice."
-    stride, variant, window = 16, 'base', 7
+
+    stride, variant, window = 16, "base", 7
 
     def __init__(self):
-        super().__init__(self.variant, self.window, stages=3, drop=.3)
+        super().__init__(self.variant, self.window, stages=3, drop=0.3)
         self.channels = (*self.channels, self.channels[-1])
-        for part in (self.patch_embed, self.layers[0]['blocks']): part.requires_grad_(False)
+        for part in (self.patch_embed, self.layers[0]["blocks"]):
+            part.requires_grad_(False)
 
-    def forward(self,
-        x: Tensor,        # (B, 3, H, W) normalised
-    ) -> list[Tensor]:    # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised
+    ) -> list[Tensor]:  # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
         maps = super().forward(x[:, None])
         return [*maps, maps[-1]]
 
+
 class SwinLargeEncoder(SwinEncoder):
     "Swin-L with windows of 12, the challenge's encoder."
-    variant, window = 'large', 12
+
+    variant, window = "large", 12
 
 # %% ../../nbs/05d_vos.aot.ipynb #9022422d
 class TinyBlock(nn.Module):
     "Half the size, then a residual block; GroupNorm, ReLU."
+
     def __init__(self, before: int, after: int):
         super().__init__()
-        def layer(c, stride): return nn.Sequential(nn.Conv2d(c, after, 3, stride, 1, bias=False), nn.GroupNorm(8, after))
+
+        def layer(c, stride):
+            return nn.Sequential(
+                nn.Conv2d(c, after, 3, stride, 1, bias=False), nn.GroupNorm(8, after)
+            )
+
         self.down, self.inner, self.outer = layer(before, 2), layer(after, 1), layer(after, 1)
 
-    def forward(self, x: Tensor) -> Tensor: # (B, C, H, W) -> (B, C', H/2, W/2)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H/2, W/2)
         x = self.down(x).relu()
         return (x + self.outer(self.inner(x).relu())).relu()
 
+
 class TinyEncoder(nn.Module):
     "Three blocks, for small pictures."
+
     channels, stride = (24, 32, 64, 64), 8
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(TinyBlock(a, b) for a, b in ((3, 24), (24, 32), (32, 64)))
 
-    def forward(self,
-        x: Tensor,        # (B, 3, H, W) normalised
-    ) -> list[Tensor]:    # (B, C_i, h_i, w_i) at strides 2, 4, 8, 8
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised
+    ) -> list[Tensor]:  # (B, C_i, h_i, w_i) at strides 2, 4, 8, 8
         maps = []
-        for block in self.blocks: maps.append(x := block(x))
+        for block in self.blocks:
+            maps.append(x := block(x))
         return [*maps, x]
 
-ENCODERS = dict(mobilenetv2=MobileNetV2Encoder, resnet50=ResNet50Encoder, swin_b=SwinEncoder, swin_l=SwinLargeEncoder, conv_tiny_vos=TinyEncoder)
+
+ENCODERS = {
+    "mobilenetv2": MobileNetV2Encoder,
+    "resnet50": ResNet50Encoder,
+    "swin_b": SwinEncoder,
+    "swin_l": SwinLargeEncoder,
+    "conv_tiny_vos": TinyEncoder,
+}
 
 # %% ../../nbs/05d_vos.aot.ipynb #60efca5f
 def sine_position(
-    h: int, w: int, # size of the map
-    dim: int,       # C, a multiple of 4
+    h: int,
+    w: int,  # size of the map
+    dim: int,  # C, a multiple of 4
     device=None,
-) -> Tensor:        # (1, h*w, C): C/2 for y, C/2 for x, sine and cosine in turn
+) -> Tensor:  # (1, h*w, C): C/2 for y, C/2 for x, sine and cosine in turn
     "Position embedding of AOT's self-attention."
     i = torch.arange(dim // 2, device=device)
     period = 10000 ** (2 * (i // 2) / (dim // 2))
+
     def axis(n):
         angle = 2 * torch.pi * torch.arange(n, device=device)[:, None] / (n - 1 + 1e-6) / period
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
+
     y, x = axis(h)[:, None].expand(-1, w, -1), axis(w)[None].expand(h, -1, -1)
     return torch.cat([y, x], -1).reshape(1, h * w, dim)
 
 # %% ../../nbs/05d_vos.aot.ipynb #5883ab94
 class SelfAttention(nn.Module):
     "Multi-head attention with published names."
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.linear_Q, self.linear_K, self.linear_V, self.projection = (nn.Linear(dim, dim) for _ in range(4))
+        self.linear_Q, self.linear_K, self.linear_V, self.projection = (
+            nn.Linear(dim, dim) for _ in range(4)
+        )
 
-    def forward(self,
-        x: Tensor,   # (B, h*w, C)
-        pos: Tensor, # (1, h*w, C)
-    ) -> Tensor:     # (B, h*w, C)
-        return self.projection(attend(self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads))
+    def forward(
+        self,
+        x: Tensor,  # (B, h*w, C)
+        pos: Tensor,  # (1, h*w, C)
+    ) -> Tensor:  # (B, h*w, C)
+        return self.projection(
+            attend(self.linear_Q(x + pos), self.linear_K(x + pos), self.linear_V(x), self.heads)
+        )
 
 # %% ../../nbs/05d_vos.aot.ipynb #28bb30f6
 def depthwise(
-    x: Tensor,             # (B, h*w, C)
-    conv: nn.Conv2d,       # one filter per channel, no bias
-    size: tuple[int, int], # h, w
-) -> Tensor:               # (B, h*w, C)
+    x: Tensor,  # (B, h*w, C)
+    conv: nn.Conv2d,  # one filter per channel, no bias
+    size: tuple[int, int],  # h, w
+) -> Tensor:  # (B, h*w, C)
     "A depth-wise convolution over tokens."
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(rearrange(x, 'b (h w) c -> b c h w', h=size[0]), weight, padding=conv.padding, groups=conv.groups)
-    return rearrange(y, 'b c h w -> b (h w) c')
+    y = F.conv2d(
+        rearrange(x, "b (h w) c -> b c h w", h=size[0]),
+        weight,
+        padding=conv.padding,
+        groups=conv.groups,
+    )
+    return rearrange(y, "b c h w -> b (h w) c")
+
 
 def group_norm(
-    x: Tensor,        # (B, h*w, C)
+    x: Tensor,  # (B, h*w, C)
     gn: nn.GroupNorm,
-) -> Tensor:          # (B, h*w, C)
+) -> Tensor:  # (B, h*w, C)
     "GroupNorm over tokens."
     mean = x.mean(1, keepdim=True)
     x = x - mean
-    per_group = lambda t: t.unflatten(-1, (gn.num_groups, -1))
-    var = per_group(x.square().mean(1, keepdim=True)).mean(-1, keepdim=True) + per_group(mean).var(-1, correction=0, keepdim=True)
+
+    def per_group(t):
+        return t.unflatten(-1, (gn.num_groups, -1))
+
+    var = per_group(x.square().mean(1, keepdim=True)).mean(-1, keepdim=True) + per_group(mean).var(
+        -1, correction=0, keepdim=True
+    )
     scale = per_group(gn.weight) * (var + gn.eps).rsqrt()
     shift = per_group(gn.bias) + (per_group(mean) - per_group(mean).mean(-1, keepdim=True)) * scale
     return torch.addcmul(shift.flatten(-2), x, scale.flatten(-2))
@@ -214,33 +306,43 @@ def group_norm(
 # %% ../../nbs/05d_vos.aot.ipynb #ca016155
 class LocalActivation(nn.Module):
     "GroupNorm over the map, GELU, depth-wise 5×5."
+
     def __init__(self, dim: int):
         super().__init__()
-        self.gn, self.conv = nn.GroupNorm(32, dim), nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False) # published names
+        self.gn, self.conv = (
+            nn.GroupNorm(32, dim),
+            nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False),
+        )  # published names
 
-    def forward(self,
-        x: Tensor, # (B, h*w, C)
-        size: tuple[int, int], # h, w
-    ) -> Tensor:   # (B, h*w, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, h*w, C)
+        size: tuple[int, int],  # h, w
+    ) -> Tensor:  # (B, h*w, C)
         return depthwise(F.gelu(group_norm(x, self.gn)), self.conv, size)
 
+
 def drop_path(
-    x: Tensor, # (B, ...)
+    x: Tensor,  # (B, ...)
     p: float,  # chance that a sample's branch is dropped
 ) -> Tensor:
     "Stochastic depth per sample."
-    if not p: return x
+    if not p:
+        return x
     keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= p
     return x * keep / (1 - p)
 
 # %% ../../nbs/05d_vos.aot.ipynb #f44a5482
 class Block(nn.Module):
     "One LSTT block (AOT, §3.3)."
+
     def __init__(self, c: AOTConfig):
         super().__init__()
         dim = c.dim
         self.drop = c.drop_path
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))    # published names, here and below
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(dim) for _ in range(3)
+        )  # published names, here and below
         self.self_attn = SelfAttention(dim, c.heads)
         self.linear_Q, self.linear_V = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.long_term_attn = LongTermAttention(dim, c.heads)
@@ -248,27 +350,32 @@ class Block(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.activation = LocalActivation(4 * dim)
 
-    def remember(self,
-        seen: tuple[Tensor, Tensor], # K, x, each (B, h*w, C): what `forward` returned for the frame
-        identity: Tensor,            # (B, h*w, C) its identity embedding
-    ) -> tuple[Tensor, Tensor]:      # K, V, each (B, h*w, C)
+    def remember(
+        self,
+        seen: tuple[
+            Tensor, Tensor
+        ],  # K, x, each (B, h*w, C): what `forward` returned for the frame
+        identity: Tensor,  # (B, h*w, C) its identity embedding
+    ) -> tuple[Tensor, Tensor]:  # K, V, each (B, h*w, C)
         "The memory of a frame whose labels are known."
         k, x = seen
         return k, self.linear_V(x + identity)
 
-    def forward(self,
-        t: Tensor,                # (B, h*w, C)
-        pos: Tensor,              # (1, h*w, C)
-        size: tuple[int, int],    # h, w
-        long=None,                # (K, V) of all remembered frames, each (B, S, C)
-        short=None,               # (K, V) of the last frame, each (B, h*w, C)
-        identity: Tensor | None = None, # (B, h*w, C) of a reference frame, which reads itself
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: # t; what was seen: K, x
+    def forward(
+        self,
+        t: Tensor,  # (B, h*w, C)
+        pos: Tensor,  # (1, h*w, C)
+        size: tuple[int, int],  # h, w
+        long=None,  # (K, V) of all remembered frames, each (B, S, C)
+        short=None,  # (K, V) of the last frame, each (B, h*w, C)
+        identity: Tensor | None = None,  # (B, h*w, C) of a reference frame, which reads itself
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # t; what was seen: K, x
         drop = self.drop if self.training else 0
         t = t + drop_path(self.self_attn(self.norm1(t), pos), drop)
         x = self.norm2(t)
         q = self.linear_Q(x)
-        if identity is not None: long = short = self.remember((q, x), identity)
+        if identity is not None:
+            long = short = self.remember((q, x), identity)
         t = t + self.long_term_attn(q, *long) + self.short_term_attn(q, *short, size)
         t = t + drop_path(self.linear2(self.activation(self.linear1(self.norm3(t)), size)), drop)
         return t, (q, x)
@@ -276,66 +383,97 @@ class Block(nn.Module):
 # %% ../../nbs/05d_vos.aot.ipynb #57b1fecb
 class LSTT(nn.Module):
     "The stack of blocks; every block's output is normalised and read by the decoder."
+
     def __init__(self, c: AOTConfig):
         super().__init__()
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.decoder_norms = nn.ModuleList(nn.LayerNorm(c.dim) for _ in range(c.layers))
-        self.width = c.dim * (c.layers + 1) # channels for the decoder
+        self.width = c.dim * (c.layers + 1)  # channels for the decoder
 
-    def output(self, t: Tensor, i: int) -> Tensor: return self.decoder_norms[i](t) # (B, h*w, C) of layer i
+    def output(self, t: Tensor, i: int) -> Tensor:
+        return self.decoder_norms[i](t)  # (B, h*w, C) of layer i
 
-    def forward(self,
-        f: Tensor,                # (B, C, h, w) projected feature map
-        long=None, short=None,    # per layer what `Block.remember` gave, long: of all remembered frames in one
-        identity: Tensor | None = None, # (B, h*w, C) of a reference frame
-    ) -> tuple[list[Tensor], list[tuple]]: # per layer: output (B, h*w, C); what was seen, for `Block.remember`
+    def forward(
+        self,
+        f: Tensor,  # (B, C, h, w) projected feature map
+        long=None,
+        short=None,  # per layer what `Block.remember` gave, long: of all remembered frames in one
+        identity: Tensor | None = None,  # (B, h*w, C) of a reference frame
+    ) -> tuple[
+        list[Tensor], list[tuple]
+    ]:  # per layer: output (B, h*w, C); what was seen, for `Block.remember`
         size, none = f.shape[-2:], [None] * len(self.layers)
-        t, pos, outputs, seen = rearrange(f, 'b c h w -> b (h w) c'), sine_position(*size, f.shape[1], f.device).to(f.dtype), [], []
+        t, pos, outputs, seen = (
+            rearrange(f, "b c h w -> b (h w) c"),
+            sine_position(*size, f.shape[1], f.device).to(f.dtype),
+            [],
+            [],
+        )
         for i, (layer, l, s) in enumerate(zip(self.layers, long or none, short or none)):
             t, found = layer(t, pos, size, l, s, identity)
-            outputs.append(self.output(t, i)); seen.append(found)
+            outputs.append(self.output(t, i))
+            seen.append(found)
         return outputs, seen
 
-    def as_map(self,
-        outputs: list[Tensor], # per layer (B, h*w, C)
-        last: Tensor,          # (B, C, h, w) the projected feature map
-    ) -> Tensor:               # (B, width, h, w)
+    def as_map(
+        self,
+        outputs: list[Tensor],  # per layer (B, h*w, C)
+        last: Tensor,  # (B, C, h, w) the projected feature map
+    ) -> Tensor:  # (B, width, h, w)
         "What the decoder reads."
-        return torch.cat([last, *(rearrange(o, 'b (h w) c -> b c h w', h=last.shape[-2]) for o in outputs)], 1)
+        return torch.cat(
+            [last, *(rearrange(o, "b (h w) c -> b c h w", h=last.shape[-2]) for o in outputs)], 1
+        )
 
 # %% ../../nbs/05d_vos.aot.ipynb #3053b034
 class ConvGN(nn.Module):
     "Convolution, GroupNorm, ReLU."
+
     def __init__(self, before: int, after: int, side: int):
         super().__init__()
-        self.conv, self.gn = nn.Conv2d(before, after, side, padding=side // 2), nn.GroupNorm(8, after) # published names
+        self.conv, self.gn = (
+            nn.Conv2d(before, after, side, padding=side // 2),
+            nn.GroupNorm(8, after),
+        )  # published names
 
-    def forward(self, x: Tensor) -> Tensor: # (B, C, h, w) -> (B, C', h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C', h, w)
         x = innermost(self.conv(x))
-        return rearrange(F.relu_(group_norm(rearrange(x, 'b c h w -> b (h w) c'), self.gn)), 'b (h w) c -> b c h w', h=x.shape[-2])
+        return rearrange(
+            F.relu_(group_norm(rearrange(x, "b c h w -> b (h w) c"), self.gn)),
+            "b (h w) c -> b c h w",
+            h=x.shape[-2],
+        )
+
 
 class Decoder(nn.Module):
     "From stride 16, 8, 4 (or 8, 4, 2) maps to identity logits."
-    def __init__(self,
+
+    def __init__(
+        self,
         c: AOTConfig,
-        width: int,                # channels that the transformer hands over
-        channels: tuple[int, ...], # of the encoder's maps
+        width: int,  # channels that the transformer hands over
+        channels: tuple[int, ...],  # of the encoder's maps
     ):
         super().__init__()
         dim, half = c.dim, c.dim // 2
         self.align = c.align_corners
         self.conv_in, self.conv_16x = ConvGN(width, dim, 1), ConvGN(dim, dim, 3)
         self.conv_8x, self.conv_4x = ConvGN(dim, half, 3), ConvGN(half, half, 3)
-        self.adapter_16x, self.adapter_8x, self.adapter_4x = nn.Conv2d(channels[2], dim, 1), nn.Conv2d(channels[1], dim, 1), nn.Conv2d(channels[0], half, 1)
+        self.adapter_16x, self.adapter_8x, self.adapter_4x = (
+            nn.Conv2d(channels[2], dim, 1),
+            nn.Conv2d(channels[1], dim, 1),
+            nn.Conv2d(channels[0], half, 1),
+        )
         self.conv_out = nn.Conv2d(half, c.max_objects + 1, 1)
 
-    def resize(self, x: Tensor, size) -> Tensor: # (B, C, h, w) -> (B, C, *size)
-        return F.interpolate(x, size, mode='bilinear', align_corners=self.align)
+    def resize(self, x: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size)
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align)
 
-    def forward(self,
-        x: Tensor,          # (B, width, h, w) of `LSTT.as_map`
-        maps: list[Tensor], # the encoder's first three, fine to coarse
-    ) -> Tensor:            # (B, N+1, h4, w4) logits
+    def forward(
+        self,
+        x: Tensor,  # (B, width, h, w) of `LSTT.as_map`
+        maps: list[Tensor],  # the encoder's first three, fine to coarse
+    ) -> Tensor:  # (B, N+1, h4, w4) logits
         f4, f8, f16 = maps
         x = self.conv_16x(self.adapter_16x(f16) + self.conv_in(x))
         x = self.conv_8x(self.adapter_8x(f8) + self.resize(x, f8.shape[-2:]))
@@ -345,171 +483,241 @@ class Decoder(nn.Module):
 # %% ../../nbs/05d_vos.aot.ipynb #b8bf97d4
 def one_hot(
     labels: Tensor,  # (B, H, W) integer
-    channels: int,   # N + 1
-) -> Tensor:         # (B, N+1, H, W) float32
+    channels: int,  # N + 1
+) -> Tensor:  # (B, N+1, H, W) float32
     "One channel per identity, the background first; other labels are zero everywhere."
     return (labels[:, None] == torch.arange(channels, device=labels.device)[:, None, None]).float()
 
 # %% ../../nbs/05d_vos.aot.ipynb #00c12fbd
 class AOT(OnHub, nn.Module):
     "Associating Objects with Transformers: encoder, identities, LSTT, decoder."
+
     transformer = LSTT
 
     def __init__(self, config: AOTConfig | dict):
         super().__init__()
         c = self.config = AOTConfig(**config) if isinstance(config, dict) else config
-        if c.encoder not in ENCODERS: raise Problem('AOT configuration', f'encoder {c.encoder!r}', 'one of ' + ', '.join(ENCODERS), 'choose another variant')
+        if c.encoder not in ENCODERS:
+            raise Problem(
+                "AOT configuration",
+                f"encoder {c.encoder!r}",
+                "one of " + ", ".join(ENCODERS),
+                "choose another variant",
+            )
         self.encoder = ENCODERS[c.encoder]()
         self.encoder_projector = nn.Conv2d(self.encoder.channels[-1], c.dim, 1)
         self.LSTT = self.transformer(c)
         self.decoder = Decoder(c, self.LSTT.width, self.encoder.channels)
         stride, side = self.encoder.stride, c.id_kernel
-        self.patch_wise_id_bank = nn.Conv2d(c.max_objects + 1, c.dim, side, stride, side // 2 if c.align_corners else (side - stride) // 2)
-        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.pop(prefix + 'LSTT.mask_token', None))
+        self.patch_wise_id_bank = nn.Conv2d(
+            c.max_objects + 1,
+            c.dim,
+            side,
+            stride,
+            side // 2 if c.align_corners else (side - stride) // 2,
+        )
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: state.pop(prefix + "LSTT.mask_token", None)
+        )
         for part in (self.encoder_projector, self.LSTT, self.decoder):
             for name, p in part.named_parameters():
-                if p.ndim > 1 and not name.endswith('relative_emb_v'): nn.init.xavier_uniform_(p)
+                if p.ndim > 1 and not name.endswith("relative_emb_v"):
+                    nn.init.xavier_uniform_(p)
         nn.init.normal_(self.patch_wise_id_bank.weight, std=1 / side)
 
-    def encode(self,
-        x: Tensor,      # (B, 3, H, W) normalised
+    def encode(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised
     ) -> list[Tensor]:  # four maps, fine to coarse, the last one projected to C channels
         "What is seen in a frame, whatever objects are asked for."
         *maps, last = self.encoder(x.to(self.encoder_projector.weight.dtype))
         return [*maps, self.encoder_projector(last)]
 
-    def identify(self,
-        hot: Tensor, # (B, N+1, H, W) one-hot labels at input size
-    ) -> Tensor:     # (B, h*w, C)
+    def identify(
+        self,
+        hot: Tensor,  # (B, N+1, H, W) one-hot labels at input size
+    ) -> Tensor:  # (B, h*w, C)
         "Identity embedding of a label map."
-        return rearrange(self.patch_wise_id_bank(hot.to(self.patch_wise_id_bank.weight.dtype)), 'b c h w -> b (h w) c')
+        return rearrange(
+            self.patch_wise_id_bank(hot.to(self.patch_wise_id_bank.weight.dtype)),
+            "b c h w -> b (h w) c",
+        )
 
-    def fuse(self,
-        seen: list[tuple], # per layer, of `LSTT`
+    def fuse(
+        self,
+        seen: list[tuple],  # per layer, of `LSTT`
         identity: Tensor,  # (B, h*w, C)
-    ) -> list[tuple[Tensor, ...]]: # per layer keys and values, each (B, h*w, ·)
+    ) -> list[tuple[Tensor, ...]]:  # per layer keys and values, each (B, h*w, ·)
         "What is remembered of a frame: keys, and values that carry the identities."
         return [layer.remember(s, identity) for layer, s in zip(self.LSTT.layers, seen)]
 
-    def decode(self,
-        outputs: list[Tensor], # per layer, of `LSTT`
-        maps: list[Tensor],    # of `encode`
-    ) -> Tensor:               # (B, N+1, h4, w4)
+    def decode(
+        self,
+        outputs: list[Tensor],  # per layer, of `LSTT`
+        maps: list[Tensor],  # of `encode`
+    ) -> Tensor:  # (B, N+1, h4, w4)
         "Logits of all identities, a quarter of the input's size (or half, for the tiny encoder)."
         return self.decoder(self.LSTT.as_map(outputs, maps[-1]), maps[:-1])
 
-    def normalise(self,
-        frames: Tensor, # (..., 3, H, W) 0..255
-    ) -> Tensor:        # (..., 3, H, W) float32
+    def normalise(
+        self,
+        frames: Tensor,  # (..., 3, H, W) 0..255
+    ) -> Tensor:  # (..., 3, H, W) float32
         "Pixels as the encoder wants them."
-        mean, std = (torch.tensor(v, device=frames.device).reshape(3, 1, 1) for v in (self.config.mean, self.config.std))
+        mean, std = (
+            torch.tensor(v, device=frames.device).reshape(3, 1, 1)
+            for v in (self.config.mean, self.config.std)
+        )
         return (frames.float() / 255 - mean) / std
 
 # %% ../../nbs/05d_vos.aot.ipynb #d1212d7f
 @dataclass(eq=False)
 class Remembered:
     "One frame of the memory. Its own tensors go when the short-term memory moves on; the long-term memory has copies."
-    layers: list[tuple[Tensor, ...]] # per layer keys and values, each (B, h*w, ·), of `AOT.fuse`
+
+    layers: list[tuple[Tensor, ...]]  # per layer keys and values, each (B, h*w, ·), of `AOT.fuse`
     reference: bool = False
+
 
 @dataclass(eq=False)
 class Memory:
     "Which frames are remembered. Raises `Problem` for a limit below one frame."
+
     gap: int
     short_skip: int = 1
     challenge: bool = False
     max_frames: int | None = None
-    long: list[Remembered] = field(default_factory=list)   # newest first
-    recent: list[Remembered] = field(default_factory=list) # oldest first
-    places: list[Remembered] = field(default_factory=list) # the long-term frames as they lie in `store`
-    store: list[tuple[Tensor, ...]] = field(default_factory=list) # per layer, each (B, frames*h*w, ·)
+    long: list[Remembered] = field(default_factory=list)  # newest first
+    recent: list[Remembered] = field(default_factory=list)  # oldest first
+    places: list[Remembered] = field(
+        default_factory=list
+    )  # the long-term frames as they lie in `store`
+    store: list[tuple[Tensor, ...]] = field(
+        default_factory=list
+    )  # per layer, each (B, frames*h*w, ·)
     steps: int = 0  # frames propagated
-    last: int = 0   # the step of the last long-term entry
+    last: int = 0  # the step of the last long-term entry
 
     def __post_init__(self):
-        if self.max_frames is not None and self.max_frames < 1: raise Problem('max_memory_frames', self.max_frames, 'at least 1, or None', 'raise the limit')
+        if self.max_frames is not None and self.max_frames < 1:
+            raise Problem(
+                "max_memory_frames", self.max_frames, "at least 1, or None", "raise the limit"
+            )
 
     def refer(self, layers: list[tuple[Tensor, ...]]):
         "A reference frame."
-        self.enter(frame := Remembered(layers, reference=True)); self.hold([frame])
+        self.enter(frame := Remembered(layers, reference=True))
+        self.hold([frame])
         self.last = 0 if self.challenge else self.steps
 
     def commit(self, layers: list[tuple[Tensor, ...]]):
         "The frame of the current step, with its labels."
         frame = Remembered(layers)
-        if self.steps - self.last >= self.gap: self.enter(frame); self.last = self.steps
-        self.hold([*self.recent, frame][-self.short_skip:])
+        if self.steps - self.last >= self.gap:
+            self.enter(frame)
+            self.last = self.steps
+        self.hold([*self.recent, frame][-self.short_skip :])
 
     def hold(self, frames: list[Remembered]):
         "Replace the short-term memory."
-        for gone in set(self.recent) - set(frames): gone.layers = []
+        for gone in set(self.recent) - set(frames):
+            gone.layers = []
         self.recent = frames
 
-    def read(self) -> tuple[list, list]: # per layer: all long-term frames in one; the short-term frame
+    def read(
+        self,
+    ) -> tuple[list, list]:  # per layer: all long-term frames in one; the short-term frame
         "What the next step attends to."
         return self.store, self.recent[0].layers
 
     def enter(self, frame: Remembered):
         "Add to the long-term memory, in the place of the oldest frame that is no reference where the limit is reached."
-        full, others = len(self.long) >= (self.max_frames or len(self.long) + 1), [f for f in self.long if not f.reference]
+        full, others = (
+            len(self.long) >= (self.max_frames or len(self.long) + 1),
+            [f for f in self.long if not f.reference],
+        )
         if full and others:
-            self.long.remove(others[-1]); at = self.places.index(others[-1]); self.places[at] = frame
+            self.long.remove(others[-1])
+            at = self.places.index(others[-1])
+            self.places[at] = frame
             for all_, own in zip(self.store, frame.layers):
-                for a, x in zip(all_, own): a.unflatten(1, (-1, x.shape[1]))[:, at] = x
-        elif full and not frame.reference: return
+                for a, x in zip(all_, own):
+                    a.unflatten(1, (-1, x.shape[1]))[:, at] = x
+        elif full and not frame.reference:
+            return
         else:
             self.places.append(frame)
             self.store = self.store or [tuple(x[:, :0] for x in own) for own in frame.layers]
-            for i, own in enumerate(frame.layers): self.store[i] = tuple(torch.cat([a, x], 1) for a, x in zip(self.store[i], own))
+            for i, own in enumerate(frame.layers):
+                self.store[i] = tuple(torch.cat([a, x], 1) for a, x in zip(self.store[i], own))
         self.long.insert(0, frame)
 
 # %% ../../nbs/05d_vos.aot.ipynb #e3cbb34e
 def merge_engines(
-    logits: list[Tensor], # per sub-engine (B, N_i+1, H, W)
-) -> Tensor:              # (B, sum N_i + 1, H, W)
+    logits: list[Tensor],  # per sub-engine (B, N_i+1, H, W)
+) -> Tensor:  # (B, sum N_i + 1, H, W)
     "Soft aggregation of sub-engines (AOT, supplementary §A)."
-    if len(logits) == 1: return logits[0]
+    if len(logits) == 1:
+        return logits[0]
     p = [x.softmax(1) for x in logits]
     background = torch.stack([x[:, :1] for x in p]).prod(0)
     return torch.cat([background, *(x[:, 1:] for x in p)], 1).clamp(1e-5, 1 - 1e-5).logit()
 
+
 def closed(
-    logits: Tensor,        # (B, N+1, h, w)
-    objects,               # how many identities are in use: an int or (B,) integers
-) -> Tensor:               # (B, N+1, h, w)
+    logits: Tensor,  # (B, N+1, h, w)
+    objects,  # how many identities are in use: an int or (B,) integers
+) -> Tensor:  # (B, N+1, h, w)
     "Logits with the unused identities out of the race."
     objects = torch.as_tensor(objects, device=logits.device).reshape(-1, 1)
     unused = torch.arange(logits.shape[1], device=logits.device) > objects
-    return logits.masked_fill(unused[..., None, None], -1e10 if logits.dtype == torch.float32 else -1e4)
+    return logits.masked_fill(
+        unused[..., None, None], -1e10 if logits.dtype == torch.float32 else -1e4
+    )
 
 # %% ../../nbs/05d_vos.aot.ipynb #b6d3f625
 def identity_of(
     model: AOT,
-    labels: Tensor, # at input size: (H, W) integer, ids from 1 up, or (N+1, H, W) probabilities
-    i: int,         # a sub-engine
-) -> Tensor:        # (1, h*w, C)
+    labels: Tensor,  # at input size: (H, W) integer, ids from 1 up, or (N+1, H, W) probabilities
+    i: int,  # a sub-engine
+) -> Tensor:  # (1, h*w, C)
     "The identity embedding of what sub-engine `i` knows."
     n = model.config.max_objects
     if labels.ndim == 3:
-        mine = labels[n * i + 1:n * (i + 1) + 1]
-        return model.identify(torch.cat([1 - mine.sum(0, keepdim=True), mine, mine.new_zeros(n - len(mine), *mine.shape[1:])])[None])
+        mine = labels[n * i + 1 : n * (i + 1) + 1]
+        return model.identify(
+            torch.cat(
+                [
+                    1 - mine.sum(0, keepdim=True),
+                    mine,
+                    mine.new_zeros(n - len(mine), *mine.shape[1:]),
+                ]
+            )[None]
+        )
     mine = torch.where((labels > n * i) & (labels <= n * (i + 1)), labels - n * i, 0)
     return model.identify(one_hot(mine[None].long(), n + 1))
 
 # %% ../../nbs/05d_vos.aot.ipynb #e5ba48a8
 class AOTEngine:
     "AOT, or a model of its form, over time. Of the last frame it holds, per sub-engine, `outputs` and `seen` of LSTT, and after a step `raw` (decoder logits)."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: AOT,
-        gap: int | None = None,        # as the model's configuration says, if None
-        short_skip: int | None = None, # the same
-        challenge: bool = False,       # no identity is closed; a reference sets the clock to zero
-        max_memory_frames: int | None = None, # long-term frames of a sub-engine; None: no limit
+        gap: int | None = None,  # as the model's configuration says, if None
+        short_skip: int | None = None,  # the same
+        challenge: bool = False,  # no identity is closed; a reference sets the clock to zero
+        max_memory_frames: int | None = None,  # long-term frames of a sub-engine; None: no limit
     ):
-        given = {k: v for k, v in dict(gap=gap, short_skip=short_skip).items() if v is not None}
+        given = {k: v for k, v in {"gap": gap, "short_skip": short_skip}.items() if v is not None}
         self.model, self.challenge = model, challenge
-        self.policy = dict(gap=model.config.gap, short_skip=model.config.short_skip, challenge=challenge, max_frames=max_memory_frames) | given
-        Memory(**self.policy) # a wrong policy is said now
+        self.policy = {
+            "gap": model.config.gap,
+            "short_skip": model.config.short_skip,
+            "challenge": challenge,
+            "max_frames": max_memory_frames,
+        } | given
+        Memory(**self.policy)  # a wrong policy is said now
         self.restart()
 
     def restart(self):
@@ -519,57 +727,74 @@ class AOTEngine:
     @property
     def open(self) -> list[int]:
         "How many identities of each sub-engine are in use (in the challenge's version all)."
-        return [n if self.challenge else min(self.objects - n * i, n) for i, n in enumerate([self.model.config.max_objects] * len(self.memories))]
+        return [
+            n if self.challenge else min(self.objects - n * i, n)
+            for i, n in enumerate([self.model.config.max_objects] * len(self.memories))
+        ]
 
     @torch.inference_mode()
-    def refer(self,
+    def refer(
+        self,
         maps: list[Tensor],  # of `model.encode`, one frame
-        labels: Tensor,      # (H, W) integer at input size
-        objects: int,        # how many there are, the highest id
+        labels: Tensor,  # (H, W) integer at input size
+        objects: int,  # how many there are, the highest id
     ):
         "A frame whose labels are given. May be called at any time."
         self.objects, self.outputs, self.seen, self.raw = max(self.objects, objects), [], [], []
         clock = self.memories[0].steps if self.memories else 0
-        while len(self.memories) * self.model.config.max_objects < max(self.objects, 1): self.memories.append(Memory(**self.policy, steps=clock))
+        while len(self.memories) * self.model.config.max_objects < max(self.objects, 1):
+            self.memories.append(Memory(**self.policy, steps=clock))
         for i, memory in enumerate(self.memories):
             identity = identity_of(self.model, labels, i)
             outputs, seen = self.model.LSTT(maps[-1], identity=identity)
             memory.refer(self.model.fuse(seen, identity))
-            self.outputs.append(outputs); self.seen.append(seen)
+            self.outputs.append(outputs)
+            self.seen.append(seen)
 
     @torch.inference_mode()
-    def step(self, maps: list[Tensor]): # of `model.encode`, the next frame
+    def step(self, maps: list[Tensor]):  # of `model.encode`, the next frame
         "Propagate to the next frame; `logits` reads the result."
         self.outputs, self.seen, self.raw = [], [], []
         for memory in self.memories:
             memory.steps += 1
             outputs, seen = self.model.LSTT(maps[-1], *memory.read())
-            self.outputs.append(outputs); self.seen.append(seen); self.raw.append(self.model.decode(outputs, maps))
+            self.outputs.append(outputs)
+            self.seen.append(seen)
+            self.raw.append(self.model.decode(outputs, maps))
 
     @torch.inference_mode()
-    def logits(self, size: tuple[int, int]) -> Tensor: # (H, W) wanted -> (1, N+1, H, W)
+    def logits(self, size: tuple[int, int]) -> Tensor:  # (H, W) wanted -> (1, N+1, H, W)
         "Logits of the last step; N is the number of objects (in the challenge's version all identities). Raises `Problem` where there was no step."
-        if not self.raw: raise Problem('logits', 'a reference, or nothing', 'the frame of a step', 'call step first')
-        return merge_engines([self.model.decoder.resize(closed(x, m)[:, :m + 1], size) for x, m in zip(self.raw, self.open)])
+        if not self.raw:
+            raise Problem(
+                "logits", "a reference, or nothing", "the frame of a step", "call step first"
+            )
+        return merge_engines(
+            [
+                self.model.decoder.resize(closed(x, m)[:, : m + 1], size)
+                for x, m in zip(self.raw, self.open)
+            ]
+        )
 
     @torch.inference_mode()
-    def commit(self, labels: Tensor): # at input size: (H, W) integer, or (N+1, H, W) probabilities
+    def commit(self, labels: Tensor):  # at input size: (H, W) integer, or (N+1, H, W) probabilities
         "Say what the last frame shows, before the next one."
-        for i, (memory, seen) in enumerate(zip(self.memories, self.seen)): memory.commit(self.model.fuse(seen, identity_of(self.model, labels, i)))
+        for i, (memory, seen) in enumerate(zip(self.memories, self.seen)):
+            memory.commit(self.model.fuse(seen, identity_of(self.model, labels, i)))
 
 # %% ../../nbs/05d_vos.aot.ipynb #e60da52a
 def most_likely(
-    p: Tensor,    # (..., N+1, H, W) probabilities or logits
-    dim: int = 0, # of the identities
-) -> Tensor:      # (..., H, W) integer labels
+    p: Tensor,  # (..., N+1, H, W) probabilities or logits
+    dim: int = 0,  # of the identities
+) -> Tensor:  # (..., H, W) integer labels
     "The identity of highest value; many times faster than `argmax`, which is slow across an outer dimension on CPUs."
     return p.max(dim).indices
 
 # %% ../../nbs/05d_vos.aot.ipynb #122c316a
 def deal(
-    x: Tensor,     # (B, N+1, H, W)
-    order: Tensor, # (B, N) permutation of the foreground channels
-) -> Tensor:       # (B, N+1, H, W): channel j + 1 is channel order[j] + 1 of x
+    x: Tensor,  # (B, N+1, H, W)
+    order: Tensor,  # (B, N) permutation of the foreground channels
+) -> Tensor:  # (B, N+1, H, W): channel j + 1 is channel order[j] + 1 of x
     "Permute the foreground channels, sample by sample."
     index = F.pad(order + 1, (1, 0))
     return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[-2:]))
@@ -577,23 +802,31 @@ def deal(
 # %% ../../nbs/05d_vos.aot.ipynb #038275b3
 def forward_sequence(
     model: AOT,
-    frames: Tensor,        # (T, B, 3, H, W) uint8, or float already normalised
-    labels: Tensor,        # (T, B, H, W) uint8; 255 is ignored
-    objects: Tensor,       # (B,) integer: how many objects a sample has, ids 1…
+    frames: Tensor,  # (T, B, 3, H, W) uint8, or float already normalised
+    labels: Tensor,  # (T, B, H, W) uint8; 255 is ignored
+    objects: Tensor,  # (B,) integer: how many objects a sample has, ids 1…
     use_prediction: bool,  # memory gets the model's own labels instead of the true ones
-    shuffle: bool | None = None,   # deal identities at random; None: in training mode
-    detach_identity: bool = False, # no gradient to the identity bank, as published where use_prediction
-) -> list[Tensor]:         # T tensors (B, N+1, H, W): logits, unused identities at -1e10; the first is the reference's own
+    shuffle: bool | None = None,  # deal identities at random; None: in training mode
+    detach_identity: bool = False,  # no gradient to the identity bank, as published where use_prediction
+) -> list[
+    Tensor
+]:  # T tensors (B, N+1, H, W): logits, unused identities at -1e10; the first is the reference's own
     "AOT over a training sequence (AOT, §4.1): a reference, propagation, the memory gap of training."
     T, B, _, H, W = frames.shape
     n = model.config.max_objects
     x = model.normalise(frames) if frames.dtype == torch.uint8 else frames
     maps = [m.unflatten(0, (T, B)) for m in model.encode(x.flatten(0, 1))]
     shuffle = model.training if shuffle is None else shuffle
-    order = torch.rand(B, n, device=x.device).argsort(1) if shuffle else torch.arange(n, device=x.device).expand(B, n)
+    order = (
+        torch.rand(B, n, device=x.device).argsort(1)
+        if shuffle
+        else torch.arange(n, device=x.device).expand(B, n)
+    )
+
     def identity(l):
         e = model.identify(deal(one_hot(l, n + 1), order))
         return e.detach() if detach_identity else e
+
     memory, answers = Memory(model.config.train_gap, model.config.short_skip), []
     for t in range(T):
         now = [m[t] for m in maps]
@@ -601,11 +834,17 @@ def forward_sequence(
         outputs, seen = model.LSTT(now[-1], *(memory.read() if t else (None, None)), identity=e)
         raw = deal(model.decode(outputs, now), order.argsort(1))
         answers.append(model.decoder.resize(closed(raw, objects), (H, W)))
-        if t == T - 1: break
-        if t: e = identity(most_likely(answers[-1], 1) if use_prediction else labels[t])
+        if t == T - 1:
+            break
+        if t:
+            e = identity(most_likely(answers[-1], 1) if use_prediction else labels[t])
         frame = model.fuse(seen, e)
-        if t: memory.steps += 1; memory.commit(frame)
-        else: memory.refer(frame)
+        if t:
+            memory.steps += 1
+            memory.commit(frame)
+        else:
+            memory.refer(frame)
     return answers
+
 
 AOT.forward_sequence = forward_sequence

@@ -19,169 +19,233 @@ def attend(
     q: Tensor,  # (B, P, C) queries
     k: Tensor,  # (B, S, C) keys
     v: Tensor,  # (B, S, C) values
-    heads: int, # H, a divisor of C
-) -> Tensor:    # (B, P, C)
+    heads: int,  # H, a divisor of C
+) -> Tensor:  # (B, P, C)
     "Multi-head attention without its linear layers."
-    q, k, v = (rearrange(x, 'b s (n d) -> b n s d', n=heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), 'b n s d -> b s (n d)')
+    q, k, v = (rearrange(x, "b s (n d) -> b n s d", n=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b n s d -> b s (n d)")
+
 
 class LongTermAttention(nn.Module):
     "Search of memory tokens by content (AOT, eq. 5)."
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads, self.projection = heads, nn.Linear(dim, dim) # published name
+        self.heads, self.projection = heads, nn.Linear(dim, dim)  # published name
 
-    def forward(self,
+    def forward(
+        self,
         q: Tensor,  # (B, h*w, C)
         k: Tensor,  # (B, S, C), any number of frames
         v: Tensor,  # (B, S, C)
-    ) -> Tensor:    # (B, h*w, C)
+    ) -> Tensor:  # (B, h*w, C)
         return self.projection(attend(q, k, v, self.heads))
 
 # %% ../../nbs/05c_vos.attention.ipynb #cfb7e39e
 def attend_wide(
-    q: Tensor, # (B, P, C) queries
-    k: Tensor, # (B, S, C) keys
-    v: Tensor, # (B, S, D) values of any width
-    weights: int = 2 ** 21, # how many attention weights may exist at once,
-    least: int = 256,       # but so many queries go together at least
-) -> Tensor:   # (B, P, D)
+    q: Tensor,  # (B, P, C) queries
+    k: Tensor,  # (B, S, C) keys
+    v: Tensor,  # (B, S, D) values of any width
+    weights: int = 2**21,  # how many attention weights may exist at once,
+    least: int = 256,  # but so many queries go together at least
+) -> Tensor:  # (B, P, D)
     "Attention of one head, a portion of queries at a time."
-    portions = (q * q.shape[-1] ** -.5).split(max(least, weights // (len(q) * k.shape[1])), 1)
+    portions = (q * q.shape[-1] ** -0.5).split(max(least, weights // (len(q) * k.shape[1])), 1)
     return torch.cat([torch.bmm(p, k.mT).float().softmax(-1).to(v.dtype) @ v for p in portions], 1)
 
 # %% ../../nbs/05c_vos.attention.ipynb #767fffb9
 def strips(
-    x: Tensor,     # (B, h*w, H*d) tokens
-    h: int,        # rows of the map
-    heads: int,    # H
-    count: int,    # strips side by side
-    halo: int = 0, # zeros around the map, and columns shared with the neighbours
-) -> Iterator[Tensor]: # B*H*count of (h + 2 halo, t + 2 halo, d), contiguous; t = w / count, rounded up
+    x: Tensor,  # (B, h*w, H*d) tokens
+    h: int,  # rows of the map
+    heads: int,  # H
+    count: int,  # strips side by side
+    halo: int = 0,  # zeros around the map, and columns shared with the neighbours
+) -> Iterator[
+    Tensor
+]:  # B*H*count of (h + 2 halo, t + 2 halo, d), contiguous; t = w / count, rounded up
     "The map in vertical strips, sample by sample and head by head."
     w = x.shape[1] // h
     t = -(-w // count)
-    x = F.pad(rearrange(x, 'b (h w) (n d) -> (b n) h w d', h=h, n=heads), (0, 0, halo, t * count - w + halo, halo, halo))
+    x = F.pad(
+        rearrange(x, "b (h w) (n d) -> (b n) h w d", h=h, n=heads),
+        (0, 0, halo, t * count - w + halo, halo, halo),
+    )
     for one in x:
-        for s in range(count): yield one[:, s * t:(s + 1) * t + 2 * halo].contiguous()
+        for s in range(count):
+            yield one[:, s * t : (s + 1) * t + 2 * halo].contiguous()
+
 
 def unstrip(
     x: Tensor,  # (B*H*count, h, t, d)
-    heads: int, # H
+    heads: int,  # H
     count: int,
-    w: int,     # columns of the map
-) -> Tensor:    # (B, h*w, H*d) tokens
+    w: int,  # columns of the map
+) -> Tensor:  # (B, h*w, H*d) tokens
     "The inverse of `strips` without a halo."
-    return rearrange(rearrange(x, '(b n s) h t d -> b h (s t) n d', n=heads, s=count)[:, :, :w], 'b h w n d -> b (h w) (n d)')
+    return rearrange(
+        rearrange(x, "(b n s) h t d -> b h (s t) n d", n=heads, s=count)[:, :, :w],
+        "b h w n d -> b (h w) (n d)",
+    )
+
 
 def surroundings(
-    x: Tensor, # (h + 2r, t + 2r, d) a strip with its halo
-    n: int,    # window side, 2r + 1
-) -> Tensor:   # (h, n*(t + 2r), d), a view
+    x: Tensor,  # (h + 2r, t + 2r, d) a strip with its halo
+    n: int,  # window side, 2r + 1
+) -> Tensor:  # (h, n*(t + 2r), d), a view
     "The n rows that each row of the strip sees, one behind the other."
     return x.unfold(0, n, 1).movedim(-1, 1).flatten(1, 2)
 
 # %% ../../nbs/05c_vos.attention.ipynb #09486941
 def block_to_band(
-    x: Tensor,      # (..., t, n)
-    fill: float = 0,# what lies outside the band
-) -> Tensor:        # (..., t, t + n - 1) row i holds its block at i … i + n - 1
+    x: Tensor,  # (..., t, n)
+    fill: float = 0,  # what lies outside the band
+) -> Tensor:  # (..., t, t + n - 1) row i holds its block at i … i + n - 1
     "Rows moved apart, so that a block becomes the band of a matrix."
     t, n = x.shape[-2:]
     return F.pad(x, (0, t), value=fill).flatten(-2)[..., :-t].unflatten(-1, (t, t + n - 1))
 
+
 def band_to_block(
-    x: Tensor, # (..., t, t + n - 1)
-    n: int,    # width of the band
-) -> Tensor:   # (..., t, n)
+    x: Tensor,  # (..., t, t + n - 1)
+    n: int,  # width of the band
+) -> Tensor:  # (..., t, n)
     "The inverse of `block_to_band`."
     t = x.shape[-2]
     return F.pad(x.flatten(-2), (0, t)).unflatten(-1, (t, t + n))[..., :n]
 
 # %% ../../nbs/05c_vos.attention.ipynb #ff2723d2
 def window_outside(
-    h: int, w: int, # size of the map
-    r: int,         # largest displacement
+    h: int,
+    w: int,  # size of the map
+    r: int,  # largest displacement
     device=None,
-) -> Tensor:        # (1, h*w, n*n) bool, offsets in row-major order, dy outer
+) -> Tensor:  # (1, h*w, n*n) bool, offsets in row-major order, dy outer
     "Whether `p + o` lies outside the map."
+
     def axis(size):
         at = torch.arange(size, device=device)[:, None] + torch.arange(-r, r + 1, device=device)
         return (at < 0) | (at >= size)
+
     return (axis(h)[:, None, :, None] | axis(w)[None, :, None, :]).reshape(1, h * w, -1)
 
 # %% ../../nbs/05c_vos.attention.ipynb #83648c55
 class NearbySearch(nn.Module):
     "Attention over a square window with learned preferences for offsets."
-    def __init__(self,
-        dim: int,      # C of queries and keys
-        heads: int,    # H
-        reach: int,    # largest displacement r, in cells
+
+    def __init__(
+        self,
+        dim: int,  # C of queries and keys
+        heads: int,  # H
+        reach: int,  # largest displacement r, in cells
     ):
         super().__init__()
         self.heads, self.reach, self.side = heads, reach, 2 * reach + 1
-        self.relative_emb_k = nn.Conv2d(dim, heads * self.side ** 2, 1, groups=heads) # published name
+        self.relative_emb_k = nn.Conv2d(
+            dim, heads * self.side**2, 1, groups=heads
+        )  # published name
 
-    def strip_weights(self,
+    def strip_weights(
+        self,
         q: Tensor,  # (B, h*w, C)
         k: Tensor,  # (B, h*w, C)
-        size: tuple[int, int], # h, w
-        count: int, # strips
-    ) -> Iterator[Tensor]: # of every strip (h, t, n*(t + 2r))
+        size: tuple[int, int],  # h, w
+        count: int,  # strips
+    ) -> Iterator[Tensor]:  # of every strip (h, t, n*(t + 2r))
         "The attention weights, strip by strip, over all that a row sees; zero outside the window."
         (h, w), n, heads = size, self.side, self.heads
         outside = [*strips(window_outside(h, w, self.reach, q.device), h, 1, count)]
-        worth, bias = self.relative_emb_k.weight.reshape(heads, n * n, -1), self.relative_emb_k.bias.reshape(heads, -1)
-        for i, (q1, k1) in enumerate(zip(strips(q, h, heads, count), strips(k, h, heads, count, self.reach))):
+        worth, bias = (
+            self.relative_emb_k.weight.reshape(heads, n * n, -1),
+            self.relative_emb_k.bias.reshape(heads, -1),
+        )
+        for i, (q1, k1) in enumerate(
+            zip(strips(q, h, heads, count), strips(k, h, heads, count, self.reach))
+        ):
             head = i // count % heads
-            place = F.linear(q1, worth[head], bias[head]).masked_fill(outside[i % count], -torch.inf)
-            band = block_to_band(place.unflatten(-1, (n, n)).transpose(1, 2), -torch.inf).transpose(1, 2).flatten(2)
-            yield torch.baddbmm(band, q1, surroundings(k1, n).mT, alpha=q1.shape[-1] ** -.5).float().softmax(-1).to(q.dtype)
+            place = F.linear(q1, worth[head], bias[head]).masked_fill(
+                outside[i % count], -torch.inf
+            )
+            band = (
+                block_to_band(place.unflatten(-1, (n, n)).transpose(1, 2), -torch.inf)
+                .transpose(1, 2)
+                .flatten(2)
+            )
+            yield (
+                torch.baddbmm(band, q1, surroundings(k1, n).mT, alpha=q1.shape[-1] ** -0.5)
+                .float()
+                .softmax(-1)
+                .to(q.dtype)
+            )
 
-    def per_offset(self, a: Tensor) -> Tensor: # (h, t, n*(t + 2r)) -> (h, t, n*n)
+    def per_offset(self, a: Tensor) -> Tensor:  # (h, t, n*(t + 2r)) -> (h, t, n*n)
         "The weights of a strip, offset by offset."
-        return band_to_block(a.unflatten(-1, (self.side, -1)).transpose(1, 2), self.side).transpose(1, 2).flatten(2)
+        return (
+            band_to_block(a.unflatten(-1, (self.side, -1)).transpose(1, 2), self.side)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
-    def weights(self,
+    def weights(
+        self,
         q: Tensor,  # (B, h*w, C)
         k: Tensor,  # (B, h*w, C)
-        size: tuple[int, int], # h, w
-        count: int = 1,        # strips
-    ) -> Tensor:    # (h, B*H, w, n*n)
+        size: tuple[int, int],  # h, w
+        count: int = 1,  # strips
+    ) -> Tensor:  # (h, B*H, w, n*n)
         "The attention weights of every pixel over its window, to be looked at."
         a = torch.stack([self.per_offset(a) for a in self.strip_weights(q, k, size, count)])
-        return rearrange(unstrip(a, self.heads, count, size[1]), 'b (h w) (n o) -> h (b n) w o', h=size[0], n=self.heads)
+        return rearrange(
+            unstrip(a, self.heads, count, size[1]),
+            "b (h w) (n o) -> h (b n) w o",
+            h=size[0],
+            n=self.heads,
+        )
 
-    def search(self,
+    def search(
+        self,
         q: Tensor,  # (B, h*w, C)
         k: Tensor,  # (B, h*w, C) keys of the last frame
         v: Tensor,  # (B, h*w, D) values, of any width that H divides
-        size: tuple[int, int], # h, w
-        offsets: Tensor | None = None, # (H, D/H, n*n) a value of every offset
-    ) -> Tensor:    # (B, h*w, D)
+        size: tuple[int, int],  # h, w
+        offsets: Tensor | None = None,  # (H, D/H, n*n) a value of every offset
+    ) -> Tensor:  # (B, h*w, D)
         "What every pixel finds in its window."
         count, found = max(1, size[1] // 10), []
-        for i, (a, v1) in enumerate(zip(self.strip_weights(q, k, size, count), strips(v, size[0], self.heads, count, self.reach))):
+        for i, (a, v1) in enumerate(
+            zip(
+                self.strip_weights(q, k, size, count),
+                strips(v, size[0], self.heads, count, self.reach),
+            )
+        ):
             y = torch.bmm(a, surroundings(v1, self.side))
-            found.append(y if offsets is None else y + self.per_offset(a) @ offsets[i // count % self.heads].mT)
+            found.append(
+                y
+                if offsets is None
+                else y + self.per_offset(a) @ offsets[i // count % self.heads].mT
+            )
         return unstrip(torch.stack(found), self.heads, count, size[1])
 
 # %% ../../nbs/05c_vos.attention.ipynb #073326da
 class ShortTermAttention(NearbySearch):
     "Search of the last frame in a window, with learned offsets (AOT, §3.3)."
-    def __init__(self,
-        dim: int,      # C
-        heads: int,    # H
-        reach: int = 7,# largest displacement r, in cells
+
+    def __init__(
+        self,
+        dim: int,  # C
+        heads: int,  # H
+        reach: int = 7,  # largest displacement r, in cells
     ):
         super().__init__(dim, heads, reach)
-        self.relative_emb_v = nn.Parameter(torch.zeros(heads, dim // heads, self.side ** 2)) # published names
+        self.relative_emb_v = nn.Parameter(
+            torch.zeros(heads, dim // heads, self.side**2)
+        )  # published names
         self.projection = nn.Linear(dim, dim)
 
-    def forward(self,
+    def forward(
+        self,
         q: Tensor,  # (B, h*w, C)
         k: Tensor,  # (B, h*w, C) keys of the last frame
         v: Tensor,  # (B, h*w, C)
-        size: tuple[int, int], # h, w
-    ) -> Tensor:    # (B, h*w, C)
+        size: tuple[int, int],  # h, w
+    ) -> Tensor:  # (B, h*w, C)
         return self.projection(self.search(q, k, v, size, self.relative_emb_v))

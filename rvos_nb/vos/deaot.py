@@ -22,132 +22,197 @@ from .attention import NearbySearch, attend_wide
 @dataclass(frozen=True)
 class DeAOTConfig(AOTConfig):
     "All that decides a DeAOT. Raises `Problem` for more than one head."
-    heads: int = 1
-    def __post_init__(self):
-        if self.heads != 1: raise Problem('DeAOT configuration', f'{self.heads} heads', '1', 'leave heads out')
 
-VARIANTS: dict[str, DeAOTConfig] = {name.replace('aot', 'deaot'): DeAOTConfig(**{**vars(c), 'heads': 1}) for name, c in aot.VARIANTS.items()}
+    heads: int = 1
+
+    def __post_init__(self):
+        if self.heads != 1:
+            raise Problem("DeAOT configuration", f"{self.heads} heads", "1", "leave heads out")
+
+
+VARIANTS: dict[str, DeAOTConfig] = {
+    name.replace("aot", "deaot"): DeAOTConfig(**{**vars(c), "heads": 1})
+    for name, c in aot.VARIANTS.items()
+}
 
 # %% ../../nbs/05e_vos.deaot.ipynb #42ce7ddb
 class DepthWise(nn.Module):
     "Depth-wise 5×5 over tokens; in training one channel in ten is left out."
+
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False) # published name
+        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False)  # published name
 
-    def forward(self,
-        x: Tensor, # (B, h*w, C)
-        size: tuple[int, int], # h, w
-    ) -> Tensor:   # (B, h*w, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, h*w, C)
+        size: tuple[int, int],  # h, w
+    ) -> Tensor:  # (B, h*w, C)
         x = depthwise(x, self.conv, size)
-        return F.dropout2d(x.mT[..., None], .1)[..., 0].mT if self.training else x
+        return F.dropout2d(x.mT[..., None], 0.1)[..., 0].mT if self.training else x
+
 
 class Gated:
     "How every attention of a block ends (DeAOT, §4.2). A mixin of modules."
-    def add_gate(self, dim: int): # C
-        self.dw_conv, self.projection = DepthWise(4 * dim), nn.Linear(4 * dim, 2 * dim) # published names
 
-    def gated(self,
-        found: Tensor, # (B, h*w, 4C)
+    def add_gate(self, dim: int):  # C
+        self.dw_conv, self.projection = (
+            DepthWise(4 * dim),
+            nn.Linear(4 * dim, 2 * dim),
+        )  # published names
+
+    def gated(
+        self,
+        found: Tensor,  # (B, h*w, 4C)
         gate: Tensor,  # (B, h*w, 4C)
-        size: tuple[int, int], # h, w
-    ) -> Tensor:       # (B, h*w, 2C) for both states
+        size: tuple[int, int],  # h, w
+    ) -> Tensor:  # (B, h*w, 2C) for both states
         return self.projection(self.dw_conv(found * gate, size))
 
 # %% ../../nbs/05e_vos.deaot.ipynb #561fd334
 class GatedLongTerm(Gated, nn.Module):
     "Search of all memory by content."
-    def __init__(self, dim: int):
-        super().__init__(); self.add_gate(dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size) -> Tensor: # (B, P, C/2), (B, S, C/2), (B, S, 4C), (B, P, 4C) -> (B, P, 2C)
+    def __init__(self, dim: int):
+        super().__init__()
+        self.add_gate(dim)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
+    ) -> Tensor:  # (B, P, C/2), (B, S, C/2), (B, S, 4C), (B, P, 4C) -> (B, P, 2C)
         return self.gated(attend_wide(q, k, v), gate, size)
+
 
 class GatedShortTerm(Gated, NearbySearch):
     "Search of the last frame in a window."
-    def __init__(self, dim: int, reach: int):
-        super().__init__(dim // 2, 1, reach); self.add_gate(dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size) -> Tensor: # as above, S = P
+    def __init__(self, dim: int, reach: int):
+        super().__init__(dim // 2, 1, reach)
+        self.add_gate(dim)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
+    ) -> Tensor:  # as above, S = P
         return self.gated(self.search(q, k, v, size), gate, size)
+
 
 class GatedSelf(Gated, nn.Module):
     "A frame's search of itself, by both states."
-    def __init__(self, dim: int):
-        super().__init__(); self.add_gate(dim)
-        self.linear_QK = nn.Linear(2 * dim, dim // 2) # published names
-        self.linear_V1, self.linear_V2, self.linear_U1, self.linear_U2 = (nn.Linear(dim, 2 * dim) for _ in range(4))
 
-    def forward(self, t: Tensor, u: Tensor, size) -> Tensor: # (B, h*w, C) normalised visual and identity state -> (B, h*w, 2C)
+    def __init__(self, dim: int):
+        super().__init__()
+        self.add_gate(dim)
+        self.linear_QK = nn.Linear(2 * dim, dim // 2)  # published names
+        self.linear_V1, self.linear_V2, self.linear_U1, self.linear_U2 = (
+            nn.Linear(dim, 2 * dim) for _ in range(4)
+        )
+
+    def forward(
+        self, t: Tensor, u: Tensor, size
+    ) -> Tensor:  # (B, h*w, C) normalised visual and identity state -> (B, h*w, 2C)
         q = self.linear_QK(torch.cat([t, u], -1))
-        values, gate = (F.silu(torch.cat([a(t), b(u)], -1)) for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2)))
+        values, gate = (
+            F.silu(torch.cat([a(t), b(u)], -1))
+            for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2))
+        )
         return self.gated(attend_wide(q, q, values), gate, size)
 
 # %% ../../nbs/05e_vos.deaot.ipynb #97f8363f
 class GatedBlock(nn.Module):
     "One block of gated propagation (DeAOT, §4)."
+
     def __init__(self, c: DeAOTConfig, first: bool):
         super().__init__()
         dim = self.dim = c.dim
         self.drop, self.first = c.drop_path, first
-        self.norm1, self.norm2, self.id_norm2 = (nn.LayerNorm(dim) for _ in range(3)) # published names, here and below
+        self.norm1, self.norm2, self.id_norm2 = (
+            nn.LayerNorm(dim) for _ in range(3)
+        )  # published names, here and below
         self.linear_QV, self.linear_U = nn.Linear(dim, dim // 2 + 2 * dim), nn.Linear(dim, 2 * dim)
         self.linear_ID_V = nn.Linear(dim if first else 2 * dim, 2 * dim)
-        if not first: self.id_norm1, self.linear_ID_U = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
-        self.long_term_attn, self.short_term_attn, self.self_attn = GatedLongTerm(dim), GatedShortTerm(dim, c.reach), GatedSelf(dim)
+        if not first:
+            self.id_norm1, self.linear_ID_U = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
+        self.long_term_attn, self.short_term_attn, self.self_attn = (
+            GatedLongTerm(dim),
+            GatedShortTerm(dim, c.reach),
+            GatedSelf(dim),
+        )
 
-    def remember(self,
-        seen: tuple[Tensor, ...], # K (B, h*w, C/2), V (B, h*w, 2C), and behind the first block y (B, h*w, C)
-        identity: Tensor,         # (B, h*w, C)
-    ) -> tuple[Tensor, Tensor]:   # K, [V, V_id] (B, h*w, 4C)
+    def remember(
+        self,
+        seen: tuple[
+            Tensor, ...
+        ],  # K (B, h*w, C/2), V (B, h*w, 2C), and behind the first block y (B, h*w, C)
+        identity: Tensor,  # (B, h*w, C)
+    ) -> tuple[Tensor, Tensor]:  # K, [V, V_id] (B, h*w, 4C)
         "The memory of a frame whose labels are known."
         k, v, *y = seen
         return k, torch.cat([v, F.silu(self.linear_ID_V(torch.cat([*y, identity], -1)))], -1)
 
-    def forward(self,
-        state: Tensor,            # (B, h*w, 2C), or (B, h*w, C) before the first block
-        pos: Tensor,              # position embedding: not used
-        size: tuple[int, int],    # h, w
-        long=None, short=None,    # K, [V, V_id] of all remembered frames; of the last frame
-        identity: Tensor | None = None, # (B, h*w, C) of a reference frame, which reads itself
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: # state (B, h*w, 2C); what was seen
-        x = self.norm1(state[..., :self.dim])
+    def forward(
+        self,
+        state: Tensor,  # (B, h*w, 2C), or (B, h*w, C) before the first block
+        pos: Tensor,  # position embedding: not used
+        size: tuple[int, int],  # h, w
+        long=None,
+        short=None,  # K, [V, V_id] of all remembered frames; of the last frame
+        identity: Tensor | None = None,  # (B, h*w, C) of a reference frame, which reads itself
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # state (B, h*w, 2C); what was seen
+        x = self.norm1(state[..., : self.dim])
         q, v = self.linear_QV(x).split((self.dim // 2, 2 * self.dim), -1)
         gate = F.silu(self.linear_U(x))
-        if self.first: seen, gate, state = (q, F.silu(v)), torch.cat([gate, torch.ones_like(gate)], -1), F.pad(state, (0, self.dim))
+        if self.first:
+            seen, gate, state = (
+                (q, F.silu(v)),
+                torch.cat([gate, torch.ones_like(gate)], -1),
+                F.pad(state, (0, self.dim)),
+            )
         else:
-            y = self.id_norm1(state[..., self.dim:])
+            y = self.id_norm1(state[..., self.dim :])
             seen, gate = (q, F.silu(v), y), torch.cat([gate, F.silu(self.linear_ID_U(y))], -1)
-        if identity is not None: long = short = self.remember(seen, identity)
-        state = state + self.long_term_attn(q, *long, gate, size) + self.short_term_attn(q, *short, gate, size)
+        if identity is not None:
+            long = short = self.remember(seen, identity)
+        state = (
+            state
+            + self.long_term_attn(q, *long, gate, size)
+            + self.short_term_attn(q, *short, gate, size)
+        )
         t, u = state.split(self.dim, -1)
-        return state + drop_path(self.self_attn(self.norm2(t), self.id_norm2(u), size), self.drop if self.training else 0), seen
+        return state + drop_path(
+            self.self_attn(self.norm2(t), self.id_norm2(u), size), self.drop if self.training else 0
+        ), seen
 
 # %% ../../nbs/05e_vos.deaot.ipynb #cd4d8c17
 class GatedLSTT(LSTT):
     "The stack of gated blocks."
+
     def __init__(self, c: DeAOTConfig):
         nn.Module.__init__(self)
         self.layers = nn.ModuleList(GatedBlock(c, i == 0) for i in range(c.layers))
-        self.decoder_norms = nn.ModuleList([nn.ModuleDict({'gn': nn.GroupNorm(2, 2 * c.dim)})]) # published names
+        self.decoder_norms = nn.ModuleList(
+            [nn.ModuleDict({"gn": nn.GroupNorm(2, 2 * c.dim)})]
+        )  # published names
         self.width = 2 * c.dim
 
-    def output(self, t: Tensor, i: int) -> Tensor: # (B, h*w, 2C) of layer i
+    def output(self, t: Tensor, i: int) -> Tensor:  # (B, h*w, 2C) of layer i
         return group_norm(t, self.decoder_norms[0].gn) if i == len(self.layers) - 1 else t
 
-    def as_map(self, outputs: list[Tensor], last: Tensor) -> Tensor: # (B, 2C, h, w)
+    def as_map(self, outputs: list[Tensor], last: Tensor) -> Tensor:  # (B, 2C, h, w)
         return outputs[-1].mT.unflatten(-1, last.shape[-2:])
+
 
 class DeAOT(AOT):
     "Decoupling Features in Hierarchical Propagation: AOT with gated blocks."
+
     transformer = GatedLSTT
 
     def __init__(self, config: DeAOTConfig | dict):
         super().__init__(DeAOTConfig(**config) if isinstance(config, dict) else config)
         self.id_norm = nn.LayerNorm(self.config.dim)
         for m in self.modules():
-            if isinstance(m, DepthWise): m.conv.reset_parameters() # Xavier's would count the other channels too
+            if isinstance(m, DepthWise):
+                m.conv.reset_parameters()  # Xavier's would count the other channels too
 
-    def identify(self, hot: Tensor) -> Tensor: # (B, N+1, H, W) one-hot -> (B, h*w, C)
+    def identify(self, hot: Tensor) -> Tensor:  # (B, N+1, H, W) one-hot -> (B, h*w, C)
         "Identity embedding of a label map, normalised."
         return self.id_norm(super().identify(hot))

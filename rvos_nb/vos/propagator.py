@@ -23,103 +23,182 @@ from .aot import AOT, ENCODERS, AOTConfig, AOTEngine, most_likely
 # %% ../../nbs/05d2_vos.propagator.ipynb #2dc15460
 class Propagator:
     "The protocol. Frames are (H, W, 3) uint8 RGB, labels (H, W) uint8 with ids 1…N and 0 for the background."
-    def start(self, size: tuple[int, int]): raise TypeError(f'{type(self).__name__} does not define start')
-    def remember(self, frame, labels: np.ndarray): raise TypeError(f'{type(self).__name__} does not define remember')
-    def step(self, frame) -> Tensor: raise TypeError(f'{type(self).__name__} does not define step') # (N+1, H, W) probabilities
 
-    def amend(self, labels): # (H, W) ids, or (N+1, H, W) probabilities
+    def start(self, size: tuple[int, int]):
+        raise TypeError(f"{type(self).__name__} does not define start")
+
+    def remember(self, frame, labels: np.ndarray):
+        raise TypeError(f"{type(self).__name__} does not define remember")
+
+    def step(self, frame) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define step")  # (N+1, H, W) probabilities
+
+    def amend(self, labels):  # (H, W) ids, or (N+1, H, W) probabilities
         "Replace what the last step remembers of its frame; nothing to do for those that cannot be told."
 
     def see(self, frame: np.ndarray):
         "What of a frame does not depend on the objects, for any fork of this propagator."
         return frame
 
-    def fork(self, scale: float | None = None) -> 'Propagator | None': # scale: of the frames it sees, for test-time augmentation
+    def fork(
+        self, scale: float | None = None
+    ) -> "Propagator | None":  # scale: of the frames it sees, for test-time augmentation
         "Another one on the same weights, with nothing remembered; None where there is no such thing."
         return None
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #e50d7861
-SHORT_SIDE = 624 # of the frames at scale 1, where there are several scales
+SHORT_SIDE = 624  # of the frames at scale 1, where there are several scales
+
 
 def input_size(
-    size: tuple[int, int],      # (H, W) of the frames
+    size: tuple[int, int],  # (H, W) of the frames
     config: AOTConfig,
-    scale: float | None = None, # one of several scales
-    short_side: int = 0,        # a limit beside the configuration's; 0: none
-) -> tuple[int, int]:           # (H, W) of the network's input
+    scale: float | None = None,  # one of several scales
+    short_side: int = 0,  # a limit beside the configuration's; 0: none
+) -> tuple[int, int]:  # (H, W) of the network's input
     "The nearest size that the model takes (NumPy's rounding, half to even)."
     h, w = size
-    shrink = min(1, config.long_side / max(h, w), *(limit / min(h, w) for limit in (config.short_side, short_side) if limit))
+    shrink = min(
+        1,
+        config.long_side / max(h, w),
+        *(limit / min(h, w) for limit in (config.short_side, short_side) if limit),
+    )
     stride, one = ENCODERS[config.encoder].stride, int(config.align_corners)
-    return tuple(max(int(np.around((int(v * shrink * (scale or 1)) - one) / stride)), 1) * stride + one for v in (h, w))
+    return tuple(
+        max(int(np.around((int(v * shrink * (scale or 1)) - one) / stride)), 1) * stride + one
+        for v in (h, w)
+    )
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #22ec375b
 class Seen(NamedTuple):
     "What AOT sees of a frame."
-    size: tuple[int, int] # (H, W) of the frame
-    maps: list[Tensor]    # of `AOT.encode`
+
+    size: tuple[int, int]  # (H, W) of the frame
+    maps: list[Tensor]  # of `AOT.encode`
+
 
 def at_input(
-    labels,                # (H, W) ids or (N+1, H, W) probabilities, array or tensor
-    size: tuple[int, int], # (H', W') of the network's input
-    align_corners: bool,   # of the model, for probabilities
-    device='cpu',
-) -> Tensor:               # (H', W') int64, or (N+1, H', W') float32
+    labels,  # (H, W) ids or (N+1, H, W) probabilities, array or tensor
+    size: tuple[int, int],  # (H', W') of the network's input
+    align_corners: bool,  # of the model, for probabilities
+    device="cpu",
+) -> Tensor:  # (H', W') int64, or (N+1, H', W') float32
     "Labels at the size of the network's input."
-    x = torch.as_tensor(labels if isinstance(labels, Tensor) else np.ascontiguousarray(labels), device=device).float()
-    if x.ndim == 3: return F.interpolate(x[None], size, mode='bilinear', align_corners=align_corners)[0]
-    return F.interpolate(x[None, None], size, mode='nearest')[0, 0].long()
+    x = torch.as_tensor(
+        labels if isinstance(labels, Tensor) else np.ascontiguousarray(labels), device=device
+    ).float()
+    if x.ndim == 3:
+        return F.interpolate(x[None], size, mode="bilinear", align_corners=align_corners)[0]
+    return F.interpolate(x[None, None], size, mode="nearest")[0, 0].long()
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #785dad38
 class AOTPropagator(Propagator):
     "AOT behind the protocol. What is None is as the model's configuration says."
-    def __init__(self, model: AOT, gap: int | None = None, short_skip: int | None = None, challenge: bool = False,
-                 max_memory_frames: int | None = None, soft: bool = False, scale: float | None = None):
-        self.policy = dict(gap=gap, short_skip=short_skip, challenge=challenge, max_memory_frames=max_memory_frames)
-        self.model, self.engine, self.soft, self.scale = model.eval(), AOTEngine(model, **self.policy), soft, scale
+
+    def __init__(
+        self,
+        model: AOT,
+        gap: int | None = None,
+        short_skip: int | None = None,
+        challenge: bool = False,
+        max_memory_frames: int | None = None,
+        soft: bool = False,
+        scale: float | None = None,
+    ):
+        self.policy = {
+            "gap": gap,
+            "short_skip": short_skip,
+            "challenge": challenge,
+            "max_memory_frames": max_memory_frames,
+        }
+        self.model, self.engine, self.soft, self.scale = (
+            model.eval(),
+            AOTEngine(model, **self.policy),
+            soft,
+            scale,
+        )
         self.size = self.pending = self.stepped = None
 
-    def fork(self, scale: float | None = None) -> 'AOTPropagator':
-        return type(self)(self.model, soft=self.soft, scale=self.scale if scale is None else scale, **self.policy)
+    def fork(self, scale: float | None = None) -> "AOTPropagator":
+        return type(self)(
+            self.model, soft=self.soft, scale=self.scale if scale is None else scale, **self.policy
+        )
 
-    def input_size(self, size: tuple[int, int]): # (H, W) of a frame -> of the network's input
-        return input_size(size, self.model.config, self.scale, SHORT_SIDE if self.scale and not self.policy['challenge'] else 0)
+    def input_size(self, size: tuple[int, int]):  # (H, W) of a frame -> of the network's input
+        return input_size(
+            size,
+            self.model.config,
+            self.scale,
+            SHORT_SIDE if self.scale and not self.policy["challenge"] else 0,
+        )
 
     def start(self, size: tuple[int, int]):
         "Forget; the frames to come are (H, W)."
-        self.size, self.inner, self.pending, self.stepped = tuple(size), self.input_size(size), None, None
+        self.size, self.inner, self.pending, self.stepped = (
+            tuple(size),
+            self.input_size(size),
+            None,
+            None,
+        )
         self.engine.restart()
 
     @torch.inference_mode()
-    def see(self, frame: np.ndarray) -> Seen: # (H, W, 3) uint8 RGB
+    def see(self, frame: np.ndarray) -> Seen:  # (H, W, 3) uint8 RGB
         size, inner = frame.shape[:2], self.input_size(frame.shape[:2])
-        if size != inner: frame = cv2.resize(frame.astype(np.float32), inner[::-1], interpolation=cv2.INTER_CUBIC)
+        if size != inner:
+            frame = cv2.resize(frame.astype(np.float32), inner[::-1], interpolation=cv2.INTER_CUBIC)
         x = torch.from_numpy(np.ascontiguousarray(frame)).to(next(self.model.parameters()).device)
         return Seen(size, self.model.encode(self.model.normalise(x.permute(2, 0, 1)[None])))
 
     def maps(self, frame: np.ndarray | Seen) -> list[Tensor]:
         "Encoder maps of a frame of the right size."
         size = tuple(frame.size if isinstance(frame, Seen) else frame.shape[:2])
-        if size != self.size: raise Problem('frame', f'{size[0]}x{size[1]} pixels', f'the size given to start ({self.size})', 'call start with the size of the frames')
+        if size != self.size:
+            raise Problem(
+                "frame",
+                f"{size[0]}x{size[1]} pixels",
+                f"the size given to start ({self.size})",
+                "call start with the size of the frames",
+            )
         return (frame if isinstance(frame, Seen) else self.see(frame)).maps
 
-    def at_input(self, labels) -> Tensor: return at_input(labels, self.inner, self.model.config.align_corners, next(self.model.parameters()).device)
+    def at_input(self, labels) -> Tensor:
+        return at_input(
+            labels,
+            self.inner,
+            self.model.config.align_corners,
+            next(self.model.parameters()).device,
+        )
 
     def settle(self):
         "Give the memory the labels of the last step."
-        if self.pending is not None: self.engine.commit(self.at_input(self.pending)); self.pending = None
+        if self.pending is not None:
+            self.engine.commit(self.at_input(self.pending))
+            self.pending = None
 
     def remember(self, frame: np.ndarray | Seen, labels: np.ndarray):
         "A reference: frame (H, W, 3) uint8 RGB or seen, labels (H, W) uint8."
-        if np.shape(labels) != self.size: raise Problem('labels', f'shape {np.shape(labels)}', f'{self.size}, as the frames', 'give one label per pixel')
+        if np.shape(labels) != self.size:
+            raise Problem(
+                "labels",
+                f"shape {np.shape(labels)}",
+                f"{self.size}, as the frames",
+                "give one label per pixel",
+            )
         maps = self.maps(frame)
-        if frame is self.stepped: self.pending = None
+        if frame is self.stepped:
+            self.pending = None
         self.settle()
         self.engine.refer(maps, self.at_input(labels), int(np.max(labels)))
 
-    def step(self, frame: np.ndarray | Seen) -> Tensor: # (N+1, H, W) float32 probabilities on the model's device
+    def step(
+        self, frame: np.ndarray | Seen
+    ) -> Tensor:  # (N+1, H, W) float32 probabilities on the model's device
         "Propagate to the next frame. Raises `Problem` before the first `remember`."
-        if not self.engine.memories: raise Problem('step', 'nothing remembered', 'at least one reference', 'call remember first')
+        if not self.engine.memories:
+            raise Problem(
+                "step", "nothing remembered", "at least one reference", "call remember first"
+            )
         maps = self.maps(frame)
         self.settle()
         self.engine.step(maps)
@@ -127,84 +206,125 @@ class AOTPropagator(Propagator):
         self.pending = p if self.soft else most_likely(p)
         return p
 
-    def amend(self, labels): self.pending = labels
+    def amend(self, labels):
+        self.pending = labels
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #dc043bed
 def mirrored(
-    x, # array or tensor, (H, W[, C]) or (N+1, H, W)
+    x,  # array or tensor, (H, W[, C]) or (N+1, H, W)
     axis: int = -1,
 ):
     "Left and right exchanged."
     return x.flip(axis) if isinstance(x, Tensor) else np.ascontiguousarray(np.flip(x, axis))
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #f2dfb551
-class Views(tuple): "What each view of `Augmented` sees of a frame."
+class Views(tuple):
+    "What each view of `Augmented` sees of a frame."
+
 
 class Augmented(Propagator):
     "One propagator at several scales, plain and mirrored; the mean of the probabilities. Raises `Problem` for one that has no forks."
-    def __init__(self, propagator: Propagator, scales: Sequence[float] = (1.,), flip: bool = False, feedback: str = 'own'):
-        if feedback not in ('own', 'merged'): raise Problem('feedback', repr(feedback), "'own' or 'merged'", 'choose one of the two')
-        self.propagator, self.options = propagator, dict(scales=tuple(scales), flip=flip, feedback=feedback)
-        made = [(propagator.fork(s if self.options['scales'] != (1.,) else None), f) for s in scales for f in (False, True)[:1 + flip]]
-        if not made or None in (v for v, _ in made): raise Problem(type(propagator).__name__, f'{len(made)} views of it', 'a propagator that can be walked several times at once', 'do without scales and flips')
+
+    def __init__(
+        self,
+        propagator: Propagator,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        feedback: str = "own",
+    ):
+        if feedback not in ("own", "merged"):
+            raise Problem("feedback", repr(feedback), "'own' or 'merged'", "choose one of the two")
+        self.propagator, self.options = (
+            propagator,
+            {"scales": tuple(scales), "flip": flip, "feedback": feedback},
+        )
+        made = [
+            (propagator.fork(s if self.options["scales"] != (1.0,) else None), f)
+            for s in scales
+            for f in (False, True)[: 1 + flip]
+        ]
+        if not made or None in (v for v, _ in made):
+            raise Problem(
+                type(propagator).__name__,
+                f"{len(made)} views of it",
+                "a propagator that can be walked several times at once",
+                "do without scales and flips",
+            )
         self.views, self.last = made, (None, None)
 
-    def fork(self, scale: float | None = None): return None if scale else Augmented(self.propagator, **self.options)
+    def fork(self, scale: float | None = None):
+        return None if scale else Augmented(self.propagator, **self.options)
 
     def start(self, size: tuple[int, int]):
         self.last = (None, None)
-        for view, _ in self.views: view.start(size)
+        for view, _ in self.views:
+            view.start(size)
 
     def see(self, frame: np.ndarray) -> Views:
         return Views(view.see(mirrored(frame, 1) if flip else frame) for view, flip in self.views)
 
     def _views(self, frame: np.ndarray | Views) -> Views:
         "What the views see, the same objects where the same frame is asked for again."
-        if isinstance(frame, Views): return frame
-        if frame is not self.last[0]: self.last = frame, self.see(frame)
+        if isinstance(frame, Views):
+            return frame
+        if frame is not self.last[0]:
+            self.last = frame, self.see(frame)
         return self.last[1]
 
     def remember(self, frame: np.ndarray | Views, labels: np.ndarray):
-        for (view, flip), seen in zip(self.views, self._views(frame)): view.remember(seen, mirrored(labels) if flip else labels)
+        for (view, flip), seen in zip(self.views, self._views(frame)):
+            view.remember(seen, mirrored(labels) if flip else labels)
 
-    def step(self, frame: np.ndarray | Views) -> Tensor: # (N+1, H, W) float32, the mean over the views
+    def step(
+        self, frame: np.ndarray | Views
+    ) -> Tensor:  # (N+1, H, W) float32, the mean over the views
         total = 0
         for (view, flip), seen in zip(self.views, self._views(frame)):
             p = view.step(seen)
             total = total + (mirrored(p) if flip else p)
         p = total / len(self.views)
-        if self.options['feedback'] == 'merged': self.amend(p if getattr(self.propagator, 'soft', False) else most_likely(p))
+        if self.options["feedback"] == "merged":
+            self.amend(p if getattr(self.propagator, "soft", False) else most_likely(p))
         return p
 
     def amend(self, labels):
-        for view, flip in self.views: view.amend(mirrored(labels) if flip else labels)
+        for view, flip in self.views:
+            view.amend(mirrored(labels) if flip else labels)
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #89c2655a
 class Ids:
     "Object ids of files against the numbers 1…N of a propagator."
-    def __init__(self): self.ids = [0]
 
-    def narrow(self,
-        labels: np.ndarray, # (H, W) uint8, any ids; 255 is unknown
-    ) -> np.ndarray:        # (H, W) uint8, 0…N; unknown pixels are background
+    def __init__(self):
+        self.ids = [0]
+
+    def narrow(
+        self,
+        labels: np.ndarray,  # (H, W) uint8, any ids; 255 is unknown
+    ) -> np.ndarray:  # (H, W) uint8, 0…N; unknown pixels are background
         self.ids += [int(i) for i in np.unique(labels) if i != 255 and i not in self.ids]
-        table = np.zeros(256, np.uint8); table[self.ids] = np.arange(len(self.ids))
+        table = np.zeros(256, np.uint8)
+        table[self.ids] = np.arange(len(self.ids))
         return table[labels]
 
-    def widen(self,
-        labels: np.ndarray, # (H, W) uint8, 0…N
-    ) -> np.ndarray:        # (H, W) uint8 ids
+    def widen(
+        self,
+        labels: np.ndarray,  # (H, W) uint8, 0…N
+    ) -> np.ndarray:  # (H, W) uint8 ids
         "Back to ids. Where more identities compete than there are objects, the others mean the object if it is the only one, and nothing otherwise."
-        table = np.full(256, self.ids[1] if len(self.ids) == 2 else 0, np.uint8); table[:len(self.ids)] = self.ids
+        table = np.full(256, self.ids[1] if len(self.ids) == 2 else 0, np.uint8)
+        table[: len(self.ids)] = self.ids
         return table[labels]
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #8bbc7526
 class Track:
     "Objects on their way through a clip, in either direction."
-    def __init__(self,
+
+    def __init__(
+        self,
         propagator: Propagator,
-        given: dict[int, np.ndarray], # frame -> (H, W) uint8 labels 0…N
-        restart: bool = True,         # forget when turning
+        given: dict[int, np.ndarray],  # frame -> (H, W) uint8 labels 0…N
+        restart: bool = True,  # forget when turning
     ):
         self.propagator, self.given, self.restart = propagator, dict(given), restart
         self.key, self.walking, self.fresh = None, False, True
@@ -213,14 +333,18 @@ class Track:
         "What comes next runs in the other direction, or in the same from a new beginning."
         self.key, self.walking = None, False
 
-    def look(self, t: int, size: tuple[int, int], seen: Callable) -> np.ndarray | None: # (H, W) uint8; None before the first given frame
+    def look(
+        self, t: int, size: tuple[int, int], seen: Callable
+    ) -> np.ndarray | None:  # (H, W) uint8; None before the first given frame
         "The labels of the next frame; `seen()` is what the propagator sees of it."
         given = self.given.get(t)
         if not self.walking and self.key is None:
-            if given is not None: self.key = seen, given
+            if given is not None:
+                self.key = seen, given
             return given
         if not self.walking:
-            if self.fresh or self.restart: self.propagator.start(size)
+            if self.fresh or self.restart:
+                self.propagator.start(size)
             (first, labels), self.key, self.walking, self.fresh = self.key, None, True, False
             self.propagator.remember(first(), labels)
         found = most_likely(self.propagator.step(seen())).cpu().numpy().astype(np.uint8)
@@ -231,12 +355,14 @@ class Track:
 
 # %% ../../nbs/05d2_vos.propagator.ipynb #00002152
 def sweep(
-    tracks: Sequence[Track],                     # on forks of one propagator
-    frames: Iterable[tuple[int, np.ndarray]],    # (t, (H, W, 3) uint8 RGB), t rising or falling
-) -> Iterator[tuple[int, int, np.ndarray]]:      # (which track, t, (H, W) uint8 labels)
+    tracks: Sequence[Track],  # on forks of one propagator
+    frames: Iterable[tuple[int, np.ndarray]],  # (t, (H, W, 3) uint8 RGB), t rising or falling
+) -> Iterator[tuple[int, int, np.ndarray]]:  # (which track, t, (H, W) uint8 labels)
     "Walk all tracks through a stream of frames."
-    for track in tracks: track.turn()
+    for track in tracks:
+        track.turn()
     for t, frame in frames:
         seen = cache(partial(tracks[0].propagator.see, frame))
         for i, track in enumerate(tracks):
-            if (found := track.look(t, frame.shape[:2], seen)) is not None: yield i, t, found
+            if (found := track.look(t, frame.shape[:2], seen)) is not None:
+                yield i, t, found

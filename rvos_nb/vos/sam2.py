@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from ..core import Problem, read_json
 from .aot import merge_engines, most_likely
 from .propagator import Propagator
@@ -23,29 +25,46 @@ from .propagator import Propagator
 @dataclass(frozen=True)
 class Published:
     "A published tracker, for lists and for messages."
-    family: str          # sam2, sam2.1, edgetam, sam3
-    params: float | None # millions, as its authors count
+
+    family: str  # sam2, sam2.1, edgetam, sam3
+    params: float | None  # millions, as its authors count
     licence: str
     gated: bool = False  # weights only after a request on the page of the model
 
-    backbone = property(lambda self: {'edgetam': 'RepViT-M1', 'sam3': 'ViT'}.get(self.family, 'Hiera'))
+    backbone = property(
+        lambda self: {"edgetam": "RepViT-M1", "sam3": "ViT"}.get(self.family, "Hiera")
+    )
+
 
 NAMES: dict[str, Published] = {
-    f'facebook/{family}-hiera-{size}': Published(family, params, 'Apache-2.0')
-    for family in ('sam2', 'sam2.1') for size, params in (('tiny', 38.9), ('small', 46.), ('base-plus', 80.8), ('large', 224.4))
-} | {'yonigozlan/EdgeTAM-hf': Published('edgetam', 13.9, 'Apache-2.0'), 'facebook/sam3': Published('sam3', None, 'SAM License', gated=True)}
+    f"facebook/{family}-hiera-{size}": Published(family, params, "Apache-2.0")
+    for family in ("sam2", "sam2.1")
+    for size, params in (("tiny", 38.9), ("small", 46.0), ("base-plus", 80.8), ("large", 224.4))
+} | {
+    "yonigozlan/EdgeTAM-hf": Published("edgetam", 13.9, "Apache-2.0"),
+    "facebook/sam3": Published("sam3", None, "SAM License", gated=True),
+}
 
-MODELS = {'sam2_video': ('Sam2VideoModel', 'Sam2VideoProcessor'), 'edgetam_video': ('EdgeTamVideoModel', 'Sam2VideoProcessor'), # model_type of a config.json -> classes
-          'sam3_tracker_video': ('Sam3TrackerVideoModel', 'Sam3TrackerVideoProcessor'), 'sam3_video': ('Sam3TrackerVideoModel', 'Sam3TrackerVideoProcessor')}
+MODELS = {
+    "sam2_video": ("Sam2VideoModel", "Sam2VideoProcessor"),
+    "edgetam_video": (
+        "EdgeTamVideoModel",
+        "Sam2VideoProcessor",
+    ),  # model_type of a config.json -> classes
+    "sam3_tracker_video": ("Sam3TrackerVideoModel", "Sam3TrackerVideoProcessor"),
+    "sam3_video": ("Sam3TrackerVideoModel", "Sam3TrackerVideoProcessor"),
+}
+
 
 def model_type(folder) -> str:
     "What the config.json of a folder calls its model; empty where there is none, or none of transformers'."
-    path = Path(folder)/'config.json'
+    path = Path(folder) / "config.json"
     said = read_json(path) if path.is_file() else {}
-    return str(said.get('model_type') or '') if isinstance(said, dict) else ''
+    return str(said.get("model_type") or "") if isinstance(said, dict) else ""
+
 
 def is_sam(
-    model, # a name or a folder
+    model,  # a name or a folder
 ) -> bool:
     "Whether `load_sam` is the one to ask."
     return str(model) in NAMES or model_type(model) in MODELS
@@ -53,122 +72,276 @@ def is_sam(
 # %% ../../nbs/05f_vos.sam2.ipynb #c7acc756
 def absent(name, found) -> Problem:
     "What to tell somebody who has not got the weights."
-    about, reason = NAMES.get(str(name)), ' '.join(str(found).split()).split('. ')[0][:160]
+    about, reason = NAMES.get(str(name)), " ".join(str(found).split()).split(". ")[0][:160]
     if about and about.gated:
-        return Problem(name, f'a gated model that is not here ({reason})', 'weights that its authors have granted you',
-                       f'ask for access on huggingface.co/{name}, log in (hf auth login), load it once with online=True (--online on the command line), or download it and name the folder')
-    if about: return Problem(name, f'no weights here ({reason})', 'a model in the cache of the Hub', 'load it once with online=True (--online on the command line), or download it and name the folder')
-    return Problem(name, f'a folder that does not load ({reason})', "config.json, the weights and the processor's files, as save_pretrained writes them", 'copy the whole folder again')
+        return Problem(
+            name,
+            f"a gated model that is not here ({reason})",
+            "weights that its authors have granted you",
+            f"ask for access on huggingface.co/{name}, log in (hf auth login), load it once with online=True (--online on the command line), or download it and name the folder",
+        )
+    if about:
+        return Problem(
+            name,
+            f"no weights here ({reason})",
+            "a model in the cache of the Hub",
+            "load it once with online=True (--online on the command line), or download it and name the folder",
+        )
+    return Problem(
+        name,
+        f"a folder that does not load ({reason})",
+        "config.json, the weights and the processor's files, as save_pretrained writes them",
+        "copy the whole folder again",
+    )
+
 
 def load_sam(
-    name,                  # one of NAMES, or a folder
-    device: str = 'cpu',
+    name,  # one of NAMES, or a folder
+    device: str = "cpu",
     online: bool = False,  # allow a look at the Hub, and a download
-):                         # a SamPropagator
+):  # a SamPropagator
     "A propagator with published or own weights. Raises `Problem` where they are missing, gated or incomplete."
     import transformers
+
     about = NAMES.get(str(name))
-    kind = model_type(name) or ({'edgetam': 'edgetam_video', 'sam3': 'sam3_video'}.get(about.family, 'sam2_video') if about else '')
-    if kind not in MODELS: raise Problem(name, kind or 'nothing that says what it is', 'one of ' + ', '.join(MODELS), 'name a folder or one of ' + ', '.join(NAMES))
+    kind = model_type(name) or (
+        {"edgetam": "edgetam_video", "sam3": "sam3_video"}.get(about.family, "sam2_video")
+        if about
+        else ""
+    )
+    if kind not in MODELS:
+        raise Problem(
+            name,
+            kind or "nothing that says what it is",
+            "one of " + ", ".join(MODELS),
+            "name a folder or one of " + ", ".join(NAMES),
+        )
     model_class, processor_class = (getattr(transformers, c) for c in MODELS[kind])
-    where = dict(local_files_only=not online)
+    where = {"local_files_only": not online}
     try:
         processor = processor_class.from_pretrained(str(name), **where)
         model, info = model_class.from_pretrained(str(name), output_loading_info=True, **where)
-    except (OSError, ValueError, RuntimeError) as e: raise absent(name, e) from e
-    if lost := sorted(info['missing_keys']): raise Problem(name, f'{len(lost)} tensors missing ({", ".join(lost[:4])})', f'all tensors of {model_class.__name__}', 'download it again')
+    except (OSError, ValueError, RuntimeError) as e:
+        raise absent(name, e) from e
+    if lost := sorted(info["missing_keys"]):
+        raise Problem(
+            name,
+            f"{len(lost)} tensors missing ({', '.join(lost[:4])})",
+            f"all tensors of {model_class.__name__}",
+            "download it again",
+        )
     return SamPropagator(model.to(device), processor)
 
 # %% ../../nbs/05f_vos.sam2.ipynb #3aa7b5bb
 def small_config(
-    kind: str, # 'sam2', 'sam2.1', 'edgetam' or 'sam3'
-) -> dict:     # of a video configuration of transformers
+    kind: str,  # 'sam2', 'sam2.1', 'edgetam' or 'sam3'
+) -> dict:  # of a video configuration of transformers
     "Settings of a tracker about a hundredth as wide as the smallest published one."
-    side, mlp, k, hiera = (56 if kind == 'sam3' else 64), ('mlp' if kind == 'edgetam' else 'feed_forward'), [[16, 16], [8, 8], [4, 4]], [8, 16, 32, 64]
-    c, m = 128, 64 # transformers' classes take a memory of 64 channels, and features of more
-    vision = dict(fpn_hidden_size=c, backbone_feature_sizes=k, backbone_channel_list=hiera[::-1])
-    vision |= {'edgetam': dict(model_type='edgetam_vision_model', backbone_config=dict(model_type='timm_wrapper', architecture='repvit_m1', num_classes=2, label_names=['a', 'b'],
-                   model_args=dict(in_chans=3, features_only=True, out_indices=[0, 1, 2, 3], embed_dim=hiera, depth=[1] * 4))),
-               'sam3': dict(model_type='sam3_vision_model', scale_factors=[4., 2., 1., .5], backbone_config=dict(model_type='sam3_vit_model', hidden_size=16, intermediate_size=16,
-                   num_hidden_layers=2, num_attention_heads=2, image_size=side, pretrain_image_size=side, patch_size=14, window_size=2, global_attn_indexes=[1]))}.get(kind,
-               dict(model_type='sam2_vision_model', backbone_config=dict(model_type='sam2_hiera_det_model', hidden_size=8, image_size=[side] * 2, embed_dim_per_stage=hiera, num_attention_heads_per_stage=[1, 1, 2, 2],
-                   blocks_per_stage=[1, 1, 2, 1], global_attention_blocks=[3], window_size_per_stage=[4, 2, 4, 2], window_positional_embedding_background_size=[4, 4])))
-    newer = kind != 'sam2'
-    settings = dict(vision_config=vision, image_size=side, prompt_encoder_config=dict(hidden_size=c, image_size=side, patch_size=side // 4, mask_input_channels=8),
-        mask_decoder_config=dict(hidden_size=c, num_attention_heads=2, mlp_dim=c, iou_head_hidden_dim=c), memory_attention_hidden_size=c, memory_attention_num_layers=1,
-        memory_attention_rope_feat_sizes=[4, 4], memory_encoder_hidden_size=c, memory_encoder_output_channels=m, mask_downsampler_embed_dim=c, memory_fuser_num_layers=1,
-        memory_fuser_embed_dim=c, memory_fuser_intermediate_dim=c, num_maskmem=3, max_object_pointers_in_encoder=4, enable_occlusion_spatial_embedding=newer,
-        enable_temporal_pos_encoding_for_object_pointers=newer, **{f'memory_attention_{mlp}_hidden_size': c})
-    if kind == 'edgetam': settings |= {f'perceiver_resampler_{n}': v for n, v in dict(num_latents=4, num_latents_2d=4, hidden_size=m, mlp_intermediate_size=m, attention_head_dim=m, num_layers=1).items()} | dict(memory_attention_rope_k_sizes=[2, 2])
+    side, mlp, k, hiera = (
+        (56 if kind == "sam3" else 64),
+        ("mlp" if kind == "edgetam" else "feed_forward"),
+        [[16, 16], [8, 8], [4, 4]],
+        [8, 16, 32, 64],
+    )
+    c, m = 128, 64  # transformers' classes take a memory of 64 channels, and features of more
+    vision = {
+        "fpn_hidden_size": c,
+        "backbone_feature_sizes": k,
+        "backbone_channel_list": hiera[::-1],
+    }
+    vision |= {
+        "edgetam": {
+            "model_type": "edgetam_vision_model",
+            "backbone_config": {
+                "model_type": "timm_wrapper",
+                "architecture": "repvit_m1",
+                "num_classes": 2,
+                "label_names": ["a", "b"],
+                "model_args": {
+                    "in_chans": 3,
+                    "features_only": True,
+                    "out_indices": [0, 1, 2, 3],
+                    "embed_dim": hiera,
+                    "depth": [1] * 4,
+                },
+            },
+        },
+        "sam3": {
+            "model_type": "sam3_vision_model",
+            "scale_factors": [4.0, 2.0, 1.0, 0.5],
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": side,
+                "pretrain_image_size": side,
+                "patch_size": 14,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+            },
+        },
+    }.get(
+        kind,
+        {
+            "model_type": "sam2_vision_model",
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 8,
+                "image_size": [side] * 2,
+                "embed_dim_per_stage": hiera,
+                "num_attention_heads_per_stage": [1, 1, 2, 2],
+                "blocks_per_stage": [1, 1, 2, 1],
+                "global_attention_blocks": [3],
+                "window_size_per_stage": [4, 2, 4, 2],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+        },
+    )
+    newer = kind != "sam2"
+    settings = dict(
+        vision_config=vision,
+        image_size=side,
+        prompt_encoder_config={
+            "hidden_size": c,
+            "image_size": side,
+            "patch_size": side // 4,
+            "mask_input_channels": 8,
+        },
+        mask_decoder_config={
+            "hidden_size": c,
+            "num_attention_heads": 2,
+            "mlp_dim": c,
+            "iou_head_hidden_dim": c,
+        },
+        memory_attention_hidden_size=c,
+        memory_attention_num_layers=1,
+        memory_attention_rope_feat_sizes=[4, 4],
+        memory_encoder_hidden_size=c,
+        memory_encoder_output_channels=m,
+        mask_downsampler_embed_dim=c,
+        memory_fuser_num_layers=1,
+        memory_fuser_embed_dim=c,
+        memory_fuser_intermediate_dim=c,
+        num_maskmem=3,
+        max_object_pointers_in_encoder=4,
+        enable_occlusion_spatial_embedding=newer,
+        enable_temporal_pos_encoding_for_object_pointers=newer,
+        **{f"memory_attention_{mlp}_hidden_size": c},
+    )
+    if kind == "edgetam":
+        settings |= {
+            f"perceiver_resampler_{n}": v
+            for n, v in {
+                "num_latents": 4,
+                "num_latents_2d": 4,
+                "hidden_size": m,
+                "mlp_intermediate_size": m,
+                "attention_head_dim": m,
+                "num_layers": 1,
+            }.items()
+        } | {"memory_attention_rope_k_sizes": [2, 2]}
     return settings
 
+
 def small_tracker(
-    kind: str,     # 'sam2', 'sam2.1', 'edgetam' or 'sam3'
+    kind: str,  # 'sam2', 'sam2.1', 'edgetam' or 'sam3'
     seed: int = 0,
-) -> tuple[nn.Module, object]: # a video model, its processor
+) -> tuple[nn.Module, object]:  # a video model, its processor
     "A tracker with random weights: the mechanics and no skill."
     import transformers as t
-    name = {'edgetam': 'EdgeTam', 'sam3': 'Sam3Tracker'}.get(kind, 'Sam2')
+
+    name = {"edgetam": "EdgeTam", "sam3": "Sam3Tracker"}.get(kind, "Sam2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(t, f'{name}VideoModel')(getattr(t, f'{name}VideoConfig')(**small_config(kind)))
+        model = getattr(t, f"{name}VideoModel")(
+            getattr(t, f"{name}VideoConfig")(**small_config(kind))
+        )
         for name, x in model.named_parameters():
-            if '.' not in name: nn.init.normal_(x)                                           # embeddings that say when and whether
-            elif x.ndim > 1: nn.init.normal_(x, std=x[0].numel() ** -.5)
-    for x, value in zip(model.mask_decoder.pred_obj_score_head.proj_out.parameters(), (0., 9.)): nn.init.constant_(x, value)
-    side = dict(height=model.config.image_size, width=model.config.image_size)
-    pictures = (t.Sam3ImageProcessor if kind == 'sam3' else t.Sam2ImageProcessor)(size=side)
-    processor = (t.Sam3TrackerVideoProcessor if kind == 'sam3' else t.Sam2VideoProcessor)(pictures, t.Sam2VideoVideoProcessor(size=side))
+            if "." not in name:
+                nn.init.normal_(x)  # embeddings that say when and whether
+            elif x.ndim > 1:
+                nn.init.normal_(x, std=x[0].numel() ** -0.5)
+    for x, value in zip(model.mask_decoder.pred_obj_score_head.proj_out.parameters(), (0.0, 9.0)):
+        nn.init.constant_(x, value)
+    side = {"height": model.config.image_size, "width": model.config.image_size}
+    pictures = (t.Sam3ImageProcessor if kind == "sam3" else t.Sam2ImageProcessor)(size=side)
+    processor = (t.Sam3TrackerVideoProcessor if kind == "sam3" else t.Sam2VideoProcessor)(
+        pictures, t.Sam2VideoVideoProcessor(size=side)
+    )
     return model.eval(), processor
 
 # %% ../../nbs/05f_vos.sam2.ipynb #3992e4b9
 @torch.inference_mode()
 def probabilities(
-    logits: Tensor, # (N, H, W), of each object by itself
-) -> Tensor:        # (N+1, H, W)
+    logits: Tensor,  # (N, H, W), of each object by itself
+) -> Tensor:  # (N+1, H, W)
     "Soft aggregation (Oh et al. 2019, eq. 5): one background, N objects, summing to one."
-    if not len(logits): return torch.ones(1, *logits.shape[1:], device=logits.device)
-    return merge_engines([torch.stack([torch.zeros_like(x), x])[None] for x in logits])[0].softmax(0)
+    if not len(logits):
+        return torch.ones(1, *logits.shape[1:], device=logits.device)
+    return merge_engines([torch.stack([torch.zeros_like(x), x])[None] for x in logits])[0].softmax(
+        0
+    )
 
 # %% ../../nbs/05f_vos.sam2.ipynb #de3feaaa
 def with_axis(call, *args, **kw):
     "`call`, a tracker's answer to a given mask, with object scores (N, 1) made (N, 1, 1)."
     out = call(*args, **kw)
-    if out.object_score_logits.ndim == 2: out['object_score_logits'] = out.object_score_logits[..., None]
+    if out.object_score_logits.ndim == 2:
+        out["object_score_logits"] = out.object_score_logits[..., None]
     return out
 
 # %% ../../nbs/05f_vos.sam2.ipynb #360a25e6
 class Seen(NamedTuple):
     "What a tracker sees of a frame, whatever the objects."
-    size: tuple[int, int] # (H, W) of the frame
-    pixels: Tensor        # (3, S, S), as the encoder wants them
-    features: dict        # as the session's cache keeps them
+
+    size: tuple[int, int]  # (H, W) of the frame
+    pixels: Tensor  # (3, S, S), as the encoder wants them
+    features: dict  # as the session's cache keeps them
+
 
 class Session:
     "A video session of transformers fed frame by frame; its memory does not grow with the clip, only with the masks given."
-    def __init__(self,
-        model: nn.Module, # Sam2VideoModel, EdgeTamVideoModel or Sam3TrackerVideoModel
-        processor,        # Sam2VideoProcessor or Sam3TrackerVideoProcessor
+
+    def __init__(
+        self,
+        model: nn.Module,  # Sam2VideoModel, EdgeTamVideoModel or Sam3TrackerVideoModel
+        processor,  # Sam2VideoProcessor or Sam3TrackerVideoProcessor
     ):
         self.model, self.processor, self.clock = model, processor, -1
         self.state = processor.init_video_session(inference_device=model.device, dtype=model.dtype)
-        self.reach = max(model.config.num_maskmem, model.config.max_object_pointers_in_encoder) - 1 # frames back that can be read
+        self.reach = (
+            max(model.config.num_maskmem, model.config.max_object_pointers_in_encoder) - 1
+        )  # frames back that can be read
 
-    def show(self, masks: dict[int, np.ndarray]): # object id -> (H, W) bool, in the frame of the clock
-        self.processor.add_inputs_to_inference_session(self.state, self.clock, obj_ids=[*masks], input_masks=[*masks.values()])
+    def show(
+        self, masks: dict[int, np.ndarray]
+    ):  # object id -> (H, W) bool, in the frame of the clock
+        self.processor.add_inputs_to_inference_session(
+            self.state, self.clock, obj_ids=[*masks], input_masks=[*masks.values()]
+        )
 
-    def unsee(self, ids): # objects whose tracked answer for the frame of the clock makes way for a given mask
+    def unsee(
+        self, ids
+    ):  # objects whose tracked answer for the frame of the clock makes way for a given mask
         for index in (self.state.obj_id_to_idx(k) for k in ids):
-            self.state.output_dict_per_obj[index]['non_cond_frame_outputs'].pop(self.clock, None)
+            self.state.output_dict_per_obj[index]["non_cond_frame_outputs"].pop(self.clock, None)
             self.state.frames_tracked_per_obj[index].pop(self.clock, None)
 
-    def look(self,
+    def look(
+        self,
         seen: Seen | None = None,  # the frame of the clock; None: it has been looked at already
-    ) -> dict[int, Tensor]:         # object id -> (1, 1, h, w) logits
+    ) -> dict[int, Tensor]:  # object id -> (1, 1, h, w) logits
         "Run the model on the frame of the clock, then forget what is of no more use."
-        if not self.state.get_obj_num(): return {}
-        if seen: self.state.cache.clear_all(); self.state.cache.cache_vision_features(self.clock, seen.features)
-        out = self.model(inference_session=self.state, frame=seen and seen.pixels, frame_idx=self.clock)
+        if not self.state.get_obj_num():
+            return {}
+        if seen:
+            self.state.cache.clear_all()
+            self.state.cache.cache_vision_features(self.clock, seen.features)
+        out = self.model(
+            inference_session=self.state, frame=seen and seen.pixels, frame_idx=self.clock
+        )
         self.forget()
         return dict(zip(out.object_ids, out.pred_masks.float().split(1)))
 
@@ -176,66 +349,118 @@ class Session:
         "Drop what no later frame can read."
         s = self.state
         s.processed_frames = {t: x for t, x in s.processed_frames.items() if t == self.clock}
-        for prompts in s.mask_inputs_per_obj.values(): prompts.clear()
+        for prompts in s.mask_inputs_per_obj.values():
+            prompts.clear()
         for index, outputs in s.output_dict_per_obj.items():
-            for kept in (outputs['non_cond_frame_outputs'], s.frames_tracked_per_obj[index]):
-                for t in [t for t in kept if t <= self.clock - self.reach]: del kept[t]
-            for about in (x for part in outputs.values() for x in part.values()): about.pop('high_res_masks', None)
-            for about in outputs['non_cond_frame_outputs'].values(): about.pop('pred_masks', None)
+            for kept in (outputs["non_cond_frame_outputs"], s.frames_tracked_per_obj[index]):
+                for t in [t for t in kept if t <= self.clock - self.reach]:
+                    del kept[t]
+            for about in (x for part in outputs.values() for x in part.values()):
+                about.pop("high_res_masks", None)
+            for about in outputs["non_cond_frame_outputs"].values():
+                about.pop("pred_masks", None)
 
 # %% ../../nbs/05f_vos.sam2.ipynb #4ce47809
 class SamPropagator(Propagator):
     "A tracker of the SAM 2 family (Ravi et al. 2024; Zhou et al. 2025; Carion et al. 2025) behind the protocol."
-    def __init__(self,
-        model: nn.Module, # Sam2VideoModel, EdgeTamVideoModel or Sam3TrackerVideoModel
-        processor,        # Sam2VideoProcessor or Sam3TrackerVideoProcessor
+
+    def __init__(
+        self,
+        model: nn.Module,  # Sam2VideoModel, EdgeTamVideoModel or Sam3TrackerVideoModel
+        processor,  # Sam2VideoProcessor or Sam3TrackerVideoProcessor
     ):
         self.model, self.processor, self.size = model.eval(), processor, None
-        if '_use_mask_as_output' not in vars(model): model._use_mask_as_output = partial(with_axis, model._use_mask_as_output)
+        if "_use_mask_as_output" not in vars(model):
+            model._use_mask_as_output = partial(with_axis, model._use_mask_as_output)
 
-    def fork(self, scale: float | None = None): # their input has one size only
+    def fork(self, scale: float | None = None):  # their input has one size only
         return None if scale else SamPropagator(self.model, self.processor)
 
     def start(self, size: tuple[int, int]):
         "Forget; the frames to come are (H, W)."
-        self.size, self.session, self.objects, self.last, self.pending = tuple(size), Session(self.model, self.processor), -1, None, None
+        self.size, self.session, self.objects, self.last, self.pending = (
+            tuple(size),
+            Session(self.model, self.processor),
+            -1,
+            None,
+            None,
+        )
 
     @torch.inference_mode()
-    def see(self, frame: np.ndarray) -> Seen: # (H, W, 3) uint8 RGB
-        pixels = self.processor(images=frame, return_tensors='pt')['pixel_values'].to(self.model.device, self.model.dtype)
+    def see(self, frame: np.ndarray) -> Seen:  # (H, W, 3) uint8 RGB
+        pixels = self.processor(images=frame, return_tensors="pt")["pixel_values"].to(
+            self.model.device, self.model.dtype
+        )
         out = self.model.get_image_features(pixels, return_dict=True)
-        return Seen(frame.shape[:2], pixels[0], dict(vision_feats=out.fpn_hidden_states, vision_pos_embeds=out.fpn_position_encoding))
+        return Seen(
+            frame.shape[:2],
+            pixels[0],
+            {"vision_feats": out.fpn_hidden_states, "vision_pos_embeds": out.fpn_position_encoding},
+        )
 
-    def seen(self, frame: np.ndarray | Seen) -> Seen: # of the right size
+    def seen(self, frame: np.ndarray | Seen) -> Seen:  # of the right size
         size = tuple(frame.size if isinstance(frame, Seen) else frame.shape[:2])
-        if size != self.size: raise Problem('frame', f'{size[0]}x{size[1]} pixels', f'the size given to start ({self.size})', 'call start with the size of the frames')
+        if size != self.size:
+            raise Problem(
+                "frame",
+                f"{size[0]}x{size[1]} pixels",
+                f"the size given to start ({self.size})",
+                "call start with the size of the frames",
+            )
         return frame if isinstance(frame, Seen) else self.see(frame)
 
     def remember(self, frame: np.ndarray | Seen, labels: np.ndarray):
         "A reference: frame (H, W, 3) uint8 RGB or seen, labels (H, W) uint8."
         seen, labels = self.seen(frame), np.asarray(labels)
-        if labels.shape != self.size: raise Problem('labels', f'shape {labels.shape}', f'{self.size}, as the frames', 'give one label per pixel')
+        if labels.shape != self.size:
+            raise Problem(
+                "labels",
+                f"shape {labels.shape}",
+                f"{self.size}, as the frames",
+                "give one label per pixel",
+            )
         masks = {int(k): labels == k for k in np.unique(labels) if k}
-        if frame is self.last: self.session.unsee(masks)
-        else: self.session.clock += 1
+        if frame is self.last:
+            self.session.unsee(masks)
+        else:
+            self.session.clock += 1
         self.objects, self.last, self.pending = max(self.objects, 0, *masks), frame, None
-        if masks: self.session.show(masks)
+        if masks:
+            self.session.show(masks)
         self.session.look(seen)
 
-    def step(self, frame: np.ndarray | Seen) -> Tensor: # (N+1, H, W) float32 probabilities on the model's device
+    def step(
+        self, frame: np.ndarray | Seen
+    ) -> Tensor:  # (N+1, H, W) float32 probabilities on the model's device
         "Propagate to the next frame. Raises `Problem` before the first `remember`."
         seen = self.seen(frame)
-        if self.objects < 0: raise Problem('step', 'nothing remembered', 'at least one reference', 'call remember first')
-        self.session.clock += 1; self.last = frame
-        found, nowhere = self.session.look(seen), torch.full((1, 1, *self.size), -1e4, device=self.model.device) # `nowhere`: a number that no object has
-        full = [F.interpolate(found[k], self.size, mode='bilinear') if k in found else nowhere for k in range(1, self.objects + 1)]
+        if self.objects < 0:
+            raise Problem(
+                "step", "nothing remembered", "at least one reference", "call remember first"
+            )
+        self.session.clock += 1
+        self.last = frame
+        found, nowhere = (
+            self.session.look(seen),
+            torch.full((1, 1, *self.size), -1e4, device=self.model.device),
+        )  # `nowhere`: a number that no object has
+        full = [
+            F.interpolate(found[k], self.size, mode="bilinear") if k in found else nowhere
+            for k in range(1, self.objects + 1)
+        ]
         self.pending = probabilities(torch.cat(full)[:, 0] if full else nowhere[:0, 0])
         return self.pending
 
     def amend(self, labels):
         "Replace what the last step remembers of its frame; labels (H, W) ids or (N+1, H, W) probabilities."
         labels = torch.as_tensor(labels, device=self.model.device)
-        if labels.ndim == 3: labels = most_likely(labels)
-        if self.pending is None or not self.objects or torch.equal(labels.long(), most_likely(self.pending)): return
+        if labels.ndim == 3:
+            labels = most_likely(labels)
+        if (
+            self.pending is None
+            or not self.objects
+            or torch.equal(labels.long(), most_likely(self.pending))
+        ):
+            return
         self.session.show({k: labels == k for k in self.session.state.obj_ids})
         self.session.look()

@@ -164,6 +164,8 @@ def propagator_jf(
     propagator,  # a `Propagator`
 ) -> float:  # mean J&F in percent over all objects of all videos, first frames left out
     "Score a propagator that is given the true first labels."
+    import numpy as np
+
     from rvos_nb.data.video import read_video
     from rvos_nb.metrics import j_and_f
     from rvos_nb.propagate import walk

@@ -129,17 +129,18 @@ def fetch(
     weights: bool,  # fetch the weights too
 ) -> Path:  # the folder in the Hub cache
     "Bring a model from the Hub into its cache; raises `Problem` where it is gated, unknown or out of reach."
+    import huggingface_hub as hub
     from huggingface_hub.errors import GatedRepoError
 
     try:
         with quiet():
             folder = Path(
-                huggingface_hub.snapshot_download(
+                hub.snapshot_download(
                     name, allow_patterns=HUB_FILES + ["*.safetensors", "*.index.json"] * weights
                 )
             )
             if weights and not any(folder.glob("*.safetensors")):
-                huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*"])
+                hub.snapshot_download(name, allow_patterns=["pytorch_model*"])
         return folder
     except GatedRepoError as e:
         raise Problem(

@@ -538,7 +538,7 @@ def test_processes_end_with_their_parent_and_on_ctrl_c(tmp_path):
         """
         import sys, time
         from functools import partial
-        from rvos_nb.core import map_units
+        from rvos_nb.units import map_units
         if __name__ == '__main__':
             for u, e in map_units(eval, ["__import__('os').getpid(), open('%s/' + str(__import__('os').getpid()), 'w').close(), __import__('time').sleep(60)"] * 2, 'processes:2'): print(u, e)
         """

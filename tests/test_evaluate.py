@@ -106,7 +106,8 @@ def test_missing_and_broken_masks_score_zero_and_are_named(made):
 
 
 def test_objects_are_averaged_first(made):
-    "One object's expressions empty: its share of the mean over objects is one object, however many sentences it has."
+    """One object's expressions empty: its share of the mean over objects is one object, however
+    many sentences it has."""
     tmp, data = made
     v = list(data.videos)[0]
     sentences = [e for e in data.expressions[v] if e.object_id == data.expressions[v][0].object_id]
@@ -149,7 +150,8 @@ def test_one_broken_annotation_leaves_the_others_scored(made):
 
 
 def test_videos_scored_side_by_side_are_those_of_the_formulas(tmp_path):
-    "Seven videos in threads, displaced masks: J and F of every frame coded plainly, rows in the order of the data set."
+    """Seven videos in threads, displaced masks: J and F of every frame coded plainly, rows in the
+    order of the data set."""
     refshapes.write(tmp_path / "data", "valid", "all", videos=7, seed=9, frames=4, size=(64, 96))
     data, rng, expected = open_dataset(tmp_path / "data"), np.random.default_rng(0), {}
     for e in data:
@@ -367,7 +369,8 @@ def test_links_bombs_and_odd_zips_are_not_read(tmp_path):
 
 
 def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
-    "Sizes in the entry are promises: what a member gives is bounded by them, and checked by its sum."
+    """Sizes in the entry are promises: what a member gives is bounded by them, and checked by its
+    sum."""
     good = encode_mask(np.eye(64, 96) > 0)
     path = pack(
         tmp_path / "x.zip", [("v/0/a.png", good), ("v/0/b.png", good)], zipfile.ZIP_DEFLATED
@@ -383,7 +386,8 @@ def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
 
 
 def test_run_lengths_are_added_up_before_they_are_decoded(seed=0):
-    "What fills the mask is accepted whatever its runs are; a character lost, added or changed is refused or is another whole mask."
+    """What fills the mask is accepted whatever its runs are; a character lost, added or changed is
+    refused or is another whole mask."""
     from pycocotools import mask as coco
 
     rng = np.random.default_rng(seed)
@@ -675,7 +679,8 @@ def test_mevis_as_its_authors_score_it(tmp_path):
 
 
 def test_davis_as_its_authors_score_it(tmp_path):
-    "The golden label maps as palette PNGs, in a tree of the data set: both tasks of the official evaluation."
+    """The golden label maps as palette PNGs, in a tree of the data set: both tasks of the official
+    evaluation."""
     case = load_case(GOLDEN / "davis17_eval.npz")
     published = json.loads(str(case.answers["results"]))
     names = ("J&F", "J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
@@ -887,7 +892,8 @@ def test_key_frames_of_broken_candidates(made):
 
 @pytest.fixture
 def tracks(tmp_path):
-    "Two videos in both layouts, noisy results, one object that enters late, one category that training lacks."
+    """Two videos in both layouts, noisy results, one object that enters late, one category that
+    training lacks."""
     rng = np.random.default_rng(0)
     truth = {v: np.zeros((6, 40, 56), np.uint8) for v in ("v2", "v10")}
     truth["v2"][:, 4:20, 4:30] = 1
@@ -937,7 +943,8 @@ def tracks(tmp_path):
 
 
 def test_youtube_vos(tracks):
-    "Frames after the first annotation only; an average over objects in each group, then over the four."
+    """Frames after the first annotation only; an average over objects in each group, then over the
+    four."""
     root, truth, found = tracks
     result = evaluate_vos(root / "youtube", root / "run", root / "scores")
 
@@ -964,7 +971,8 @@ def test_youtube_vos(tracks):
 
 
 def test_davis_semi_supervised(tracks):
-    "The first and the last frame are left out, unknown pixels are not; objects are those of the first annotation."
+    """The first and the last frame are left out, unknown pixels are not; objects are those of the
+    first annotation."""
     root, truth, found = tracks
     result = evaluate_vos(root / "davis", root / "run-davis")
     per = [

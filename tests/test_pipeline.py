@@ -662,7 +662,8 @@ def test_a_recipe_that_extends_itself(tmp_path):
 
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
-    "A zip and a tree for two of three members: the graph goes on from them, with their own key frames or none."
+    """A zip and a tree for two of three members: the graph goes on from them, with their own key
+    frames or none."""
     from rvos_nb.submit import submission
 
     submission(shapes / "data", shapes / "a", tmp_path / "a.zip")

@@ -1010,15 +1010,14 @@ def models(
 ):
     """List the models, shipped and published.
 
-    The column 'here' says how to use one: "by name" can be given to --model at once; "convert" needs the file from its
-    authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
+    Models that ship are given to --model by name. Of the published ones the column 'here' says how to use one: "convert"
+    needs the file from its authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
     """
     from rvos_nb.models import zoo
 
-    print(zoo.listing(zoo.table(family)))
-    print(
-        "params: millions; +CFBI: J&F after propagation by CFBI; models that ship: J&F on RefShapes easy"
-    )
+    published = zoo.list_published(zoo.published_models(family))
+    print(*filter(None, [zoo.list_shipped(family), published]), sep="\n\n")
+    print("params: millions; +CFBI: J&F after propagation by CFBI")
 
 # %% ../nbs/09d_cli.ipynb #4b52b8ca
 @app.command()

@@ -56,7 +56,7 @@ def test_torch_first_is_too_late():
 
 WORKERS = """
 import json, os
-from rvos_nb.core import map_units
+from rvos_nb.units import map_units
 
 def note(unit):
     found = {name: os.environ.get(name) for name in ("MKL_CBWR", "OMP_WAIT_POLICY")}

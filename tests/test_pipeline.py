@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import yaml
 
-from rvos_nb import pipeline
-from rvos_nb.core import Problem, StageFailed, read_json, write_json
+from rvos_nb import pipeline, run_state
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_tree
+from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
-from rvos_nb.pipeline import Faults, load_recipe, look, plan, run
+from rvos_nb.pipeline import Faults, plan, run
 from rvos_nb.propagate import propagate
+from rvos_nb.run_state import look
+from rvos_nb.stage import StageFailed
+from rvos_nb.workflow import load_recipe
 
 
 def tree(folder, *without):
@@ -39,7 +43,7 @@ def tree(folder, *without):
 def states(recipe, given):
     "What a dry run says: {stage: state}. It must not write a byte."
     values, stages = plan(recipe, given)
-    pipeline.extent.cache_clear()
+    run_state.extent.cache_clear()
     views = []
     for s in stages:
         views.append(look(s, Path(values["out"]), views))
@@ -247,7 +251,7 @@ SMALL = {"name": 'small', "threads": 1, "paths": ['data', 'out', 'a', 'b'], "par
     {"name": 'walk', "function": 'rvos_nb.propagate:propagate', "parameters": P | {"pred_dir": '{out}/swap', "out_dir": '{out}/walk', "direction": '{direction}'}},
     {"name": 'final', "function": 'rvos_nb.fuse:fuse', "parameters": P | {"member_dirs": ['{out}/walk', '{out}/b'], "out_dir": '{out}/final'}},
     {"name": 'score', "function": 'rvos_nb.pipeline:score', "when": {"masks": '{data}'}, "parameters": P | {"runs": {"walk": '{out}/walk', "final": '{out}/final'}, "out_dir": '{out}/scores'}},
-    {"name": 'submission', "function": 'rvos_nb.evaluate:submission', "parameters": P | {"pred_dir": '{out}/final', "zip_path": '{out}/submission.zip'}}]}  # fmt: skip
+    {"name": 'submission', "function": 'rvos_nb.submit:submission', "parameters": P | {"pred_dir": '{out}/final', "zip_path": '{out}/submission.zip'}}]}  # fmt: skip
 ALL = [s["name"] for s in SMALL["stages"]]
 
 
@@ -330,7 +334,7 @@ def test_killed_again_and_again(small, undisturbed):
 
 
 def probe(folder):
-    from rvos_nb.core import locked
+    from rvos_nb.stage import locked
 
     try:
         with locked(folder):
@@ -466,7 +470,7 @@ def test_results_of_somebody_else_are_not_removed(small):
 
 
 def test_two_at_once(small):
-    from rvos_nb.core import locked
+    from rvos_nb.stage import locked
 
     with locked(Path(small["out"], "_run")):
         with pytest.raises(Problem, match="another run at work"):
@@ -590,7 +594,7 @@ def test_the_published_rules():
                 s.parameters.get("key_frame_member"),
             )
             for s in load_recipe(name).stages
-            if s.notebook == "06_fuse"
+            if s.notebook == "fuse"
         }
 
     assert fusions("lsvos2023") == {
@@ -659,7 +663,7 @@ def test_a_recipe_that_extends_itself(tmp_path):
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
     "A zip and a tree for two of three members: the graph goes on from them, with their own key frames or none."
-    from rvos_nb.evaluate import submission
+    from rvos_nb.submit import submission
 
     submission(shapes / "data", shapes / "a", tmp_path / "a.zip")
     made = {

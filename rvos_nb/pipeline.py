@@ -299,7 +299,6 @@ def run_stage_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={
-                "OMP_WAIT_POLICY": "PASSIVE",
                 **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",

@@ -24,7 +24,8 @@ def words(key):
 
 
 class WithNotebooks(build_py):
-    "Also puts what stands outside the package into a wheel: the small checkpoints, the notebooks that stages run, and the sources of compiled code."
+    """Also puts what stands outside the package into a wheel:
+    the small checkpoints, the notebooks that stages run, and the sources of compiled code."""
 
     outside = {"checkpoints": "data/checkpoints", "notebooks": "nbs", "kernels": "ops"}
 

@@ -17,7 +17,8 @@ ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"  # of those, what nvcc knows: Am
 
 
 def native():
-    "The module that knows compilers and their options; it stands beside this folder in a checkout, and above it in an installed package."
+    """The module that knows compilers and their options;
+    it stands beside this folder in a checkout, and above it in an installed package."""
     for base in (HERE.parent, HERE.parent.parent):
         if (base / "rvos_nb" / "ops" / "native.py").exists():
             sys.path.insert(0, str(base))
@@ -60,7 +61,8 @@ def architectures(nvcc):
 
 
 def build(folder):
-    "Build what can be built into `folder`; ends the program where a compiler fails, or where there is none at all."
+    """Build what can be built into `folder`;
+    ends the program where a compiler fails, or where there is none at all."""
     tools, built = native(), []
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.cu")]):
         command = tools.compiler(source)
@@ -92,7 +94,8 @@ def build(folder):
         built.append(library)
     if not built:
         sys.exit(
-            "nothing can be built here: neither a C++ compiler (g++, c++, clang++ or CXX) nor nvcc is on the path. rvos_nb works without them, more slowly"
+            """nothing can be built here: neither a C++ compiler (g++, c++,
+            clang++ or CXX) nor nvcc is on the path. rvos_nb works without them, more slowly"""
         )
     return built
 

@@ -26,7 +26,8 @@ ODD = [
 
 
 def spoil(listing, rng, share: float = 0.3):
-    "Put something odd in the place of one value of a JSON, in place; of a list or object with the probability `share`."
+    """Put something odd in the place of one value of a JSON, in place;
+    of a list or object with the probability `share`."""
     while True:
         keys = list(listing) if isinstance(listing, dict) else list(range(len(listing)))
         if not keys:
@@ -45,7 +46,8 @@ def make(root: Path, layout: str, split: str, videos: int = 2, frames: int = 5) 
 
 
 def write_davis(root: Path, annotators: int = 4) -> Path:
-    "Ref-DAVIS17 in its converted form, with the first `annotators` sentences of each object: sentence annotators · object + annotator."
+    """Ref-DAVIS17 in its converted form, with the first `annotators` sentences of each object:
+    sentence annotators · object + annotator."""
     path = make(root, "ref-davis17", "valid") / "meta_expressions/valid/meta_expressions.json"
     listing = json.loads(path.read_text())
     for v in listing["videos"].values():

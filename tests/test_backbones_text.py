@@ -1,4 +1,5 @@
-"""Parity of backbones and text encoder with published answers, stage by stage, and what they do with odd input."""
+"""Parity of backbones and text encoder with published answers,
+stage by stage, and what they do with odd input."""
 
 import copy
 import json
@@ -183,7 +184,8 @@ def test_video_swin_loads_with_and_without_index_and_trains():
 
 
 def published_way(block, x):
-    "A block as published: pad, roll, cut, a mask for every window, attention with materialised weights, and undo."
+    """A block as published: pad, roll, cut, a mask for every window,
+    attention with materialised weights, and undo."""
     b, size, c = len(x), tuple(x.shape[1:4]), x.shape[4]
     window, shift = fit_window(size, block.window, block.shifted, block.shrinks)
     padded = tuple(-(-s // k) * k for s, k in zip(size, window))
@@ -681,7 +683,8 @@ def test_saved_encoder_comes_back_from_folder_and_hub_cache(saved, tmp_path, mon
 
 @torch.no_grad()
 def test_published_form_of_old_language_models(saved):
-    "A pickle with the head of a language model, LayerNorms called gamma and beta, and the constant positions."
+    """A pickle with the head of a language model,
+    LayerNorms called gamma and beta, and the constant positions."""
     folder, encoder = saved
     prefix, states = encoder.config.model_type + ".", encoder.state_dict()
 

@@ -1,4 +1,5 @@
-"""Published files: whatever hides in them is not run, whatever they are is told from their tensors, whatever does not fit is listed."""
+"""Published files: whatever hides in them is not run,
+whatever they are is told from their tensors, whatever does not fit is listed."""
 
 import argparse
 import functools
@@ -292,7 +293,8 @@ def test_wherever_the_model_lies(wrap, tmp_path):
 
 
 def tensors_of(case):
-    "The tensors of a case's key list; only the box heads have values, as only theirs are looked at."
+    """The tensors of a case's key list;
+    only the box heads have values, as only theirs are looked at."""
     alias, kinds = (
         dict(case.meta.get("aliases") or {}),
         {"int64": torch.int64, "float32": torch.float32, "bool": torch.bool},

@@ -253,7 +253,8 @@ def test_a_bad_mask_is_named_when_read(tree, damage):
 
 
 def twice(text, key, of, level):
-    "The text of a JSON in which the entry `key` of the object `of` stands once more, with the same or another value."
+    """The text of a JSON in which the entry `key` of the object `of` stands once more,
+    with the same or another value."""
     for same in (True, False):
         found = json.loads(text)
         at = found["videos"]
@@ -361,7 +362,8 @@ def test_reading_fuzzed_json_never_raises_anything_but_a_problem(tree):
 
 
 def spelt(root, layout, split):
-    "The scenes as `layout` tells them: for each video (its index) the sentences with their frames and masks."
+    """The scenes as `layout` tells them:
+    for each video (its index) the sentences with their frames and masks."""
     write(root, split, "hard", 2, seed=9, frames=5, size=(48, 72), layout=layout)
     data = open_dataset(root, split)
     assert data.layout == layout and not data.faults and len(data.videos) == 2

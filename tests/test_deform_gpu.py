@@ -136,7 +136,8 @@ def example(
 
 
 def reference(grad, value, shapes, locations, weights, softmax=False, around=None):
-    "Output and gradients (of value, places, weights) in float64 by the plain form; places that are not finite count as far outside."
+    """Output and gradients (of value, places, weights) in float64 by the plain form;
+    places that are not finite count as far outside."""
     value, weights = value.double().requires_grad_(), weights.double().requires_grad_()
     places = (
         place(around.double(), locations.double(), shapes)
@@ -247,7 +248,8 @@ def test_offsets_and_logits(kernel, softmax, kind):
 
 
 def test_images_never_mix(kernel):
-    "Many images, few queries: a kernel whose blocks span images reads the wrong one's values for two queries in three here."
+    """Many images, few queries: a kernel whose blocks span images reads the wrong one's values for
+    two queries in three here."""
     inputs = example([(3, 4), (2, 2)], 5, heads=2, images=9)
     found, _ = check(kernel, inputs, 1e-6)
     alone = [x[4:5] if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -255,7 +257,8 @@ def test_images_never_mix(kernel):
 
 
 def test_outside_leaves_nothing_behind(kernel):
-    "Samples outside or not finite: no share in the output, and zeros as gradients whatever stood in memory before."
+    """Samples outside or not finite: no share in the output,
+    and zeros as gradients whatever stood in memory before."""
     grad, value, shapes, locations, weights = example([(4, 5), (2, 3)], 6, low=0.2, high=0.8)
     outside = torch.rand(weights.shape, generator=torch.Generator().manual_seed(5)) < 0.5
     bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 3.0])
@@ -408,7 +411,8 @@ def test_refusals(emulate):
 
 
 def test_large_offsets(root):
-    "A level beyond 2^31 elements needs 64-bit offsets, and the kernels take them; smaller ones do not."
+    """A level beyond 2^31 elements needs 64-bit offsets,
+    and the kernels take them; smaller ones do not."""
     import triton.language as tl
 
     home = triton_kernel()
@@ -433,7 +437,8 @@ def test_large_offsets(root):
 @pytest.mark.skipif(GPU, reason="launches are real here")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 def test_launches_compile(dtype, monkeypatch):
-    "What `forward` and `backward` hand to Triton compiles for an H200, loads 16 bytes of values at a time, and adds four floats at once; the driver is a stand-in."
+    """What `forward` and `backward` hand to Triton compiles for an H200,
+    loads 16 bytes of values at a time, and adds four floats at once; the driver is a stand-in."""
     home = triton_kernel()
     nvidia, target = (
         pytest.importorskip("triton.backends.nvidia.driver"),
@@ -482,7 +487,8 @@ def test_launches_compile(dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ms_deform_attn", "ms_deform_attn_simple"])
 def test_nvcc(name, tmp_path):
-    "Compiles without warnings, spills no registers (the fast one), exports two functions, and without a GPU they say so."
+    """Compiles without warnings, spills no registers (the fast one),
+    exports two functions, and without a GPU they say so."""
     command = native.compiler(OPS / f"{name}.cu")
     if not command:
         pytest.skip("no nvcc")

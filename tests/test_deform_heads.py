@@ -1,4 +1,5 @@
-"""Parity of deformable attention and of the dynamic mask head with the published ones, their bad inputs, and how kernels are built."""
+"""Parity of deformable attention and of the dynamic mask head with the published ones,
+their bad inputs, and how kernels are built."""
 
 import json
 import math
@@ -200,7 +201,8 @@ def off_lines(locations, shapes):
 
 
 def sample_inputs(seed, dtype=torch.float32, n=None, queries=None, softmax=False, reference=""):
-    "Random sizes, sometimes none at all of something; places in and around the maps; a reference of points or boxes."
+    """Random sizes, sometimes none at all of something;
+    places in and around the maps; a reference of points or boxes."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
@@ -242,7 +244,8 @@ def sample_inputs(seed, dtype=torch.float32, n=None, queries=None, softmax=False
 
 
 def by_the_formula(value, shapes, locations, weights, reference=None, softmax=False):
-    "In float64, differentiable, with gathers instead of `grid_sample`: every place and every cell of its level."
+    """In float64, differentiable, with gathers instead of `grid_sample`:
+    every place and every cell of its level."""
     value, locations, weights, reference = (
         x if x is None else x.double() for x in (value, locations, weights, reference)
     )
@@ -316,7 +319,8 @@ def test_core_gradients_numerically(softmax, reference, way):
 
 
 def test_places_at_borders_and_on_levels_of_one_cell(way):
-    "One cell of value 1: full weight at its centre, half a cell's side away half of it, nothing from one side on; corners are products."
+    """One cell of value 1: full weight at its centre,
+    half a cell's side away half of it, nothing from one side on; corners are products."""
     at = torch.tensor(
         [
             [0.5, 0.5],
@@ -399,7 +403,8 @@ def test_fake_tensors_leave_nothing_behind():
 
 
 def test_gradients_of_points_outside_are_written(way):
-    "A known fast kernel leaves memory as it was for a point outside, and the softmax's gradient then reads it."
+    """A known fast kernel leaves memory as it was for a point outside,
+    and the softmax's gradient then reads it."""
     value, shapes, locations, logits, *_ = sample_inputs(7, n=3, queries=5)
     outside = torch.rand(locations.shape[:-1], generator=torch.Generator().manual_seed(0)) < 0.6
     locations[outside] = 40.0
@@ -547,7 +552,7 @@ def test_second_derivatives_are_refused_clearly():
     (grad,) = torch.autograd.grad(
         ms_deform_attn(value, shapes, locations, weights).square().sum(), value, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="no second derivatives.*read_points"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*read_points"):
         grad.sum().backward()
 
 
@@ -855,7 +860,8 @@ def test_without_a_compiler_there_is_no_warning_but_a_reason(tmp_path, answer):
 
 @needs_compiler
 def test_a_home_that_cannot_be_written_and_a_folder_open_to_all(tmp_path, answer, monkeypatch):
-    "Without a cache folder the temporary directory takes its place; a folder that others may write is not trusted."
+    """Without a cache folder the temporary directory takes its place;
+    a folder that others may write is not trusted."""
     blocked = tmp_path / "file"
     blocked.touch()
     temporary = tmp_path / "tmp"

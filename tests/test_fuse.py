@@ -62,7 +62,8 @@ def golden_videos(case):
 
 
 def test_round_one_by_its_name():
-    "No threshold is given: half of six votes is what was published. The leftover of swap 2 is right with the right kind, and fills the frame with the wrong one."
+    """No threshold is given: half of six votes is what was published.
+    The leftover of swap 2 is right with the right kind, and fills the frame with the wrong one."""
     case = load_case(GOLDEN / "fusion_round1.npz")
     for name, members in case.meta["config"]["members"].items():
         kinds = [case.meta["config"]["kind"][m] for m in members]
@@ -274,7 +275,8 @@ def test_the_guard_reads_the_first_member_only():
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_matched_pairs(n):
-    "Whoever is the lone one among an odd number is found by the likeness of the others; an even number is always two by two."
+    """Whoever is the lone one among an odd number is found by the likeness of the others;
+    an even number is always two by two."""
     expressions = [Expression("v", str(i), "it") for i in range(n)]
     if n % 2 == 0:
 
@@ -396,7 +398,7 @@ def soft_member(folder, data, draw, scores=lambda e: np.arange(3.0)):
 def test_stage(copy):
     tmp, data = copy
     report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out", groups="objects").check()
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     e = data.expressions[v][0].id
     assert (
         masks(tmp / "out", data, v, e)
@@ -414,7 +416,8 @@ def test_stage(copy):
 
 
 def test_trees_zips_and_members_without_masks(copy):
-    "A published tree has no Annotations level; a submission is a zip; a member may have candidates only."
+    """A published tree has no Annotations level;
+    a submission is a zip; a member may have candidates only."""
     tmp, data = copy
     with zipfile.ZipFile(tmp / "m1.zip", "w") as box:
         for p in sorted((tmp / "m1").rglob("*.png")):
@@ -489,7 +492,8 @@ def test_a_member_of_fewer_frames(copy):
 
 
 def test_other_members_are_refused(copy):
-    "A tree that nobody recorded counts by its contents: what was fused from it does not silently stay."
+    """A tree that nobody recorded counts by its contents:
+    what was fused from it does not silently stay."""
     tmp, data = copy
     fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out").check()
     e = next(iter(data))
@@ -552,7 +556,7 @@ def test_rules_of_the_rounds_differ_in_the_leftover(copy):
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     last = data.expressions[v][-1].id
     del listing["videos"][v]["expressions"][last]
     write_json(path, listing)
@@ -568,13 +572,14 @@ def test_rules_of_the_rounds_differ_in_the_leftover(copy):
 
 
 def test_published_files_and_the_leftover_of_swap_2(copy):
-    "Probabilities under the name of logits: read as what they are, the expression left over is the first member's, and does not fill the frame."
+    """Probabilities under the name of logits: read as what they are,
+    the expression left over is the first member's, and does not fill the frame."""
     import torch
 
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     del listing["videos"][v]["expressions"][data.expressions[v][-1].id]
     write_json(path, listing)
     alone = next(e for e in data.expressions[v] if e.id == data.expressions[v][-2].id)
@@ -615,7 +620,7 @@ def test_an_empty_sentence_keeps_its_place_in_the_pairs(copy):
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     listing["videos"][v]["expressions"]["1"]["exp"] = " "
     write_json(path, listing)
     report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out")
@@ -721,7 +726,8 @@ def test_confidence_needs_a_member_with_scores(copy):
 
 
 def test_key_frames(copy):
-    "Of a member by its name, of the pooled scores, and of the best frame in which the fused mask has a pixel; a resumed run chooses the same."
+    """Of a member by its name, of the pooled scores,
+    and of the best frame in which the fused mask has a pixel; a resumed run chooses the same."""
     tmp, data = copy
     gone = next(iter(data))
 
@@ -799,7 +805,7 @@ def test_killed_and_run_again(copy):
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, tmp], stdout=subprocess.PIPE, env=dict(os.environ, IN_TEST="1")
     )
-    for _ in range(len(grouped(data.expressions[list(data.videos)[0]])) + 2):
+    for _ in range(len(grouped(data.expressions[next(iter(data.videos))])) + 2):
         child.stdout.readline()  # into the second video
     child.send_signal(signal.SIGKILL)
     child.wait()

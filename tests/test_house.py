@@ -1,4 +1,5 @@
-"Rules of the house: one notebook is one module, nothing stale, nothing heavy, nothing of one machine; and the command."
+"""Rules of the house: one notebook is one module, nothing stale,
+nothing heavy, nothing of one machine; and the command."""
 
 import json
 import os

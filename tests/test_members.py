@@ -1,4 +1,5 @@
-"Members: the same opinion in every form, files that are hostile or broken, conversion, and worker processes."
+"""Members: the same opinion in every form,
+files that are hostile or broken, conversion, and worker processes."""
 
 import os
 import pickle
@@ -272,7 +273,7 @@ def test_files_cut_short_anywhere(made, tmp_path):
         data = (root / name).read_bytes()
         for k in [0, 1, 5, 100, 500, len(data) // 2, len(data) - 1000, len(data) - 1]:
             (tmp_path / "cut.pth").write_bytes(data[:k])
-            with pytest.raises(Problem, match="cut.pth"):
+            with pytest.raises(Problem, match=r"cut\.pth"):
                 open_member(tmp_path / "cut.pth")
 
 
@@ -357,7 +358,7 @@ def test_shards(made, tmp_path):
         os.link(root / f"parts/{name}.pth", tmp_path / f"{name}.pth")
     assert open_member(tmp_path).key_frames().keys() == {"a", "b"}
     os.link(root / "parts/m0.pth", tmp_path / "m7.pth")
-    with pytest.raises(Problem, match="m7.pth.*video a.*m0.pth"):
+    with pytest.raises(Problem, match=r"m7\.pth.*video a.*m0\.pth"):
         open_member(tmp_path)
     (tmp_path / "m7.pth").rename(tmp_path / "other.pth")
     with pytest.raises(Problem, match="several models"):

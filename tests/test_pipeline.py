@@ -1,4 +1,5 @@
-"Recipes: the winners' graph with tiny models, what is made again and what is not, faults that are named before anything runs, and kills."
+"""Recipes: the winners' graph with tiny models, what is made again and what is not,
+faults that are named before anything runs, and kills."""
 
 import json
 import os
@@ -405,7 +406,7 @@ def test_other_key_frames_are_noticed(finished):
             e["index_info"]["class_index"] = 2 - e["index_info"]["class_index"]
     write_json(path, keys)
     assert stale(SMALL, finished) == {"walk", "final", "score", "submission"}
-    with pytest.raises(Problem, match="key_frame.json has changed since"):
+    with pytest.raises(Problem, match=r"key_frame\.json has changed since"):
         propagate(finished["data"], Path(finished["out"], "swap"), Path(finished["out"], "walk"))
 
 
@@ -658,7 +659,8 @@ def test_a_recipe_that_extends_itself(tmp_path):
 
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
-    "A zip and a tree for two of three members: the graph goes on from them, with their own key frames or none."
+    """A zip and a tree for two of three members:
+    the graph goes on from them, with their own key frames or none."""
     from rvos_nb.evaluate import submission
 
     submission(shapes / "data", shapes / "a", tmp_path / "a.zip")

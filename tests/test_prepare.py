@@ -1,4 +1,5 @@
-"What a check finds in trees that are whole, hurt or strange; conversions of originals; and what the commands say."
+"""What a check finds in trees that are whole, hurt or strange;
+conversions of originals; and what the commands say."""
 
 import json
 import os
@@ -171,7 +172,8 @@ def test_files_are_looked_into(tree, capsys, layout, file, damage):
 
 
 def test_masks_are_looked_into(tree, capsys):
-    "A code that is none, a short one, one for a picture of another size, no polygon; in both layouts that keep masks in JSON."
+    """A code that is none, a short one, one for a picture of another size, no polygon;
+    in both layouts that keep masks in JSON."""
     for odd in (
         None,
         7,

@@ -244,7 +244,7 @@ def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     root = tree("jhmdb-sentences")
     shutil.rmtree(root / "Rename_Images/easy/test-easy-00000")
     (root / "puppet_mask/easy/test-easy-00001/puppet_mask.mat").write_bytes(b"no Matlab file")
-    with pytest.raises(Problem, match="puppet_mask.mat"):
+    with pytest.raises(Problem, match=r"puppet_mask\.mat"):
         run(root, tmp_path / "out", model)
     assert sorted(p.name for p in (tmp_path / "out/results").iterdir()) == ["test-easy-00001.json"]
     root = tree("refcoco")

@@ -1,4 +1,5 @@
-"The search for a rule: counts against masks, no look at the videos that are scored, luck is not reported as gain, and what it takes over is what it scored."
+"""The search for a rule: counts against masks, no look at the videos that are scored,
+luck is not reported as gain, and what it takes over is what it scored."""
 
 import json
 from dataclasses import replace
@@ -45,7 +46,8 @@ def ballots_of(root, members, split="valid"):
 
 
 class Member:
-    "A member in memory: `says(video, expression) -> (T, H, W) bool`, and scores where it is asked for some."
+    """A member in memory: `says(video, expression) -> (T,
+    H, W) bool`, and scores where it is asked for some."""
 
     def __init__(self, name, says, scores=None):
         self.where, self.name, self.says, self.sure = Path(name), name, says, scores
@@ -168,7 +170,8 @@ def test_patterns_decide_exactly_as_pixels(data, members):
 
 
 def test_a_last_group_of_one_and_an_unusable_expression(tmp_path):
-    "Leftovers keep their own rule, and a sentence that cannot be used keeps its place in the pairing."
+    """Leftovers keep their own rule, and a sentence that cannot be used keeps its place in the
+    pairing."""
     refshapes.write(tmp_path / "data", "valid", "easy", videos=1, seed=3, frames=2, size=SIZE)
     path = tmp_path / "data/meta_expressions/valid/meta_expressions.json"
     listing = json.loads(path.read_text())
@@ -213,7 +216,8 @@ def test_the_enemy_is_silenced_and_the_gain_is_clear(ballots):
 
 
 def test_every_video_is_scored_by_a_setting_that_never_saw_it(data, ballots):
-    "In the videos of one fold the best member becomes an enemy: what is chosen for that fold stays, what is chosen for others does not."
+    """In the videos of one fold the best member becomes an enemy:
+    what is chosen for that fold stays, what is chosen for others does not."""
     found, videos = search(ballots), ballots.videos()[0]
     fold = dict(zip(videos, S.deal(videos, 5)))
     for k in range(5):
@@ -246,7 +250,8 @@ def test_every_video_is_scored_by_a_setting_that_never_saw_it(data, ballots):
 
 
 def test_luck_is_not_called_a_gain(data):
-    "Members that change their seats in every video: nothing can be learnt, and held out nothing is gained on average."
+    """Members that change their seats in every video:
+    nothing can be learnt, and held out nothing is gained on average."""
     gains = []
     for seed in range(6):
 
@@ -266,7 +271,8 @@ def test_luck_is_not_called_a_gain(data):
 
 
 def test_masks_of_other_videos_are_worth_nothing(data):
-    "True masks under wrong names: whatever is chosen stays near nothing, and no member is better than another."
+    """True masks under wrong names: whatever is chosen stays near nothing,
+    and no member is better than another."""
     names = [(e.video, e.id) for e in data]
     by_id = {(e.video, e.id): e for e in data}
 

@@ -1,4 +1,5 @@
-"""The stage contract on real runs: what one bad file costs, and a run killed in the middle ends in the bytes of an undisturbed one."""
+"""The stage contract on real runs:
+what one bad file costs, and a run killed in the middle ends in the bytes of an undisturbed one."""
 
 import errno
 import json
@@ -80,7 +81,7 @@ def empty_sentence(data):
 
 
 def climbing_id(data):
-    edit(data, lambda v: v.update({"../x": v[list(v)[0]]}))
+    edit(data, lambda v: v.update({"../x": v[next(iter(v))]}))
     return "meta_expressions.json", "../x"
 
 

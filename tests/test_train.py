@@ -112,7 +112,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_learning_rates(name):
-    "Rates of encoder, transformer and identity bank as recorded at ten steps; a rate of 0 is a bank that gets no gradient."
+    """Rates of encoder, transformer and identity bank as recorded at ten steps;
+    a rate of 0 is a bank that gets no gradient."""
     from torch import nn
 
     from rvos_nb.train.loop import optimizer_for, read_recipe, set_rates
@@ -334,7 +335,8 @@ def test_a_referring_model_begins_where_its_recipe_says(tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_sequences_of_odd_footage(seed, tmp_path):
-    "Pictures and films of any size, grey ones too, with void pixels and objects that come and go: batches keep their promises."
+    """Pictures and films of any size, grey ones too, with void pixels and objects that come and go:
+    batches keep their promises."""
     from PIL import Image
 
     from rvos_nb.data.masks import write_labels
@@ -396,7 +398,7 @@ def test_damaged_training_pictures_are_named(tmp_path):
     for name in ("0", "2"):
         for ext in ("jpg", "png"):
             (tmp_path / f"pictures/{name}.{ext}").unlink()
-    with pytest.raises(Problem, match="1.jpg"):
+    with pytest.raises(Problem, match=r"1\.jpg"):
         Stills(1, [str(tmp_path / "pictures")], size=(32, 48)).batch(0, 0)
 
 

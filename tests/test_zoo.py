@@ -1,4 +1,5 @@
-"""Checkpoints that are wrong in every way we could think of: each is refused with one line that names the fault."""
+"""Checkpoints that are wrong in every way we could think of:
+each is refused with one line that names the fault."""
 
 import json
 import shutil
@@ -395,5 +396,5 @@ def test_parameters_are_those_of_the_table(name):
 def test_listing_of_one_family():
     text = zoo.listing(zoo.table("AOT"))
     assert "r50-aotl" in text and "deaott" not in text and "BSD-3-Clause" in text
-    with pytest.raises(Problem, match="one of .*mutr"):
+    with pytest.raises(Problem, match=r"one of .*mutr"):
         zoo.table("yolo")

@@ -381,16 +381,9 @@ def test_a_wrong_name(change, said):
 
 def test_other_families_are_named():
     for mark, family in (("voc.fq_pos", "soc"), ("vita.fq_pos", "soc")):
-        refused(
-            lambda: recognise(
-                {
-                    mark: torch.ones(1),
-                    "vlf.multihead_attn.in_proj_bias": torch.ones(1),
-                    "fusion_module.x": torch.ones(1),
-                }
-            ),
-            f"a checkpoint of {family}",
-        )
+        names = (mark, "vlf.multihead_attn.in_proj_bias", "fusion_module.x")
+        state = {name: torch.ones(1) for name in names}
+        refused(functools.partial(recognise, state), f"a checkpoint of {family}")
     refused(
         lambda: recognise(
             {"MTA.layers.0.norm1.weight": torch.ones(1), "fusion_module.x": torch.ones(1)}
@@ -604,9 +597,10 @@ def test_the_output_folder(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("x")
     for force in (False, True):
-        refused(
-            lambda: convert(tmp_path / "a.pth", tmp_path / "photos", force=force), "no checkpoint"
+        into_photos = functools.partial(
+            convert, tmp_path / "a.pth", tmp_path / "photos", force=force
         )
+        refused(into_photos, "no checkpoint")
     convert(tmp_path / "a.pth", tmp_path / "out")
     refused(lambda: convert(tmp_path / "a.pth", tmp_path / "out"), "--force")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()

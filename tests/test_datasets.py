@@ -415,26 +415,22 @@ def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, spli
         assert abs(ours - theirs).mean() < 8
 
 
+def read_files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_written_twice_is_the_same_and_other_scenes_are_refused(tmp_path):
     for layout, split in (("mevis", "valid_u"), ("a2d-sentences", "test"), ("refcoco", "val")):
-
-        def made():
-            return {
-                p: p.read_bytes() for p in sorted((tmp_path / layout).rglob("*")) if p.is_file()
-            }
-
-        for _ in range(2):
-            write(
-                tmp_path / layout, split, "easy", 1, seed=1, frames=2, size=(48, 72), layout=layout
-            )
-            first = made()
-        assert made() == first
+        root = tmp_path / layout
+        options = dict(frames=2, size=(48, 72), layout=layout)
+        write(root, split, "easy", 1, seed=1, **options)
+        first = read_files(root)
+        write(root, split, "easy", 1, seed=1, **options)
+        assert read_files(root) == first
         with pytest.raises(Problem, match="another folder"):
-            write(
-                tmp_path / layout, split, "easy", 1, seed=2, frames=2, size=(48, 72), layout=layout
-            )
+            write(root, split, "easy", 1, seed=2, **options)
         with pytest.raises(Problem, match="split"):
-            write(tmp_path / layout, "testB", "easy", 1, seed=1, layout=layout)
+            write(root, "testB", "easy", 1, seed=1, layout=layout)
 
 
 # masks as text

@@ -773,8 +773,15 @@ def builder(source, cache, **env):
 def counting_compiler(folder, before=""):
     "A compiler that notes each build in `folder`/builds and then does it; CXX for `builder`."
     script = folder / "cxx"
+    compiler = native.compiler(Path("x.cpp"))[0]
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *-shared*) case "$*" in *-###*) ;; *) echo build >> {folder}/builds; {before} ;; esac ;; esac\nexec {native.compiler(Path("x.cpp"))[0]} "$@"\n'
+        f"""#!/bin/sh
+        case "$*" in
+          *-###*) ;;
+          *-shared*) echo build >> {folder}/builds; {before} ;;
+        esac
+        exec {compiler} "$@"
+        """
     )
     script.chmod(0o755)
     return script
@@ -913,9 +920,12 @@ FORKED = """
 import os, torch
 from rvos_nb.ops.deform_attn import ms_deform_attn
 torch.set_num_threads(3)
-given = torch.randn(2, 1200, 8, 32), [(30, 40)], torch.rand(2, 1200, 8, 1, 4, 2), torch.rand(2, 1200, 8, 1, 4)
-before = ms_deform_attn(*given)
-if (pid := os.fork()) == 0: os._exit(0 if torch.equal(ms_deform_attn(*given), before) else 3)
+value, shapes = torch.randn(2, 1200, 8, 32), [(30, 40)]
+locations, weights = torch.rand(2, 1200, 8, 1, 4, 2), torch.rand(2, 1200, 8, 1, 4)
+before = ms_deform_attn(value, shapes, locations, weights)
+if (pid := os.fork()) == 0:
+    after = ms_deform_attn(value, shapes, locations, weights)
+    os._exit(0 if torch.equal(after, before) else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 

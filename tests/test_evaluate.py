@@ -1003,7 +1003,7 @@ def test_davis_semi_supervised(tracks):
 
 
 def test_label_maps_that_are_missing_or_wrong(tracks):
-    root, truth, found = tracks
+    root, _, _ = tracks
     path = root / "run" / "Annotations" / "v10" / "00010.png"
     path.write_bytes(path.read_bytes()[:60])
     (path.parent / "00015.png").unlink()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_round_one_by_its_name():
         kinds = [case.meta["config"]["kind"][m] for m in members]
         for v, groups in golden_videos(case).items():
 
-            def opinion(m, e):
+            def opinion(m, e, v=v, members=members, kinds=kinds):
                 return foreground(case.arrays[f"in/{members[m]}/{v}/{e}/mask_logits"], kinds[m])
 
             variant = name if kinds[0] == "logit" else f"{name}_leftover_fixed"
@@ -93,12 +94,10 @@ def test_round_two_by_its_name():
     for name, members in case.meta["config"]["members"].items():
         for v, groups in golden_videos(case).items():
 
-            def opinion(m, e):
-                return (
-                    made[members[m], v, e]
-                    if members[m] in case.meta["config"]["members"]
-                    else case.arrays[f"in/{members[m]}/{v}/{e}"] == 255
-                )
+            def opinion(m, e, v=v, members=members):
+                if members[m] in case.meta["config"]["members"]:
+                    return made[members[m], v, e]
+                return case.arrays[f"in/{members[m]}/{v}/{e}"] == 255
 
             for group, mask in RULES["round2"].fuse(opinion, groups, len(members)):
                 for e in group:
@@ -109,7 +108,7 @@ def test_round_two_by_its_name():
 def blobs(rng, shape, n):
     "n masks that are noisy copies of two rectangles, and now and then empty."
     out = []
-    for k in range(n):
+    for _ in range(n):
         m = np.zeros(shape, bool)
         if rng.random() < 0.9:
             h, w = shape[1:]
@@ -128,7 +127,7 @@ def plain(opinions, w, alone, rule, conf):
         w = w * conf
     stack = np.stack(opinions).astype(float)
     if rule.union:
-        n, left, found = len(opinions), set(range(len(opinions))), []
+        left, found = set(range(len(opinions))), []
 
         def iou(i, j):
             return (
@@ -286,17 +285,17 @@ def test_matched_pairs(n):
         assert grouped(expressions, "matched", alike=never) == grouped(expressions)
         return
     for lone in range(0, n, 2):
-        object_of = {
-            str(i): i // 2 if i < lone else -1 if i == lone else (i + 1) // 2 for i in range(n)
-        }
-        got = grouped(
-            expressions, "matched", alike=lambda a, b: 0.8 if object_of[a] == object_of[b] else 0.1
-        )
-        assert (
-            [str(lone)] in got
-            and all(len({object_of[i] for i in g}) == 1 for g in got)
-            and sum(got, []) == [str(i) for i in range(n)]
-        )
+        order = [str(i) for i in range(n)]
+        paired = order[:lone] + order[lone + 1 :]
+        object_of = {i: k // 2 for k, i in enumerate(paired)} | {str(lone): -1}
+
+        def likeness(a, b, object_of=object_of):
+            return 0.8 if object_of[a] == object_of[b] else 0.1
+
+        found = grouped(expressions, "matched", alike=likeness)
+        assert [str(lone)] in found
+        assert all(len({object_of[i] for i in group}) == 1 for group in found)
+        assert list(chain.from_iterable(found)) == order
 
 
 def test_matched_pairs_beside_an_unusable_sentence():
@@ -314,10 +313,8 @@ def test_clusters_hang_together_through_others():
     for _ in range(20):
         masks = blobs(rng, (1, 6, 10), 8)
         found = clusters(masks, 0.3)
-        assert (
-            sorted(sum(found, [])) == list(range(8))
-            and clusters(list(map(packed, masks)), 0.3) == found
-        )
+        assert sorted(chain.from_iterable(found)) == list(range(8))
+        assert clusters(list(map(packed, masks)), 0.3) == found
         for a in found:
             for b in found:
                 assert a is b or all(overlap(masks[i], masks[j]) < 0.3 for i in a for j in b)
@@ -715,7 +712,7 @@ def test_mevis_is_not_pooled_and_knows_nobody_and_several(tmp_path):
 
 
 def test_confidence_needs_a_member_with_scores(copy):
-    tmp, data = copy
+    tmp, _ = copy
     for i, options in enumerate(({"confidence": True}, {"key_frames": "pooled"})):
         report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / f"out{i}", **options)
         assert (
@@ -777,7 +774,7 @@ def test_key_frames(copy):
 
 
 def test_objects_need_ids(copy):
-    tmp, data = copy
+    tmp, _ = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
     for v in listing["videos"].values():
@@ -818,5 +815,7 @@ def test_killed_and_run_again(copy):
 
 
 def test_no_torch():
-    code = "import sys, rvos_nb.fuse, rvos_nb.metrics, rvos_nb.evaluate, rvos_nb.explore, rvos_nb.keyframe, rvos_nb.verify.pipeline; sys.exit('torch' in sys.modules)"
+    names = ("fuse", "metrics", "evaluate", "explore", "keyframe", "verify.pipeline")
+    imports = "\n".join(f"import rvos_nb.{name}" for name in names)
+    code = f"import sys\n{imports}\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

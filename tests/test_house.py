@@ -200,7 +200,13 @@ LIGHT = [
 
 
 def test_light_modules_import_no_torch():
-    code = f"import importlib, sys\nfor m in {LIGHT}:\n importlib.import_module('rvos_nb.' + m)\n assert 'torch' not in sys.modules, m\nassert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"
+    code = f"""
+import importlib, sys
+for name in {LIGHT}:
+    importlib.import_module("rvos_nb." + name)
+    assert "torch" not in sys.modules, name
+assert not {{"nbdev", "fastcore"}} & set(sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -296,9 +302,8 @@ def test_a_mistake_is_one_line(argv, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if argv[0] != "verify":
-        assert len(
-            [l for l in done.stderr.splitlines() if "Warning" not in l and l.strip()]
-        ) == 1 and done.stderr.startswith("rvos: "), done.stderr
+        lines = [x for x in done.stderr.splitlines() if "Warning" not in x and x.strip()]
+        assert len(lines) == 1 and done.stderr.startswith("rvos: "), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -372,7 +377,8 @@ def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
         [
             sys.executable,
             "-c",
-            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores Ctrl-C
+            # a background job ignores Ctrl-C
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"from rvos_nb.pipeline import run; run({recipe!r})",
         ],
         cwd=ROOT,

@@ -112,15 +112,15 @@ def test_davis(model, tmp_path, annotators):
     report, lines = run(root, tmp_path / "out", model, protocol="davis", clip_length=2)
     data = open_dataset(root)
     assert not report.failed and lines.count("anno_") == annotators and "mean" in lines
-    for v, video in data.videos.items():
+    for v in data.videos:
         for a in range(annotators):
             maps = sorted((tmp_path / f"out/valid/anno_{a}" / v).iterdir())
             assert [p.name for p in maps] == [f"{t:05d}.png" for t in range(5)]
             assert Image.open(maps[0]).getpalette() == list(PALETTE)
             each = [e for e in data.expressions[v] if int(e.id) % annotators == a]
             claims = []
-            for e in each:  # the rule of chapter 05a2, with all planes in memory
-                arrays, info = stage.load_candidates(
+            for e in each:  # the rule of `protocols`, with all planes in memory
+                arrays, _ = stage.load_candidates(
                     tmp_path / f"out/candidates/{v}/{e.id}.safetensors"
                 )
                 p = (
@@ -706,17 +706,25 @@ from rvos_nb import core, protocols
 class Toy:
     config, computing = SimpleNamespace(short_side=64), nullcontext
     def prepare(self, frames, side): return torch.as_tensor(frames).float().permute(0, 3, 1, 2)
-    def see(self, frames, short_side=None): return torch.as_tensor(frames).float().mean(-1), frames.shape[1:3]
+    def see(self, frames, short_side=None):
+        return torch.as_tensor(frames).float().mean(-1), frames.shape[1:3]
     def refer(self, seen, texts):
-        grey, size = seen; x = (grey - grey.mean())[:, ::4, ::4].expand(len(texts), -1, -1, -1)
-        return SimpleNamespace(logits=x, scores=x.amax((2, 3)), boxes=torch.zeros(*x.shape[:2], 4), kind='logit', size=size)
+        grey, size = seen
+        x = (grey - grey.mean())[:, ::4, ::4].expand(len(texts), -1, -1, -1)
+        scores, boxes = x.amax((2, 3)), torch.zeros(*x.shape[:2], 4)
+        return SimpleNamespace(logits=x, scores=scores, boxes=boxes, kind='logit', size=size)
     def look(self, x, mask, keep): return x[:, keep[0]].mean(1)[:, ::4, ::4]
     def encode(self, texts): return (texts,)
     def listen(self, texts): return texts
     def respond(self, grey, texts, sizes):
         q = torch.linspace(-20, 20, 5)[None, None, :]
         x = (grey - grey.mean())[:, None, None] + q[..., None, None]
-        return dict(pred_logits=(q[..., None] / 20).expand(len(texts), 1, 5, 1), pred_masks=x.expand(len(texts), 1, 5, *grey.shape[1:]), pred_boxes=torch.full((len(texts), 1, 5, 4), .5))
+        queries = (len(texts), 1, 5)
+        return dict(
+            pred_logits=(q[..., None] / 20).expand(*queries, 1),
+            pred_masks=x.expand(*queries, *grey.shape[1:]),
+            pred_boxes=torch.full((*queries, 4), .5),
+        )
 
 out, kill, flush, seen = Path(sys.argv[2]), sys.argv[3], core._flush, []
 def die(p):
@@ -754,11 +762,12 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
         and lines == ""
         and not list(tmp_path.rglob("anno_*"))
     )
-    for e in ("../x", "first"):
-        edit(
-            root / "meta_expressions/valid/meta_expressions.json",
-            lambda found: found["videos"]["easy-00000"]["expressions"].update({e: {"exp": "it"}}),
-        )
+
+    def add_odd_names(listing):
+        expressions = listing["videos"]["easy-00000"]["expressions"]
+        expressions |= {"../x": {"exp": "it"}, "first": {"exp": "it"}}
+
+    edit(root / "meta_expressions/valid/meta_expressions.json", add_odd_names)
     shutil.rmtree(root / "valid/JPEGImages")
     shutil.copytree(write_davis(tmp_path / "again") / "valid/JPEGImages", root / "valid/JPEGImages")
     report, lines = run(root, tmp_path / "out", Bright())

@@ -184,9 +184,18 @@ def test_results_of_another_run_are_not_taken_for_done(clean, tmp_path):
 
 
 RUNS = {
-    "predict": "from rvos_nb.predict import predict; predict({data!r}, {out!r}).check()",
-    "propagate": "from rvos_nb.propagate import propagate; propagate({data!r}, {pred!r}, {out!r}).check()",
-    "fuse": "from rvos_nb.fuse import fuse; fuse({data!r}, [{pred!r}, {pred!r}], {out!r}).check()",
+    "predict": """
+from rvos_nb.predict import predict
+predict({data!r}, {out!r}).check()
+""",
+    "propagate": """
+from rvos_nb.propagate import propagate
+propagate({data!r}, {pred!r}, {out!r}).check()
+""",
+    "fuse": """
+from rvos_nb.fuse import fuse
+fuse({data!r}, [{pred!r}, {pred!r}], {out!r}).check()
+""",
 }
 
 
@@ -197,7 +206,9 @@ from pathlib import Path
 from rvos_nb import core
 flush = core._flush
 def die(p):
-    if p.parent.name.startswith('.tmp-') and list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*')): os.kill(os.getpid(), signal.SIGKILL)
+    whole_units = list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*'))
+    if p.parent.name.startswith('.tmp-') and whole_units:
+        os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
 core._flush = die
 """

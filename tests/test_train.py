@@ -351,7 +351,7 @@ def test_sequences_of_odd_footage(seed, tmp_path):
                 y, x = (int(rng.integers(m)) for m in (h, w))
                 labels[max(y - 12, 0) : y + 12, max(x - 12, 0) : x + 12] = k
             labels[:2] = 255
-            for name, ext in (("JPEGImages", "jpg"), ("Annotations", "png")):
+            for name in ("JPEGImages", "Annotations"):
                 (tmp_path / name / str(v)).mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).convert(
                 "L" if v else "RGB"

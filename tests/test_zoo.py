@@ -316,11 +316,7 @@ def test_asked_and_not_given(cache, monkeypatch):
         (RepositoryNotFoundError("404", response=MagicMock(headers={})), "check the name"),
         (ConnectionError("no route"), "no route"),
     ):
-
-        def fail(*a, **k):
-            raise error
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", MagicMock(side_effect=error))
         refused("somebody/tiny", "somebody/tiny", said, online=True)
 
 

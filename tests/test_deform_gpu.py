@@ -534,22 +534,22 @@ def setup():
 
 
 def test_built_ahead(setup, tmp_path, capfd):
-    tools = setup["native"]()
+    tools = setup["import_native"]()
     if not tools.compiler(OPS / "a.cpp"):
         pytest.skip("no C++ compiler")
     quick = ["-O0", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    compiler = tools.compiler
+
+    def without_nvcc(source):
+        return compiler(source) if source.suffix == ".cpp" else []
+
     with (
         patch.object(tools, "flags", lambda *args: quick),
-        patch.object(
-            tools,
-            "compiler",
-            lambda source, found=tools.compiler: found(source) if source.suffix == ".cpp" else [],
-        ),
+        patch.object(tools, "compiler", without_nvcc),
     ):
         built = setup["build"](tmp_path)
-    assert [p.name for p in built] == [
-        tools.library_name(OPS / "ms_deform_attn_cpu.cpp")
-    ] and "ms_deform_attn.cu is left out: no nvcc" in capfd.readouterr().err
+    assert [p.name for p in built] == [tools.library_name(OPS / "ms_deform_attn_cpu.cpp")]
+    assert "ms_deform_attn.cu is left out: no nvcc" in capfd.readouterr().err
     assert ctypes.CDLL(str(built[0])).backward
     with (
         patch.object(tools, "compiler", lambda source: []),
@@ -571,7 +571,7 @@ def test_architectures(setup, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setitem(
         setup["architectures"].__globals__,
-        "asked",
+        "read_output",
         lambda command, *options: "compute_80\ncompute_90\n" if "list" in options[0] else "",
     )
     assert setup["architectures"]("nvcc") == [("80", False), ("90", True)]

@@ -113,6 +113,7 @@ def tracked():
         ".venv",
         "__pycache__",
         ".pytest_cache",
+        ".ruff_cache",
         "runs",
         "build",
         "dist",

@@ -183,16 +183,16 @@ def scores(
     videos: int = 40,  # of each level
 ) -> list[Figure]:
     "J&F of the shipped checkpoints on RefShapes validation sets of every level."
-    from rvos_nb.data import refshapes
+    from rvos_nb.data import refshapes, shapes
     from rvos_nb.data.datasets import open_dataset
     from rvos_nb.evaluate import evaluate
     from rvos_nb.models import zoo
     from rvos_nb.predict import predict
-    from rvos_nb.vos.propagator import AOTPropagator
+    from rvos_nb.vos.memory import AOTPropagator
 
     referring, figures = zoo.load("referformer-tiny"), []
     propagators = {name: AOTPropagator(zoo.load(name)) for name in ("aot-tiny", "deaot-tiny")}
-    for level in refshapes.LEVELS:
+    for level in shapes.LEVELS:
         with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
             refshapes.write(folder, "valid", level, videos=videos, seed=1)
             data = open_dataset(folder)

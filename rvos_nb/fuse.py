@@ -18,22 +18,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rvos_nb.core import (
-    Problem,
-    Report,
-    check_id,
-    made_from,
-    natural_key,
-    resolve,
-    run_stage,
-    whole_folder,
-    write_made,
-)
-from .data.datasets import Dataset, frame_size, open_dataset
+from .core import Problem, check_id, natural_key, resolve
+from .data.datasets import open_dataset
+from .data.index import Dataset, frame_size
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
+from .files import whole_folder
 from .keyframe import as_json, key_frame_nonempty
 from .members import Member, member_name, open_member
+from .stage import Report, made_from, run_stage, write_made
 
 # %% ../nbs/06_fuse.ipynb #47d64798
 def _same(shape: tuple, first: tuple | None, i: int):

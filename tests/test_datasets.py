@@ -11,10 +11,12 @@ from helpers import spoil
 from PIL import Image
 
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import annotation, open_dataset, read_code
+from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.index import read_code
 from rvos_nb.data.masks import rle_encode, run_pixels
 from rvos_nb.data.refshapes import write
 from rvos_nb.data.video import read_video
+from rvos_nb.data.videos import annotation
 
 JSON = "meta_expressions/valid/meta_expressions.json"
 

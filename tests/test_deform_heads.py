@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from rvos_nb.core import Problem
-from rvos_nb.models.crossmodal import Attention, CrossModalFPN, VisionLanguageFusion
+from rvos_nb.models.attention import Attention
 from rvos_nb.models.deformable import DeformableTransformer
+from rvos_nb.models.fusion import VisionLanguageFusion
 from rvos_nb.models.heads import (
     MLP,
     aligned_bilinear,
@@ -26,6 +27,7 @@ from rvos_nb.models.heads import (
     dynamic_size,
     pixel_centres,
 )
+from rvos_nb.models.pixel_decoder import CrossModalFPN
 from rvos_nb.ops import native
 from rvos_nb.ops.deform_attn import (
     MSDeformAttn,

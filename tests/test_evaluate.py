@@ -16,9 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from rvos_nb.bench.metrics import plain_f, plain_j
-from rvos_nb.core import Problem, StageFailed, read_json, write_json
+from rvos_nb.candidates import save_candidates
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.index import NoTruth
 from rvos_nb.data.masks import (
     encode_mask,
     read_labels,
@@ -28,21 +30,15 @@ from rvos_nb.data.masks import (
     write_tree,
 )
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import (
-    Incomplete,
-    NoTruth,
-    evaluate,
-    evaluate_vos,
-    findings,
-    score_rows,
-    submission,
-)
+from rvos_nb.evaluate import evaluate, evaluate_vos, findings, score_rows
 from rvos_nb.explore import overlays, report
+from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import choose, from_json
+from rvos_nb.label_maps import merge, score_maps
 from rvos_nb.metrics import contour_f, jaccard, statistics
-from rvos_nb.predict import save_candidates
-from rvos_nb.protocols import merge, score_maps
 from rvos_nb.results import MEMBER_BYTES, check_code, open_results
+from rvos_nb.stage import StageFailed
+from rvos_nb.submit import Incomplete, submission
 from rvos_nb.verify.cases import load_case
 
 GOLDEN = Path(__file__).parent / "golden/pipeline"

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvos_nb.core import Problem, read_json, write_json
+from rvos_nb.candidates import save_candidates
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import read_mask, write_mask, write_tree
 from rvos_nb.data.video import Expression
+from rvos_nb.files import read_json, write_json
 from rvos_nb.fuse import (
     ALIKE,
     RULES,
@@ -38,7 +40,6 @@ from rvos_nb.fuse import (
 )
 from rvos_nb.keyframe import as_json, choose, from_json
 from rvos_nb.members import foreground
-from rvos_nb.predict import save_candidates
 from rvos_nb.verify.cases import compare, load_case
 from rvos_nb.verify.pipeline import fusion_round1, fusion_round2
 

@@ -347,10 +347,10 @@ def test_help_is_quick():
 
 def test_recipes_are_sound():
     "Every shipped pipeline names notebooks and parameters that exist."
-    from rvos_nb import pipeline
+    from rvos_nb import pipeline, workflow
 
-    for r in pipeline.recipes():
-        asked = [k for k, v in pipeline.load_recipe(r).parameters.items() if v is None]
+    for r in workflow.recipes():
+        asked = [k for k, v in workflow.load_recipe(r).parameters.items() if v is None]
         given = {
             k: str(ROOT / "nbs")
             if k == "data"
@@ -427,15 +427,15 @@ def test_a_mistake_is_one_line(argv, tmp_path):
         ("- a", "mapping"),
         ("name: x", "'stages'"),
         ("{name: x, stages: []}", "no stages"),
-        ("{name: x, stages: [{name: ../up, notebook: 06_fuse}]}", "../up"),
+        ("{name: x, stages: [{name: ../up, notebook: fuse}]}", "../up"),
         (
-            "{name: x, stages: [{name: a, notebook: 06_fuse}, {name: a, notebook: 06_fuse}]}",
+            "{name: x, stages: [{name: a, notebook: fuse}, {name: a, notebook: fuse}]}",
             "two stages named 'a'",
         ),
-        ("{name: x, stages: [{name: a, notebook: 99_none}]}", "no such notebook"),
-        ("{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {split: 3}}]}", "split = 3"),
-        ("{name: x, stages: [{name: a, notebook: 06_fuse, parameters: {speed: 3}}]}", "'speed'"),
-        ("{name: x, stages: [{name: a, notebook: 06_fuse, when: {sunny: x}}]}", "'sunny'"),
+        ("{name: x, stages: [{name: a, notebook: none}]}", "no such notebook"),
+        ("{name: x, stages: [{name: a, notebook: fuse, parameters: {split: 3}}]}", "split = 3"),
+        ("{name: x, stages: [{name: a, notebook: fuse, parameters: {speed: 3}}]}", "'speed'"),
+        ("{name: x, stages: [{name: a, notebook: fuse, when: {sunny: x}}]}", "'sunny'"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(text, says, tmp_path):

@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rvos_nb.core import Problem, map_units, read_json, write_json
+from rvos_nb.candidates import full_masks, full_size, save_candidates
+from rvos_nb.core import Problem
 from rvos_nb.data.masks import encode_mask, read_mask, write_tree
+from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.members import (
     HALF,
@@ -28,7 +30,7 @@ from rvos_nb.members import (
     probability,
     votes,
 )
-from rvos_nb.predict import full_masks, full_size, save_candidates
+from rvos_nb.units import map_units
 
 NAMES, SIZE, SMALL = ["00000", "00005", "00010", "00015"], (48, 64), (12, 16)
 IDS = [("a", "0"), ("a", "1"), ("b", "10")]

@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import yaml
 
-from rvos_nb import pipeline
-from rvos_nb.core import Problem, StageFailed, read_json, write_json
+from rvos_nb import pipeline, run_state
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_tree
+from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
-from rvos_nb.pipeline import Faults, load_recipe, look, plan, run
+from rvos_nb.pipeline import Faults, plan, run
 from rvos_nb.propagate import propagate
+from rvos_nb.run_state import look
+from rvos_nb.stage import StageFailed
+from rvos_nb.workflow import load_recipe
 
 
 def tree(folder, *without):
@@ -39,7 +43,7 @@ def tree(folder, *without):
 def states(recipe, given):
     "What a dry run says: {stage: state}. It must not write a byte."
     values, stages = plan(recipe, given)
-    pipeline.extent.cache_clear()
+    run_state.extent.cache_clear()
     views = []
     for s in stages:
         views.append(look(s, Path(values["out"]), views))
@@ -272,7 +276,7 @@ SMALL_STAGES = [
     ),
     small_stage(
         "submission",
-        "rvos_nb.evaluate:submission",
+        "rvos_nb.submit:submission",
         {"pred_dir": "{out}/final", "zip_path": "{out}/submission.zip"},
     ),
 ]
@@ -366,7 +370,7 @@ def test_killed_again_and_again(small, undisturbed):
 
 
 def probe(folder):
-    from rvos_nb.core import locked
+    from rvos_nb.stage import locked
 
     try:
         with locked(folder):
@@ -519,7 +523,7 @@ def test_results_of_somebody_else_are_not_removed(small):
 
 
 def test_two_at_once(small):
-    from rvos_nb.core import locked
+    from rvos_nb.stage import locked
 
     busy = pytest.raises(Problem, match="another run at work")
     with locked(Path(small["out"], "_run")), busy:
@@ -643,7 +647,7 @@ def test_the_published_rules():
                 s.parameters.get("key_frame_member"),
             )
             for s in load_recipe(name).stages
-            if s.notebook == "06_fuse"
+            if s.notebook == "fuse"
         }
 
     assert fusions("lsvos2023") == {
@@ -713,7 +717,7 @@ def test_a_recipe_that_extends_itself(tmp_path):
 def test_given_results_stand_for_a_model(shapes, tmp_path):
     """A zip and a tree for two of three members:
     the graph goes on from them, with their own key frames or none."""
-    from rvos_nb.evaluate import submission
+    from rvos_nb.submit import submission
 
     submission(shapes / "data", shapes / "a", tmp_path / "a.zip")
     made = {

@@ -12,16 +12,12 @@ from helpers import spoil
 
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import JHMDB_LISTS, open_dataset
-from rvos_nb.data.prepare import (
-    DAVIS_TEXTS,
-    JHMDB_SEED,
-    Work,
-    check,
-    draw_jhmdb,
-    prepare,
-)
+from rvos_nb.data.check import check
+from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.prepare import JHMDB_SEED, draw_jhmdb, prepare
+from rvos_nb.data.prepare_videos import DAVIS_TEXTS, Work
 from rvos_nb.data.refshapes import LAYOUTS, write
+from rvos_nb.data.samples import JHMDB_LISTS
 
 
 @pytest.fixture(scope="module")

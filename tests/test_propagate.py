@@ -9,18 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from rvos_nb.core import Problem, read_json, write_json
-from rvos_nb.data import refshapes
+from rvos_nb.candidates import save_candidates
+from rvos_nb.core import Problem
+from rvos_nb.data import refshapes, scenes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import read_labels, read_mask, write_labels, write_mask
 from rvos_nb.data.video import open_clip, read_video, write_video
 from rvos_nb.evaluate import evaluate_vos
+from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
-from rvos_nb.predict import save_candidates
 from rvos_nb.propagate import How, propagate, propagate_clip, propagate_vos, walk
 from rvos_nb.vos.aot import AOT, VARIANTS
-from rvos_nb.vos.propagator import AOTPropagator, Augmented, Propagator, Track, sweep
+from rvos_nb.vos.memory import AOTPropagator
+from rvos_nb.vos.propagator import Augmented, Propagator, Track, sweep
 
 
 class Shift(Propagator):
@@ -229,7 +231,7 @@ def test_a_checkpoint_folder(root, tiny, version):
 
 
 def test_restart_decides_what_the_way_back_remembers(tiny):
-    film = list(refshapes.scene(1, "easy", frames=7, size=(64, 96)).frames)
+    film = list(scenes.scene(1, "easy", frames=7, size=(64, 96)).frames)
     labels = np.zeros((64, 96), np.uint8)
     labels[20:40, 30:60] = 1
     back = {
@@ -403,7 +405,7 @@ def test_views_need_forks(root):
 def test_bounded_memory(tiny):
     """With a limit of three frames the memory holds three however long the clip,
     the reference among them."""
-    film = list(refshapes.scene(1, "easy", frames=14, size=(48, 64)).frames)
+    film = list(scenes.scene(1, "easy", frames=14, size=(48, 64)).frames)
     labels = np.zeros((48, 64), np.uint8)
     labels[10:30, 10:40] = 1
     p = AOTPropagator(tiny, gap=1, max_memory_frames=3)
@@ -418,7 +420,7 @@ def test_bounded_memory(tiny):
 def clip(tmp_path_factory):
     "Seven frames of an odd size as JPEGs, and a palette mask of two objects with odd ids."
     root = tmp_path_factory.mktemp("clip")
-    scene = refshapes.scene(2, "easy", frames=7, size=(61, 83))
+    scene = scenes.scene(2, "easy", frames=7, size=(61, 83))
     (root / "clip").mkdir()
     for t, frame in enumerate(scene.frames):
         Image.fromarray(frame).save(root / "clip" / f"img{t}.jpeg")
@@ -524,7 +526,7 @@ def test_a_clip_with_a_fault_writes_nothing(clip, tmp_path, spoil, words):
 def test_references_in_mid_clip(tiny):
     """A second object at frame 3 is a new reference:
     what follows is what the engine gives when told so by hand."""
-    film = list(refshapes.scene(4, "easy", frames=6, size=(64, 96)).frames)
+    film = list(scenes.scene(4, "easy", frames=6, size=(64, 96)).frames)
     first, second = np.zeros((64, 96), np.uint8), np.zeros((64, 96), np.uint8)
     first[5:30, 5:40] = 1
     second[30:60, 50:90] = 2
@@ -558,7 +560,7 @@ def test_views_in_their_published_order(tiny):
 def test_a_benchmark_of_masks(tmp_path, tiny):
     """YouTube-VOS with the truth of all frames on disk:
     an object is shown in its first frame only, and what is done and undone again is the same."""
-    scene = refshapes.scene(5, "easy", frames=6, size=(48, 64))
+    scene = scenes.scene(5, "easy", frames=6, size=(48, 64))
     labels = scene.labels.copy()
     late = int(labels[3].max())
     labels[:3][labels[:3] == late] = 0

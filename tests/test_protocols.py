@@ -13,18 +13,18 @@ import torch
 from helpers import SIZE, TREES, write_davis, write_refcoco
 from PIL import Image
 
-from rvos_nb import predict as stage
+from rvos_nb import candidates, predict
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import LAYOUTS, open_dataset
 from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
+from rvos_nb.label_maps import merge
 from rvos_nb.models import zoo
-from rvos_nb.protocols import (
+from rvos_nb.protocols import run
+from rvos_nb.single_frames import (
     ask,
-    merge,
     query_masks,
-    run,
     score_file,
     score_frames,
     score_table,
@@ -120,7 +120,7 @@ def test_davis(model, tmp_path, annotators):
             each = [e for e in data.expressions[v] if int(e.id) % annotators == a]
             claims = []
             for e in each:  # the rule of `protocols`, with all planes in memory
-                arrays, _ = stage.load_candidates(
+                arrays, _ = candidates.load_candidates(
                     tmp_path / f"out/candidates/{v}/{e.id}.safetensors"
                 )
                 p = (
@@ -661,7 +661,7 @@ def test_a_long_clip_streams(tmp_path, monkeypatch):
     write_video(
         tmp_path / "long.mp4", (np.full((32, 48, 3), 5 * t % 256, np.uint8) for t in range(60)), 10
     )
-    decoded, painted, gap, real = [], [], [], stage.read_video
+    decoded, painted, gap, real = [], [], [], predict.read_video
 
     def counted(video):
         for f in real(video):
@@ -673,9 +673,9 @@ def test_a_long_clip_streams(tmp_path, monkeypatch):
         gap.append(len(decoded) - len(painted))
         return frame
 
-    monkeypatch.setattr(stage, "read_video", counted)
-    monkeypatch.setattr(stage, "overlay", noted)
-    stage.predict_clip(
+    monkeypatch.setattr(predict, "read_video", counted)
+    monkeypatch.setattr(predict, "overlay", noted)
+    predict.predict_clip(
         open_clip(tmp_path / "long.mp4"), ["it"], tmp_path / "out", Bright(), clip_length=6
     )
     assert len(decoded) == len(painted) == 60 and max(gap) <= 3 * 6, (
@@ -688,7 +688,7 @@ def test_a_clip_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", np.zeros((12, 32, 48, 3), np.uint8))
     monkeypatch.setattr(Bright, "refer", lambda self, seen, texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        stage.predict_clip(
+        predict.predict_clip(
             open_clip(tmp_path / "clip.mp4"), ["it"], tmp_path / "out", Bright(), clip_length=6
         )
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

@@ -6,18 +6,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from rvos_nb.core import Problem, read_json
-from rvos_nb.data.refshapes import (
-    COLOURS,
-    KINDS,
-    LEVELS,
-    WORDS,
-    Judge,
-    holds,
-    scene,
-    video_seed,
-    write,
-)
+from rvos_nb.core import Problem
+from rvos_nb.data.refshapes import video_seed, write
+from rvos_nb.data.scenes import WORDS, Judge, holds, scene
+from rvos_nb.data.shapes import COLOURS, KINDS, LEVELS
+from rvos_nb.files import read_json
 
 
 @pytest.mark.parametrize("level", LEVELS)

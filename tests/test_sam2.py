@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from rvos_nb.core import Problem
-from rvos_nb.data import refshapes
+from rvos_nb.data import scenes
 from rvos_nb.vos.sam2 import NAMES, SamPropagator, is_sam, load_sam, small_config, small_tracker
 
 KINDS = ("sam2", "sam2.1", "edgetam", "sam3")
-SCENE = refshapes.scene(3, "easy", frames=8, size=(48, 72))
+SCENE = scenes.scene(3, "easy", frames=8, size=(48, 72))
 FRAMES, LABELS = list(SCENE.frames), SCENE.labels.astype(np.uint8)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvos_nb import search as S
 from rvos_nb.ballots import (
     Setting,
     counted,
@@ -21,15 +20,18 @@ from rvos_nb.ballots import (
     regions,
     usual,
 )
-from rvos_nb.core import Problem, read_json
+from rvos_nb.candidates import save_candidates
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.index import NoTruth
 from rvos_nb.data.masks import write_tree
-from rvos_nb.evaluate import NoTruth, evaluate
+from rvos_nb.evaluate import evaluate
+from rvos_nb.files import read_json
 from rvos_nb.fuse import Rule, fuse, sureness
 from rvos_nb.metrics import jaccard
-from rvos_nb.predict import save_candidates
-from rvos_nb.search import search, study
+from rvos_nb.search import as_dict, deal, given, search, table
+from rvos_nb.study import disagreement, leave_one_out, study
 
 SIZE = (48, 72)
 
@@ -210,16 +212,16 @@ def test_the_enemy_is_silenced_and_the_gain_is_clear(ballots):
         and all(s.weights[4] == 0 for s in [*found.chosen, found.setting])
         and found.gain().low > 0
     )
-    assert S.table(search(ballots)) == S.table(found) and json.dumps(
-        S.as_dict(search(ballots))
-    ) == json.dumps(S.as_dict(found))
+    assert table(search(ballots)) == table(found) and json.dumps(
+        as_dict(search(ballots))
+    ) == json.dumps(as_dict(found))
 
 
 def test_every_video_is_scored_by_a_setting_that_never_saw_it(data, ballots):
     """In the videos of one fold the best member becomes an enemy:
     what is chosen for that fold stays, what is chosen for others does not."""
     found, videos = search(ballots), ballots.videos()[0]
-    fold = dict(zip(videos, S.deal(videos, 5)))
+    fold = dict(zip(videos, deal(videos, 5)))
 
     def poison(m, k):
         return lambda v, i: ~m.says(v, i) if fold[v] == k else m.says(v, i)
@@ -257,10 +259,10 @@ def test_luck_is_not_called_a_gain(data):
     for seed in range(6):
         found = search(
             ballots_of(data.root, [seat(m, seed) for m in range(5)]),
-            S.Setting((1,) * 5, rule=Rule(groups="objects")),
+            Setting((1,) * 5, rule=Rule(groups="objects")),
         )
         gains.append(found.gain().mean)
-        assert not found.clear, S.table(found)
+        assert not found.clear, table(found)
     assert abs(np.mean(gains)) < 2 * np.std(gains, ddof=1) / 6**0.5
 
 
@@ -338,16 +340,16 @@ def test_leave_one_out_and_likeness(data):
     good, one, two, _, enemy = five(data)
     copy = Member("copy", one.says)
     b = ballots_of(data.root, [good, one, two, copy, enemy])
-    whole, rows = S.leave_one_out(b)
+    whole, rows = leave_one_out(b)
     for m, row in enumerate(rows):
         rest = ballots_of(
             data.root, [x for i, x in enumerate([good, one, two, copy, enemy]) if i != m]
         )
         assert row.without == pytest.approx(
-            measure(rest, [S.given(rest)])[S.given(rest)].mean()
+            measure(rest, [given(rest)])[given(rest)].mean()
         ) and row.worth.mean == pytest.approx(whole - row.without)
     assert rows[1].alone == rows[3].alone and rows[4].worth.high < 0
-    alike = S.disagreement(b).alike
+    alike = disagreement(b).alike
     frames = [data.videos[e.video].frames for e in data]
     want = np.mean(
         [
@@ -366,7 +368,7 @@ def test_too_few_videos(data, ballots):
     assert (
         found.warnings
         and not found.clear
-        and S.table(found).startswith("warning: 3 videos are too few")
+        and table(found).startswith("warning: 3 videos are too few")
         and len(found.chosen) == 3
     )
     with pytest.raises(Problem, match="folds"):
@@ -385,7 +387,7 @@ def test_bad_input(data, tmp_path):
     b = ballots_of(tmp_path / "mevis", [noisy(mevis, m) for m in range(2)], "valid_u")
     with pytest.raises(Problem, match="MeViS"):
         search(b)
-    assert {s.rule.groups for s in search(b, S.given(b, groups="none"), folds=2).chosen} == {"none"}
+    assert {s.rule.groups for s in search(b, given(b, groups="none"), folds=2).chosen} == {"none"}
     refshapes.write(
         tmp_path / "a2d",
         "test",

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rvos_nb import core
-from rvos_nb.core import Problem, StageFailed
+from rvos_nb import files
+from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.video import open_clip
 from rvos_nb.keyframe import choose
 from rvos_nb.predict import predict, predict_clip
 from rvos_nb.propagate import propagate
+from rvos_nb.stage import StageFailed
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +135,14 @@ def test_a_model_that_takes_no_sentence(data, tmp_path):
 
 
 def test_a_full_disk_keeps_what_is_done(data, tmp_path, monkeypatch):
-    flush = core._flush
+    flush = files._flush
 
     def full(path):  # the disk fills up as soon as the first video stands
         if list((tmp_path / "run" / "Annotations").glob("[!.]*")):
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(path)
 
-    monkeypatch.setattr(core, "_flush", full)
+    monkeypatch.setattr(files, "_flush", full)
     with pytest.raises(Problem, match="no space left"):  # run.json cannot be written either
         predict(data, tmp_path / "run")
     monkeypatch.undo()
@@ -203,14 +204,14 @@ fuse({data!r}, [{pred!r}, {pred!r}], {out!r}).check()
 DIE = """
 import os, signal
 from pathlib import Path
-from rvos_nb import core
-flush = core._flush
+from rvos_nb import files
+flush = files._flush
 def die(p):
     whole_units = list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*'))
     if p.parent.name.startswith('.tmp-') and whole_units:
         os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
-core._flush = die
+files._flush = die
 """
 
 

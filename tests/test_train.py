@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rvos_nb.core import Problem, StageFailed
+from rvos_nb.core import Problem
+from rvos_nb.stage import StageFailed
 from rvos_nb.train import losses
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,7 +117,8 @@ def test_published_learning_rates(name):
     a rate of 0 is a bank that gets no gradient."""
     from torch import nn
 
-    from rvos_nb.train.loop import optimizer_for, read_recipe, set_rates
+    from rvos_nb.train.recipe import read_recipe
+    from rvos_nb.train.schedule import optimizer_for, set_rates
 
     meta = json.loads(
         str(np.load(GOLDEN / "vos" / "train_loss_aotl.npz", allow_pickle=False)["meta"])
@@ -138,7 +140,8 @@ def test_published_learning_rates(name):
 
 
 def test_published_weight_decay():
-    from rvos_nb.train.loop import optimizer_for, read_recipe
+    from rvos_nb.train.recipe import read_recipe
+    from rvos_nb.train.schedule import optimizer_for
     from rvos_nb.vos.aot import AOT, VARIANTS
 
     wanted = json.loads(
@@ -219,11 +222,11 @@ def write_footage(root):
     "Pictures with masks, and films laid out like YouTube-VOS, all of RefShapes."
     from PIL import Image
 
-    from rvos_nb.data import refshapes
+    from rvos_nb.data import scenes
     from rvos_nb.data.masks import write_labels
 
     for i in range(3):
-        scene = refshapes.scene(i, "easy", frames=5, size=(48, 64))
+        scene = scenes.scene(i, "easy", frames=5, size=(48, 64))
         for t in range(5):
             frame, label = (
                 root / f"films/JPEGImages/v{i}/{t:05d}.jpg",
@@ -289,10 +292,8 @@ def test_published_trainings_run_and_resume(recipe, data, tmp_path):
     assert str(tmp_path) not in json.dumps(zoo.card(tmp_path / "a" / "model"))
     rows = (tmp_path / "a" / "validation.csv").read_text().split()
     assert "J sampled" in (tmp_path / "a" / "validation.csv").read_text() and len(rows) >= 2
-    from rvos_nb.train.loop import (
-        Trainer,
-        read_recipe,
-    )  # the second training goes on from the first
+    from rvos_nb.train.loop import Trainer
+    from rvos_nb.train.recipe import read_recipe  # the second training goes on from the first
 
     moved = {k: str(tmp_path / "moved" / v) for k, v in data.items()}
     later = Trainer(
@@ -304,7 +305,8 @@ def test_published_trainings_run_and_resume(recipe, data, tmp_path):
 
 def test_a_referring_model_begins_where_its_recipe_says(tmp_path):
     from rvos_nb.models import zoo
-    from rvos_nb.train.loop import Trainer, read_recipe
+    from rvos_nb.train.loop import Trainer
+    from rvos_nb.train.recipe import read_recipe
 
     net = Trainer(
         read_recipe("train-referformer-tiny", {"start": "referformer-tiny"}), "cpu"
@@ -446,7 +448,8 @@ def test_workers_change_nothing():
 
 
 def test_damaged_or_foreign_checkpoint(tmp_path):
-    from rvos_nb.train.loop import Trainer, read_recipe, train
+    from rvos_nb.train.loop import Trainer, train
+    from rvos_nb.train.recipe import read_recipe
 
     train(AOT, tmp_path, minutes=0).check()
     other = Trainer(read_recipe(AOT | {"seed": 9}), "cpu")
@@ -462,7 +465,8 @@ def test_damaged_or_foreign_checkpoint(tmp_path):
 
 def test_loss_that_explodes_is_named(tmp_path):
     from rvos_nb.data.clips import Stream
-    from rvos_nb.train.loop import Trainer, batches_from, read_recipe
+    from rvos_nb.train.loop import Trainer, batches_from
+    from rvos_nb.train.recipe import read_recipe
 
     trainer = Trainer(read_recipe(AOT), "cpu")
     with torch.no_grad():
@@ -501,7 +505,7 @@ def test_bad_recipe(change, said, tmp_path):
 
 
 def test_bad_recipe_file(tmp_path):
-    from rvos_nb.train.loop import read_recipe
+    from rvos_nb.train.recipe import read_recipe
 
     (tmp_path / "x.yaml").write_text("name: [")
     for recipe, said in (
@@ -515,7 +519,8 @@ def test_bad_recipe_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["train-referformer-tiny", "train-aot-tiny", "train-deaot-tiny"])
 def test_shipped_recipes_build(name):
-    from rvos_nb.train.loop import Trainer, read_recipe
+    from rvos_nb.train.loop import Trainer
+    from rvos_nb.train.recipe import read_recipe
 
     trainer = Trainer(read_recipe(name), "cpu")
     assert 3e5 < sum(p.numel() for p in trainer.task.model.parameters()) < 2e6

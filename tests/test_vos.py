@@ -9,9 +9,10 @@ from rvos_nb.bench.propagate import Published, as_published
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.vos import aot, deaot
-from rvos_nb.vos.aot import AOT, AOTEngine, Memory, group_norm
+from rvos_nb.vos.aot import AOT, group_norm
 from rvos_nb.vos.attention import NearbySearch, attend, attend_wide
 from rvos_nb.vos.deaot import DeAOT
+from rvos_nb.vos.memory import AOTEngine, Memory
 
 FAMILIES = [(AOT, aot.VARIANTS["aot-tiny"]), (DeAOT, deaot.VARIANTS["deaot-tiny"])]
 both = pytest.mark.parametrize("cls, config", FAMILIES, ids=["aot", "deaot"])

@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..core import Problem, check_id, write_bytes
+from ..core import Problem, check_id
+from ..files import write_bytes
 
 # %% ../../nbs/01a_data.masks.ipynb #72c517a5
 def _open(path) -> Image.Image:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import Problem, natural_key, whole
+from ..core import Problem, natural_key
+from ..files import whole
 
 # %% ../../nbs/01b_data.video.ipynb #fed218e6
 @dataclass(frozen=True)

@@ -537,7 +537,7 @@ def test_processes_end_with_their_parent_and_on_ctrl_c(tmp_path):
     code = f"""
 import os, time
 from pathlib import Path
-from rvos_nb.core import map_units
+from rvos_nb.units import map_units
 
 def sleep(folder):
     Path(folder, str(os.getpid())).touch()

@@ -12,7 +12,7 @@ from rvos_nb.vos import aot, deaot
 from rvos_nb.vos.aot import AOT, group_norm
 from rvos_nb.vos.attention import NearbySearch, attend, attend_wide
 from rvos_nb.vos.deaot import DeAOT
-from rvos_nb.vos.memory import AOTEngine, Memory
+from rvos_nb.vos.memory import AOTEngine, Memory, forward_sequence
 
 FAMILIES = [(AOT, aot.VARIANTS["aot-tiny"]), (DeAOT, deaot.VARIANTS["deaot-tiny"])]
 both = pytest.mark.parametrize("cls, config", FAMILIES, ids=["aot", "deaot"])
@@ -176,10 +176,10 @@ def test_a_batch_is_its_samples(cls, config):
         torch.randint(0, 3, (3, 2, 64, 96)),
     )
     with torch.no_grad():
-        whole = model.forward_sequence(frames, labels, torch.tensor([2, 1]), False)
+        whole = forward_sequence(model, frames, labels, torch.tensor([2, 1]), False)
         for b, n in enumerate((2, 1)):
-            alone = model.forward_sequence(
-                frames[:, b : b + 1], labels[:, b : b + 1], torch.tensor([n]), False
+            alone = forward_sequence(
+                model, frames[:, b : b + 1], labels[:, b : b + 1], torch.tensor([n]), False
             )
             assert all(torch.allclose(x[b : b + 1], y, atol=1e-4) for x, y in zip(whole, alone))
 

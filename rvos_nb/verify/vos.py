@@ -27,7 +27,7 @@ from .cases import image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position
 from ..vos.deaot import DeAOT, DeAOTConfig
-from ..vos.memory import AOTEngine, AOTPropagator, identity_of
+from ..vos.memory import AOTEngine, AOTPropagator, forward_sequence, identity_of
 from ..vos.propagator import Augmented, Propagator
 
 # %% ../../nbs/07h_verify.vos.ipynb #362162c4
@@ -375,7 +375,7 @@ def training(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
 
     for name, run in meta["runs"].items():
         model.zero_grad(set_to_none=True)
-        logits = model.forward_sequence(frames, labels, objects, run["use_prev_pred"])
+        logits = forward_sequence(model, frames, labels, objects, run["use_prev_pred"])
         aux = c["TRAIN_AUX_LOSS_WEIGHT"] * aux_weight(
             run["step"] / total, c["TRAIN_AUX_LOSS_RATIO"]
         )

@@ -34,7 +34,8 @@ from .metrics import j_and_f
 # %% ../nbs/06a_ballots.ipynb #9d050698
 @dataclass(frozen=True)
 class Setting:
-    "A rule for given members. Weights may be in any unit and become the smallest whole numbers where they can."
+    """A rule for given members. Weights may be in any unit and become the smallest whole numbers
+    where they can."""
 
     weights: tuple[float, ...]  # one for each member; 0: left out
     share: float | None = (
@@ -213,7 +214,8 @@ class Ballots:
 
 
 def unique_names(members: Sequence) -> list[str]:  # with `name` and `where`
-    "Their names, or as many of the last parts of their paths as it takes to tell them apart; `Problem` for one member named twice."
+    """Their names, or as many of the last parts of their paths as it takes to tell them apart;
+    `Problem` for one member named twice."""
     paths = [Path(m.where) for m in members]
     if len({*paths}) < len(paths):
         raise Problem(
@@ -247,7 +249,8 @@ def packed_votes(
 
 # %% ../nbs/06a_ballots.ipynb #89ae795a
 def _read_video(b: Ballots, video: str):
-    "Keep the votes and scores of a video; `Problem` where a member lacks something, and then the video is not asked."
+    """Keep the votes and scores of a video; `Problem` where a member lacks something, and then the
+    video is not asked."""
     frames, expressions = b.data.videos[video].frames, b.data.expressions[video]
     truth = {e.id: true_masks(b.data, e) for e in expressions}
     b.faults |= {f"{video}/{i}": why for i, (_, why) in truth.items() if why}
@@ -341,7 +344,8 @@ def groups(b: Ballots, setting: Setting) -> dict[str, list[list[str]]]:  # by vi
 
 
 def usual(b: Ballots, rule: Rule) -> int:
-    "Expressions of a usual pooled group, for which a threshold in votes is meant; `Problem` for 'objects' without object ids."
+    """Expressions of a usual pooled group, for which a threshold in votes is meant; `Problem` for
+    'objects' without object ids."""
     if rule.groups != "objects":
         return 1 if rule.groups == "none" else 2
     sizes = Counter(
@@ -438,7 +442,8 @@ def decided(b: Ballots, setting: Setting) -> np.ndarray:  # (C,) bool
 
 
 def regions(b: Ballots, setting: Setting) -> np.ndarray:  # (E,) mean J over the frames
-    "Region similarity of every expression from the counts, for a setting in mode 'vote' without union."
+    """Region similarity of every expression from the counts, for a setting in mode 'vote' without
+    union."""
     return tally(b, setting).jaccard(decided(b, setting))
 
 # %% ../nbs/06a_ballots.ipynb #d998952c

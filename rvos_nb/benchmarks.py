@@ -24,7 +24,8 @@ from .core import Problem
 # %% ../nbs/10_benchmarks.ipynb #d4f89a07
 @dataclass(frozen=True)
 class Figure:
-    "One measured number and its goal: the most it may be, or with `least` the least it should be; without a goal it only tells."
+    """One measured number and its goal: the most it may be, or with `least` the least it should be;
+    without a goal it only tells."""
 
     name: str
     measured: float
@@ -52,7 +53,8 @@ def seconds(
     work: Callable,  # called once, without arguments
     device: str = "cpu",  # where it computes
 ) -> float:
-    "What one call of `work` takes: CPU time of the process and its threads, or on a GPU wall time until that is idle."
+    """What one call of `work` takes: CPU time of the process and its threads, or on a GPU wall time
+    until that is idle."""
     if device == "cpu":
         wait, clock = (lambda: None), time.process_time
     else:
@@ -121,7 +123,8 @@ def peak_memory(
     load: Callable,  # what can be pickled, and returns the work: a function without arguments
     device: str = "cpu",
 ) -> int:  # bytes
-    "Peak memory of the work that `load` returns, above what was in use after loading; in a fresh process. Problem on a CPU without /proc."
+    """Peak memory of the work that `load` returns, above what was in use after loading; in a fresh
+    process. Problem on a CPU without /proc."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise Problem(
             "memory benchmark",
@@ -136,7 +139,8 @@ def peak_memory(
 def demo_figures(
     ends: list,  # what `pipeline.run` returned
 ) -> list[Figure]:
-    "Total time, and time and peak memory of every stage that ran; a stage may take what the total may."
+    """Total time, and time and peak memory of every stage that ran; a stage may take what the total
+    may."""
     ran = [o for o in ends if o.state != "skipped"]
     each = [
         f

@@ -42,7 +42,8 @@ def full_masks(
 
 # %% ../nbs/05a_candidates.ipynb #ef077974
 def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndarray, info: dict):
-    "Write logits (T,h,w) float32, or uint8 levels of probability, scores (T,), boxes (T,4) and `info` (kind, size, model, frames); whole or not at all."
+    """Write logits (T,h,w) float32, or uint8 levels of probability, scores (T,), boxes (T,4) and
+    `info` (kind, size, model, frames); whole or not at all."""
     from safetensors.numpy import save
 
     def f(a):
@@ -62,7 +63,8 @@ def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndar
 def load_candidates(
     path, names=("logits", "scores", "boxes"), levels: bool = False
 ) -> tuple[dict, dict]:
-    "Read the arrays called `names`, and info; levels as probabilities unless asked for. Raises `Problem` where the file is missing or not a candidate file."
+    """Read the arrays called `names`, and info; levels as probabilities unless asked for. Raises
+    `Problem` where the file is missing or not a candidate file."""
     from safetensors import SafetensorError, safe_open
 
     try:

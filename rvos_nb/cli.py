@@ -249,10 +249,10 @@ def predict(
         return _end(report)
     from rvos_nb.core import device_name
     from rvos_nb.data.video import open_clip
-    from rvos_nb.predict import predict_clip, referring, unknown_words
+    from rvos_nb.predict import load_referring, predict_clip, unknown_words
 
     opened = open_clip(_here(clip))  # before the model is loaded, which takes longer
-    asked = referring(_model(model), device_name(device), **speed)
+    asked = load_referring(_model(model), device_name(device), **speed)
     path = predict_clip(
         opened, sentences, _here(out), asked, short_side, clip_length or 36, fps, threshold, memory
     )
@@ -828,7 +828,7 @@ def _given(recipe, pairs) -> dict:
 
 def _run(recipe: str, pairs, only=None, dry: bool = False):
     "Run a recipe and print what it came to, also where some units failed."
-    from rvos_nb import pipeline, workflow
+    from rvos_nb import pipeline
 
     given = _given(recipe, pairs)
     try:
@@ -864,7 +864,7 @@ def run(
     rvos run demo -p data /path/to/ref-youtube-vos
     rvos run my-recipe.yaml --dry
     """
-    from rvos_nb import pipeline, workflow
+    from rvos_nb import workflow
 
     if recipe is None:
         for name in workflow.recipes():

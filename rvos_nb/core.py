@@ -83,7 +83,8 @@ def natural_key(
 
 # %% ../nbs/00_core.ipynb #c85f9524
 def root() -> Path:
-    "The repository's root seen from the working folder, or the working folder itself outside a checkout."
+    """The repository's root seen from the working folder, or the working folder itself outside a
+    checkout."""
     here = Path.cwd()
     for p in (here, *here.parents):
         if (p / "settings.ini").exists() and (p / "rvos_nb").is_dir():
@@ -102,7 +103,8 @@ def resolve(
 def shipped(
     *parts: str,  # ('checkpoints', NAME), ('recipes', NAME), ('notebooks', NAME) or ('kernels', NAME)
 ) -> Path:
-    "A file that comes with the package: in a checkout where it is kept, otherwise inside the installed package."
+    """A file that comes with the package: in a checkout where it is kept, otherwise inside the
+    installed package."""
     package = Path(__file__).parent if "__file__" in globals() else root() / "rvos_nb"
     home = {
         "checkpoints": "data/checkpoints",
@@ -141,7 +143,8 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str = "") -> str:  # '' picks CUDA where it is available
-    "The torch device to use; the CPU where nothing else is there. Raises `Problem` for one that is not there."
+    """The torch device to use; the CPU where nothing else is there. Raises `Problem` for one that
+    is not there."""
     import torch
 
     if not device:

@@ -24,7 +24,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, NoTruth, true_masks
 from .data.masks import read_labels
 from .data.vos import Annotated, vos_videos
-from .files import whole, write_bytes, write_json
+from .files import write_bytes, write_json
 from .metrics import davis_mean, j_and_f, label_scores, statistics
 from .results import REMARKS, Results, label_maps, open_results, strays_in
 
@@ -274,7 +274,8 @@ def write_scores(
     rows: Iterable[dict],  # of `score_rows`
     result: dict,  # of `evaluate`
 ):
-    "scores.json; expressions.csv, objects.csv, kinds.csv and videos.csv; missing.csv with a line for each mask that is missing or unusable."
+    """scores.json; expressions.csv, objects.csv, kinds.csv and videos.csv; missing.csv with a line
+    for each mask that is missing or unusable."""
     rows, columns = (
         list(rows),
         ("video", "expression", "object", "kind", "text", "frames", "missing", "area", *MEASURES),
@@ -300,7 +301,8 @@ def evaluate(
     split: str = "valid",
     keep: Callable[[list[dict]], object] = lambda rows: None,  # is given the rows, for a report
 ) -> dict:  # J&F, J, F, recalls and decays in percent; 'objects', 'kinds', 'videos', 'by_object'; 'missing', 'odd', 'strays', 'unscored' and 'faults' with reasons
-    "Score a run. Missing masks score 0 and are listed; `NoTruth` where the split has no true masks."
+    """Score a run. Missing masks score 0 and are listed; `NoTruth` where the split has no true
+    masks."""
     data = open_dataset(resolve(data_dir), split)
     if data.truth is not None:
         raise Problem(
@@ -398,7 +400,8 @@ def read_maps(
 def vos_rows(
     video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    "(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for what DAVIS refuses."
+    """(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for
+    what DAVIS refuses."""
     if kind == "davis":
         for o, (j, f) in enumerate(label_scores(truth, found, "semi-supervised"), 1):
             yield str(o), j, f
@@ -422,7 +425,8 @@ def evaluate_vos(
     out_dir="",  # where scores.json and objects.csv go; '' writes none
     split: str = "valid",
 ) -> dict:  # in percent: J&F, J, F and, of DAVIS, recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'
-    "Score propagation where objects are given by masks. Raises `Problem` for another layout and where nothing can be scored."
+    """Score propagation where objects are given by masks. Raises `Problem` for another layout and
+    where nothing can be scored."""
     kind, videos, seen = vos_videos(resolve(data_dir), split)
     results, rows, pairs, missing = open_results(pred_dir), [], [], {}
     for video in progress(videos, "evaluate"):

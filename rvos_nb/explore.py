@@ -166,7 +166,8 @@ def overlays(
     videos: Sequence[str] | None = None,  # ids; None: up to four, evenly spread
     fps: int = 4,
 ) -> Path:  # the video file
-    "Write one video file of all expressions of some videos, every run beside the other; `Problem` for an unknown video or no run."
+    """Write one video file of all expressions of some videos, every run beside the other; `Problem`
+    for an unknown video or no run."""
     data, out = open_dataset(resolve(data_dir), split), resolve(out_mp4)
     trees = {name: open_results(run) for name, run in pred_dirs.items()}
     if not trees:
@@ -292,7 +293,8 @@ def loss_charts(
 
 # %% ../nbs/08a_explore.ipynb #78141f22
 def _png(fig, dpi: int = 90) -> bytes:
-    "A matplotlib figure as PNG without the name and version of its writer, so that equal figures are equal bytes."
+    """A matplotlib figure as PNG without the name and version of its writer, so that equal figures
+    are equal bytes."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
@@ -432,7 +434,8 @@ def report(
     rows: Mapping[str, list[dict]]
     | None = None,  # the runs as `score_rows` scored them, where that is done already
 ) -> Path:  # the report
-    "Write one self-contained HTML file; without true masks it shows examples and says that nothing could be scored."
+    """Write one self-contained HTML file; without true masks it shows examples and says that
+    nothing could be scored."""
     data, out = open_dataset(resolve(data_dir), split), resolve(out_html)
     trees = {name: open_results(run) for name, run in runs.items()}
     if not trees:
@@ -461,7 +464,8 @@ def report(
 
 # %% ../nbs/08a_explore.ipynb #5257b928
 def sample_sheet(data: Dataset, row: dict, height: int = 144) -> np.ndarray:
-    "(h, w, 3) uint8: the truth and the answer of one row of `score_frames`. Raises `Problem` for a frame that cannot be read."
+    """(h, w, 3) uint8: the truth and the answer of one row of `score_frames`. Raises `Problem` for
+    a frame that cannot be read."""
     e = next(e for e in data.expressions[row["video"]] if e.id == row["expression"])
     video = data.videos[e.video]
     frame = next(read_video(video, names=[video.frames[e.frame]]))

@@ -59,7 +59,8 @@ def _named_errors(path: Path):
 
 
 def _make(folder: Path, where: Path):
-    "Make `folder` and those above it; `where` is named in the `Problem` where a file is in the way."
+    """Make `folder` and those above it; `where` is named in the `Problem` where a file is in the
+    way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as e:
@@ -75,7 +76,8 @@ def _make(folder: Path, where: Path):
 def whole(
     path,  # where the file shall appear
 ) -> Iterator[Path]:
-    "Yield a temporary path with the suffix of `path`; rename it onto `path` on a clean exit, remove it on an error."
+    """Yield a temporary path with the suffix of `path`; rename it onto `path` on a clean exit,
+    remove it on an error."""
     path = Path(path)
     tmp = _temporary(path)
     with _named_errors(path):

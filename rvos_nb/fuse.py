@@ -44,7 +44,8 @@ def tally(
     opinions: Iterable[np.ndarray],  # (T, H, W) bool each, all of one shape
     weights: Sequence[float] | None = None,  # one for each opinion; 1 each by default
 ) -> tuple[np.ndarray, float]:  # (T, H, W) votes, and the total weight
-    "Add up opinions. Votes are uint8 up to 255 unweighted opinions, float32 with weights. `Problem` for none, or of several shapes."
+    """Add up opinions. Votes are uint8 up to 255 unweighted opinions, float32 with weights.
+    `Problem` for none, or of several shapes."""
     votes, total = None, 0
     for i, o in enumerate(opinions):
         w = 1 if weights is None else weights[i]
@@ -215,7 +216,8 @@ def pooled(
 def sureness(
     scores: Sequence[np.ndarray | None],  # (T,) of each member; None where it keeps none
 ) -> list[float]:  # one for each member
-    "Each member's confidence in one expression: its mean score, or that of the others; `Problem` where there are none."
+    """Each member's confidence in one expression: its mean score, or that of the others; `Problem`
+    where there are none."""
     typical = float(pooled(scores).mean())
     return [typical if s is None else float(np.nan_to_num(s).mean()) for s in scores]
 
@@ -228,7 +230,8 @@ def united(
     weights: Sequence[float] | None = None,  # one for each opinion
     share: float = 1.0,  # of the weight that a cluster needs to be united with the heaviest
 ) -> np.ndarray:  # (T, H, W) bool
-    "The heaviest cluster of opinions, united with all others that have their share; each is a vote of its own."
+    """The heaviest cluster of opinions, united with all others that have their share; each is a
+    vote of its own."""
     kept, shape = [], None
     for i, o in enumerate(opinions):
         _same(o.shape, shape, i)
@@ -493,7 +496,8 @@ def _fused(unit: str, data: Dataset, out: Path) -> bool:
 def choose_frames(
     data: Dataset, members: Sequence[Member], rule: Rule, out: Path, videos: Iterable[str]
 ) -> dict[str, dict[str, int]]:
-    "The key frames of fused videos, as `rule` has them; `Problem` where a policy needs scores and there are none."
+    """The key frames of fused videos, as `rule` has them; `Problem` where a policy needs scores and
+    there are none."""
     if rule.key_frames == "member":
         theirs = members[position(members, rule.key_frame_member)].key_frames()
         return {
@@ -530,7 +534,8 @@ def fuse(
     force: bool = False,  # replace results of other parameters
     **options,  # what differs from it: see `Rule`
 ) -> Report:
-    "Fuse members video by video; a video that a member lacks is recorded and the others finish. `Problem` for wrong parameters."
+    """Fuse members video by video; a video that a member lacks is recorded and the others finish.
+    `Problem` for wrong parameters."""
     if rule not in RULES:
         raise Problem("rule", repr(rule), " or ".join(map(repr, RULES)), "choose one of them")
     how = replace(RULES[rule], **options)

@@ -39,7 +39,8 @@ def key_frame_nonempty(
         [int], bool
     ],  # whether the mask of a frame has a pixel; asked about one frame after the other, the best first
 ) -> int:  # a position in the video's list of frames
-    "The best-scored frame among those with a mask; the best-scored of all where no mask has a pixel."
+    """The best-scored frame among those with a mask; the best-scored of all where no mask has a
+    pixel."""
     s, best = np.asarray(scores, np.float64).ravel(), key_frame(scores)
     return next(
         (int(t) for t in np.argsort(-s, kind="stable") if not np.isnan(s[t]) and drawn(int(t))),
@@ -79,7 +80,8 @@ def from_json(
 def read_scores(
     path,  # a candidates file
 ) -> tuple[np.ndarray, list[str]]:  # (T,) float32 scores, names of the T frames
-    "Scores and frame names of one expression; `Problem` where the file is missing, broken or of another kind."
+    """Scores and frame names of one expression; `Problem` where the file is missing, broken or of
+    another kind."""
     arrays, about = load_candidates(path, ["scores"])
     scores, frames = arrays["scores"], list(about["frames"])
     if scores.shape != (len(frames),):
@@ -114,7 +116,8 @@ def choose(
     pred_dir,  # a run of `predict`, with candidates/ (and Annotations/ for 'best_nonempty')
     policy: str = "score",  # 'score': highest score; 'best_nonempty': highest score among frames with a mask
 ) -> dict:  # what was written to pred_dir/key_frame.json
-    "Choose every expression's key frame; raises `Problem` without candidates, `StageFailed` (after writing the others) for unusable ones."
+    """Choose every expression's key frame; raises `Problem` without candidates, `StageFailed`
+    (after writing the others) for unusable ones."""
     run = resolve(pred_dir)
     if policy not in ("score", "best_nonempty"):
         raise Problem("policy", repr(policy), "'score' or 'best_nonempty'", "choose one of the two")

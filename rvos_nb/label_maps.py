@@ -32,7 +32,8 @@ def merge_labels(
     planes: Iterable[np.ndarray],  # (H, W) float32 probabilities, one for each object
     threshold: float = 0.5,  # a smaller probability is no claim
 ) -> np.ndarray:  # (H, W) uint8, 0 background, 1 the first object …
-    "The object that is most probable at each pixel; the planes are taken one by one. Raises `Problem` for more than 254."
+    """The object that is most probable at each pixel; the planes are taken one by one. Raises
+    `Problem` for more than 254."""
     labels = None
     for n, p in enumerate(planes, 1):
         if n > 254:
@@ -97,7 +98,8 @@ def plane_reader(
     e: Expression,
     frames: Sequence[str],
 ) -> Callable[[int], np.ndarray]:  # t -> (H, W) float32 probability
-    "Reads one frame's probabilities of one expression. Raises `Problem` where the run does not have it."
+    """Reads one frame's probabilities of one expression. Raises `Problem` where the run does not
+    have it."""
     path = run / "candidates" / check_id(e.video, run) / f"{check_id(e.id, run)}.safetensors"
     if not path.exists():
         return lambda t: read_mask(
@@ -196,7 +198,8 @@ def score_maps(
 ) -> tuple[
     dict, dict[str, list[str]]
 ]:  # {'anno_0': {'J&F': …}, …, 'mean': …} in percent, empty without maps or annotation; findings of each sort
-    "Seven numbers for each annotator and their mean, and a line for all that was not as it should be."
+    """Seven numbers for each annotator and their mean, and a line for all that was not as it should
+    be."""
     empty, ignored, out_of_mean = [], [], []
     with open_results(maps_folder(Path(out), data.split)) as results:
         objects: dict[str, list] = {

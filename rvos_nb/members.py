@@ -37,7 +37,8 @@ def foreground(
     values: np.ndarray,  # any shape: bool or integer masks, float32 logits or probabilities
     kind: str,  # 'mask' (above zero is object), 'logit' or 'probability'
 ) -> np.ndarray:  # bool, the same shape
-    "One member's vote for every pixel: probability above one half, decided as on the float32 sigmoid."
+    """One member's vote for every pixel: probability above one half, decided as on the float32
+    sigmoid."""
     if kind not in ("mask", "logit", "probability"):
         raise Problem(
             "kind", repr(kind), "'mask', 'logit' or 'probability'", "write the candidates again"
@@ -61,7 +62,8 @@ TIMES = 1, 2, 4, 8, 16, 32  # how often a side may be enlarged so that all weigh
 
 
 def _near(x: np.ndarray, ys: np.ndarray, xs: np.ndarray, times: tuple[int, int]) -> bool:
-    "Whether a pixel (ys, xs) of x (h, w) enlarged is so near to the threshold that float32 rounding of its own neighbours may decide."
+    """Whether a pixel (ys, xs) of x (h, w) enlarged is so near to the threshold that float32
+    rounding of its own neighbours may decide."""
     (y, y1, fy), (x0, x1, fx) = (
         (
             (at := np.maximum((k + 0.5) / n - 0.5, 0)).astype(int),
@@ -76,7 +78,8 @@ def _near(x: np.ndarray, ys: np.ndarray, xs: np.ndarray, times: tuple[int, int])
 
 
 def _vote(x: np.ndarray, found: np.ndarray) -> bool:
-    "Set what is foreground of x (h, w), enlarged, in `found` (H, W), all False; or answer False where PyTorch is needed."
+    """Set what is foreground of x (h, w), enlarged, in `found` (H, W), all False; or answer False
+    where PyTorch is needed."""
     times = found.shape[0] // x.shape[0], found.shape[1] // x.shape[1]
     slack = np.abs(x).max() * np.float32(2**-20)
     if not np.isfinite(slack):
@@ -137,7 +140,8 @@ class Masks:
     def opinion(
         self, video: str, expression: str, frames: Sequence[str], mode: str, size
     ) -> np.ndarray:
-        "(T, H, W) bool or float32; `Problem` naming the file that is missing, broken or of another size."
+        """(T, H, W) bool or float32; `Problem` naming the file that is missing, broken or of
+        another size."""
         stack = None
         for t, name in enumerate(frames):
             file = f"{video}/{expression}/{check_id(name, self.results.where)}.png"
@@ -365,7 +369,8 @@ class Member:
         mode: str = "vote",  # 'vote': bool; 'mean': float32 probabilities
         size: tuple[int, int] | None = None,  # (H, W) that every mask must have
     ) -> np.ndarray:  # (T, H, W)
-        "What this member says of one expression; `Problem` naming the file where it is missing, broken or of another size."
+        """What this member says of one expression; `Problem` naming the file where it is missing,
+        broken or of another size."""
         if mode not in ("vote", "mean"):
             raise Problem("mode", repr(mode), "'vote' or 'mean'", "choose one of the two")
         return self.source(video, expression, mode).opinion(video, expression, frames, mode, size)
@@ -373,7 +378,8 @@ class Member:
     def scores(
         self, video: str, expression: str, frames: Sequence[str]
     ) -> np.ndarray | None:  # (T,) float32
-        "How sure it is of the object frame by frame (the published `class_info`); None where it keeps no scores."
+        """How sure it is of the object frame by frame (the published `class_info`); None where it
+        keeps no scores."""
         found = self.source(video, expression, "mean").scores(video, expression, frames)
         if found is not None and len(found) != len(frames):
             raise Problem(
@@ -402,7 +408,8 @@ def open_member(
     where,  # a run (Annotations/ and/or candidates/), a tree of masks, a zip of either, a `.pth` of predictions, a folder of its shards
     kind: str = "",  # of a `.pth`: 'logit' or 'probability'; '': by its values
 ) -> Member:
-    "A member by its path. Raises `Problem` for anything else, and for a file that must not be read."
+    """A member by its path. Raises `Problem` for anything else, and for a file that must not be
+    read."""
     where = resolve(where)
     if kind not in ("", "logit", "probability"):
         raise Problem("kind", repr(kind), "'logit' or 'probability'", "correct the kind")
@@ -494,7 +501,8 @@ def convert_predictions(
     executor: str = "local",  # or 'processes:2'
     force: bool = False,
 ) -> Report:
-    "Turn a file of predictions into a run, one video at a time. `Problem` for a file that is none; what is wrong with one video fails that video."
+    """Turn a file of predictions into a run, one video at a time. `Problem` for a file that is
+    none; what is wrong with one video fails that video."""
     out = resolve(out_dir)
     with open_member(file, kind) as member:
         if not isinstance(member.soft, Published):

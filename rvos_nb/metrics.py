@@ -68,7 +68,8 @@ _SQUARE = np.ones((2, 2), np.uint8)
 def boundary(
     mask: np.ndarray,  # (H, W) uint8 0/1
 ) -> np.ndarray:  # (H, W) uint8 0/1
-    "The boundary map of a mask: 1 where it differs from the pixel right of it, below it, or below right."
+    """The boundary map of a mask: 1 where it differs from the pixel right of it, below it, or below
+    right."""
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, _SQUARE, anchor=(0, 0))
 
 # %% ../nbs/04a_metrics.ipynb #7c965615
@@ -104,7 +105,8 @@ def _cut(
     a: np.ndarray,  # (H, W) uint8 0/1
     s: np.ndarray,  # (H, W) uint8 0/1
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Views of both masks, cut to the box around them and one pixel more; that pixel holds the outline's upper and left sides."
+    """Views of both masks, cut to the box around them and one pixel more; that pixel holds the
+    outline's upper and left sides."""
     x, y, w, h = cv2.boundingRect(a | s)
     box = slice(max(y - 1, 0), y + h + 1), slice(max(x - 1, 0), x + w + 1)
     return a[box], s[box]
@@ -152,12 +154,14 @@ def contour_f(
     void=None,  # the same shape, True where nobody knows
     bound_th: float = 0.008,  # as in `j_and_f`
 ) -> np.ndarray:  # (T,) float64, or one float64 for one frame
-    "Contour accuracy F of every frame (Perazzi et al. 2016, §4.1); no outline in either is 1, in one of them 0."
+    """Contour accuracy F of every frame (Perazzi et al. 2016, §4.1); no outline in either is 1, in
+    one of them 0."""
     return j_and_f(gt, pred, void, bound_th)[1]
 
 # %% ../nbs/04a_metrics.ipynb #a42c8f15
 class Statistics(NamedTuple):
-    "Mean, share above one half, and loss from the first to the last quarter of a sequence of values."
+    """Mean, share above one half, and loss from the first to the last quarter of a sequence of
+    values."""
 
     mean: float
     recall: float
@@ -167,7 +171,8 @@ class Statistics(NamedTuple):
 def statistics(
     values,  # (n,) values of J or F, one a frame; NaN where a frame has none
 ) -> Statistics:
-    "The three numbers of DAVIS for one sequence; NaN counts as a miss in recall and is left out of the means."
+    """The three numbers of DAVIS for one sequence; NaN counts as a miss in recall and is left out
+    of the means."""
     v = np.asarray(values, np.float64).ravel()
     if not v.size:
         raise Problem(
@@ -192,7 +197,8 @@ def chosen(
 
 
 def mask_overlap(truth: dict, pred: dict) -> tuple[float, float]:
-    "Intersection and union, in pixels, of two run-length codes of one size; `Problem` for other sizes and broken codes."
+    """Intersection and union, in pixels, of two run-length codes of one size; `Problem` for other
+    sizes and broken codes."""
     from pycocotools import mask as coco
 
     if list(truth["size"]) != list(pred["size"]):
@@ -365,7 +371,8 @@ def label_scores(
     result: np.ndarray,  # (T, H, W) uint8 object ids
     task: str = "unsupervised",  # or 'semi-supervised'
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # J and F of every frame, for each object
-    "Score label maps as DAVIS-2017 does (Pont-Tuset et al. 2017; Caelles et al. 2019). Raises `Problem` for other shapes and for ids too many."
+    """Score label maps as DAVIS-2017 does (Pont-Tuset et al. 2017; Caelles et al. 2019). Raises
+    `Problem` for other shapes and for ids too many."""
     if gt.shape != result.shape:
         raise Problem(
             "label maps",
@@ -455,7 +462,8 @@ def sentence_scores(
     ],  # for each object, its T codes; no object where nothing is meant
     result: np.ndarray | None,  # (T, H, W), true where predicted; None where there is no answer
 ) -> tuple[float, float]:  # mean J and mean F over all frames
-    "One sentence as MeViS scores it (Ding et al. 2023); `Problem` for another size or number of frames."
+    """One sentence as MeViS scores it (Ding et al. 2023); `Problem` for another size or number of
+    frames."""
     if result is None:
         return 0.0, 0.0
     if bad := [len(o) for o in objects if len(o) != len(result)]:

@@ -101,7 +101,8 @@ def plan(
     parameters: dict | None = None,  # replace the recipe's
     only=None,  # names of stages; None: all
 ) -> tuple[dict, list[Stage]]:  # the parameters, and the stages with everything filled in
-    "What `run` would do; raises `Problem`, or `Faults` where there are several, for anything that cannot work."
+    """What `run` would do; raises `Problem`, or `Faults` where there are several, for anything that
+    cannot work."""
     r = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     given, where, faults = {**r.parameters, **(parameters or {})}, f"recipe {r.name}", []
 
@@ -169,7 +170,8 @@ def run_part(
     output,  # where the executed notebook goes
     parameters: dict,  # values of its `parameters` cell
 ):
-    "Execute the run part of a stage notebook in a fresh kernel of this Python; what it prints goes to stdout."
+    """Execute the run part of a stage notebook in a fresh kernel of this Python; what it prints
+    goes to stdout."""
     import nbformat
     import papermill
     from traitlets.config import Config
@@ -255,7 +257,8 @@ class Outcome:
 
 
 def _reason(executed: Path, log: Path) -> tuple[str, str]:
-    "State and reason of a stage that ended non-zero: from the error its notebook keeps, or the end of its log."
+    """State and reason of a stage that ended non-zero: from the error its notebook keeps, or the
+    end of its log."""
     try:
         cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
@@ -331,7 +334,8 @@ def member(
     memory: str = "",
     device: str = "",
 ) -> Report:
-    "A run of one member of a recipe: predicted, or taken over. `Problem` for a source that is neither."
+    """A run of one member of a recipe: predicted, or taken over. `Problem` for a source that is
+    neither."""
     if resolve(source).exists() and not (resolve(source) / "config.json").is_file():
         from rvos_nb.fuse import fuse
 
@@ -401,9 +405,10 @@ def run(
     only=None,  # names of the stages to run; None: all
     dry: bool = False,  # only check, and print the plan
 ) -> list[Outcome]:
-    """Run what a recipe's stages have to do, one after another. Executed notebooks, logs and records go to `OUT/_run`, OUT
-    being the recipe's parameter `out`. Raises `Problem` before anything runs where the recipe is wrong, `StageFailed` at the
-    end where units failed, or at once where a stage broke."""
+    """Run what a recipe's stages have to do, one after another. Executed notebooks, logs and
+    records go to `OUT/_run`, OUT being the recipe's parameter `out`. Raises `Problem` before
+    anything runs where the recipe is wrong, `StageFailed` at the end where units failed, or at once
+    where a stage broke."""
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     values, stages = plan(recipe, parameters, only)
     root, ends, views = Path(values.get("out") or resolve("runs")), [], []

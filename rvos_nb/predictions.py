@@ -154,7 +154,8 @@ def _stream_places(f) -> tuple[object, str, Places]:  # the same
 
 # %% ../nbs/05f_predictions.ipynb #ab34e4e1
 def _structure(path: Path) -> tuple[object, object, str, Places]:  # the open file; as above
-    "Open a file of torch.save; `Problem` where it is none, was cut short, or asks for more than containers and tensors."
+    """Open a file of torch.save; `Problem` where it is none, was cut short, or asks for more than
+    containers and tensors."""
     file = open(path, "rb")
     try:
         found = (_zip_places if zipfile.is_zipfile(path) else _stream_places)(file)
@@ -172,7 +173,8 @@ def _structure(path: Path) -> tuple[object, object, str, Places]:  # the open fi
 
 # %% ../nbs/05f_predictions.ipynb #960739eb
 class Predictions:
-    "A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame; safe to use from threads."
+    """A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame;
+    safe to use from threads."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -292,7 +294,8 @@ def found_kind(
     file: Predictions,
     looks: int = 8,  # sentences, evenly spread
 ) -> str:  # 'logit' or 'probability'
-    "What the values say: outside of [0, 1] are logits only. Raises `Problem` where there is nothing to look at."
+    """What the values say: outside of [0, 1] are logits only. Raises `Problem` where there is
+    nothing to look at."""
     entries = [(v, e) for v, es in file.entries.items() for e in es]
     for v, e in entries[:: max(1, len(entries) // looks)]:
         for x in file.frames(v, e):

@@ -46,7 +46,8 @@ def walk(
 ) -> Iterator[
     tuple[int, np.ndarray]
 ]:  # (frame, (H, W) uint8 labels), for every frame but k that is reached
-    "Propagate from the key frame forward, then backward. A stream that ends with the key frame costs nothing."
+    """Propagate from the key frame forward, then backward. A stream that ends with the key frame
+    costs nothing."""
     track = Track(propagator, {k: labels}, restart)
     for frames, way in ((ahead, 1), (back, -1)):
         for _, t, found in sweep([track], ((k + way * i, frame) for i, frame in enumerate(frames))):
@@ -113,7 +114,8 @@ def make_propagator(
     device: str = "cpu",
     online: bool = False,  # allow a look at the Hub, for published SAM 2 models
 ) -> Propagator:
-    "A propagator for the stage. Raises `Problem` for a model that does not propagate, and for a policy that it cannot follow."
+    """A propagator for the stage. Raises `Problem` for a model that does not propagate, and for a
+    policy that it cannot follow."""
     if isinstance(model, (str, Path)):
         from rvos_nb.models import zoo
         from rvos_nb.vos.sam2 import is_sam, load_sam
@@ -214,7 +216,8 @@ def propagate_sentences(
     direction: str = "both",
     restart: bool = True,
 ):
-    "Masks of all sentences, in two sweeps over the video. Raises `Problem` for a frame or mask that is missing or of another size."
+    """Masks of all sentences, in two sweeps over the video. Raises `Problem` for a frame or mask
+    that is missing or of another size."""
     names = [check_id(n, video.folder) for n in video.frames]
     size = next(read_video(video, names=[names[sentences[0].k]])).shape[:2]
     keys = [input_mask(s.source, names[s.k], size) for s in sentences]
@@ -257,7 +260,8 @@ def companies(
 
 
 def start_frame(unit: str, data: Dataset, keys: dict, pred: Path, empty: str) -> int:
-    "Where the propagation of a unit starts. Raises `Problem` for a wrong key frame or an unusable key mask."
+    """Where the propagation of a unit starts. Raises `Problem` for a wrong key frame or an unusable
+    key mask."""
     v, e = (check_id(part, data.root) for part in unit.split("/", 1))
     video, source = data.videos[v], pred / "Annotations" / v / e
     k = key_index(keys, video, e, pred / "key_frame.json")
@@ -335,7 +339,8 @@ def propagate(
     online: bool = False,  # allow a look at the Hub, for published SAM 2 models
     **options,  # scales, flip, feedback, soft, gap, short_term_skip, max_memory_frames: see `How`
 ) -> Report:
-    "Propagate every expression's key mask; an expression that fails is recorded and the others finish. Raises `Problem` for unusable inputs."
+    """Propagate every expression's key mask; an expression that fails is recorded and the others
+    finish. Raises `Problem` for unusable inputs."""
     how = How(version, direction, restart, **options)
     if empty not in EMPTY:
         raise Problem("empty", repr(empty), " or ".join(map(repr, EMPTY)), "choose one of them")
@@ -402,7 +407,8 @@ def read_given(
     path,  # a mask in any of these forms
     size: tuple[int, int],  # (H, W) of the frames
 ) -> np.ndarray:  # (H, W) uint8 ids, 0 the background, 255 unknown (in palettes only)
-    "Ids of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another size or empty, or shows objects as colours."
+    """Ids of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another
+    size or empty, or shows objects as colours."""
     mask = read_mask(path, size)
     with Image.open(path) as im:
         mode, rgb = (
@@ -432,7 +438,8 @@ def read_given(
 def _found(
     clip: Video, track: Track, ids: Ids, direction: str, read: Callable
 ) -> Iterator[tuple[int, np.ndarray]]:
-    "(t, (H, W) uint8 ids of the file) in the order of the walk; `read` gives what was yielded for a frame before."
+    """(t, (H, W) uint8 ids of the file) in the order of the walk; `read` gives what was yielded for
+    a frame before."""
     first, last, end = min(track.given), max(track.given), len(clip.frames) - 1
     entry = {
         i: min(t for t, m in track.given.items() if (m == i).any())
@@ -463,7 +470,8 @@ def propagate_labels(
     folder: Path,  # where FRAME.png (palette) go: an existing, still temporary folder
     how: How = How(),
 ) -> list[int]:  # the ids
-    "Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or of another size."
+    """Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or
+    of another size."""
     ids, where, jobs, reached = (
         Ids(),
         [folder / f"{check_id(n, clip.folder)}.png" for n in clip.frames],
@@ -509,7 +517,8 @@ def propagate_clip(
     device: str = "",
     online: bool = False,  # as in `propagate`
 ) -> Path:  # the overlay
-    "Carry masks through one clip. Raises `Problem` for masks or frames that are missing, broken or of another size, and writes nothing then."
+    """Carry masks through one clip. Raises `Problem` for masks or frames that are missing, broken
+    or of another size, and writes nothing then."""
     out, names = Path(out_dir), clip.frames
     for t in given:
         if not 0 <= t < len(names):
@@ -566,7 +575,8 @@ def propagate_vos(
     force: bool = False,  # replace results of other parameters
     online: bool = False,  # as in `propagate`
 ) -> Report:
-    "Propagate the given objects of every video; a video that fails is recorded and the others finish. Raises `Problem` for another layout."
+    """Propagate the given objects of every video; a video that fails is recorded and the others
+    finish. Raises `Problem` for another layout."""
     kind, found, _ = vos_videos(data_dir, split)
     videos, device = {v.id: v for v in found}, device_name(device)
     params = {

@@ -21,7 +21,8 @@ from .stage import Report
 # %% ../nbs/07d_protocols.ipynb #8b88da50
 @dataclass(frozen=True)
 class Protocol:
-    "How a benchmark asks: whole videos in clips (0: uncut), merged or not; or single frames with some around them."
+    """How a benchmark asks: whole videos in clips (0: uncut), merged or not; or single frames with
+    some around them."""
 
     clip_length: int = 0
     merged: bool = False
@@ -47,7 +48,8 @@ USUAL = {
 
 
 def protocol_of(data: Dataset, name: str = "") -> tuple[str, Protocol]:
-    "The named protocol, or the layout's. Raises `Problem` for an unknown one and for one that asks of other data."
+    """The named protocol, or the layout's. Raises `Problem` for an unknown one and for one that
+    asks of other data."""
     name, frames = name or USUAL[data.layout], data.truth is not None
     fitting = [n for n, p in PROTOCOLS.items() if bool(p.around) == frames]
     if name not in fitting:
@@ -75,7 +77,8 @@ def run(
     force: bool = False,
     **how,  # device, online, precision, compile, channels_last
 ) -> tuple[Report, str]:  # the stage's report, and its scores as lines for a reader
-    "Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol or split; failed units are in the report."
+    """Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol or split; failed
+    units are in the report."""
     data = open_dataset(data_dir, split, layout)
     name, p = protocol_of(data, protocol)
     if p.around:

@@ -168,7 +168,8 @@ def decode_labels(
     where,  # what it is, for the messages
     size: tuple[int, int] | None = None,  # (H, W) that it must have
 ) -> np.ndarray:  # (H, W) uint8
-    "A label map out of the bytes of a PNG. Raises `Problem` for anything else, another size, and a palette out of order."
+    """A label map out of the bytes of a PNG. Raises `Problem` for anything else, another size, and
+    a palette out of order."""
     check_png(data, where, size)
     values = _pixels(read_labels, data, where, size)
     if data[25:26] != b"\x03":
@@ -189,7 +190,8 @@ def decode_labels(
 
 # %% ../nbs/05e_results.ipynb #b7239aac
 def plain_bytes(path: Path) -> bytes:
-    "A file's bytes; `Problem` for a folder, a pipe, a device or a huge file, and OSError for a missing one."
+    """A file's bytes; `Problem` for a folder, a pipe, a device or a huge file, and OSError for a
+    missing one."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise Problem(path, "no plain file", "a mask PNG", "write the mask again")
@@ -201,7 +203,8 @@ def plain_bytes(path: Path) -> bytes:
 
 # %% ../nbs/05e_results.ipynb #e84ab45a
 class Results:
-    "A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for; safe to use from threads."
+    """A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for;
+    safe to use from threads."""
 
     def __init__(
         self,
@@ -275,7 +278,8 @@ class Results:
             ) from None
 
     def mask(self, file: str, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
-        "(H, W) bool and a key of `REMARKS` or ''; `Problem` for a missing, damaged or wrongly sized mask."
+        """(H, W) bool and a key of `REMARKS` or ''; `Problem` for a missing, damaged or wrongly
+        sized mask."""
         return decode(self.read(file), self.name(file), size)
 
     def labels(self, file: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -286,7 +290,8 @@ class Results:
 def open_results(
     where,  # a run with Annotations/, a tree of masks itself, or a zip of either
 ) -> Results:  # to be used in a `with` where it may be a zip
-    "Results by their path. Raises `Problem` for anything else, and for a zip that must not be read."
+    """Results by their path. Raises `Problem` for anything else, and for a zip that must not be
+    read."""
     path = resolve(where)
     if path.is_dir():
         return Results(path)

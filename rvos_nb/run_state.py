@@ -204,7 +204,8 @@ def look(
 
 # %% ../nbs/09b_run_state.ipynb #44e619cf
 def table(views: Sequence[View]) -> str:
-    "A plan: for every stage its state, its units that stand, that are to be done and that are to be made again, and why."
+    """A plan: for every stage its state, its units that stand, that are to be done and that are to
+    be made again, and why."""
     rows = [("stage", "state", "done", "to do", "stale", "why")]
     for v in views:
         stand = sum(x == "done" for x in v.units.values())

@@ -21,7 +21,8 @@ from .fuse import ALIKE, RULES, Rule, position
 
 # %% ../nbs/06b_search.ipynb #bb5d4687
 class Gain(NamedTuple):
-    "A mean difference, its standard error over videos, and the interval in which the true one lies with 95 % confidence."
+    """A mean difference, its standard error over videos, and the interval in which the true one
+    lies with 95 % confidence."""
 
     mean: float
     error: float
@@ -128,7 +129,8 @@ def deal(
     folds: int,
     seed: int = 0,
 ) -> np.ndarray:  # (V,) the fold of each
-    "Deal videos into folds that differ by one video at most; the same for the same names, in whatever order."
+    """Deal videos into folds that differ by one video at most; the same for the same names, in
+    whatever order."""
     place = {v: i for i, v in enumerate(sorted(videos, key=natural_key))}
     dealt = np.random.default_rng(seed).permutation(len(place)) % folds
     return np.array([dealt[place[v]] for v in videos])
@@ -211,7 +213,8 @@ def scorers(b: Ballots) -> list[int]:
 
 
 def poolings(b: Ballots, rule: Rule) -> list[tuple[str, float]]:  # groups, guard
-    "What may be tried: on MeViS nothing is pooled, and object ids are used only where they were given."
+    """What may be tried: on MeViS nothing is pooled, and object ids are used only where they were
+    given."""
     if b.data.layout == "mevis":
         return [("none", 0.0)]
     return [
@@ -229,7 +232,8 @@ def search(
     folds: int = 5,
     seed: int = 0,  # of the deal
 ) -> Found:
-    "Tune weights, threshold, grouping, leftovers and confidence by cross-validation over videos. `Problem` for fewer than two videos or folds."
+    """Tune weights, threshold, grouping, leftovers and confidence by cross-validation over videos.
+    `Problem` for fewer than two videos or folds."""
     (videos, video), start, n = b.videos(), start or given(b), len(b.members)
     if folds < 2 or len(videos) < 2:
         raise Problem(

@@ -28,7 +28,8 @@ class StageFailed(RuntimeError):
 
 
 class SomeFailed(Exception):
-    "Raised by work on a group of units: `each` holds the exception of every unit that failed; the others are done."
+    """Raised by work on a group of units: `each` holds the exception of every unit that failed; the
+    others are done."""
 
     def __init__(self, each: dict[str, Exception]):
         super().__init__(each)
@@ -37,7 +38,8 @@ class SomeFailed(Exception):
 
 @dataclass
 class Report:
-    "What a stage did: names of units done now, skipped because they stood, failed with their reason."
+    """What a stage did: names of units done now, skipped because they stood, failed with their
+    reason."""
 
     stage: str
     out: Path
@@ -64,7 +66,8 @@ class Report:
 def locked(
     folder,  # a results folder
 ):
-    "Hold `folder` for this process, and clear it of what a killed one left; raise `Problem` where another one holds it."
+    """Hold `folder` for this process, and clear it of what a killed one left; raise `Problem` where
+    another one holds it."""
     path = Path(folder) / ".lock"
     with _named_errors(path):
         _make(path.parent, folder)
@@ -99,7 +102,8 @@ def _digest(*parts) -> str:
 def contents(
     path,  # a file
 ) -> str:
-    "A digest of a file: of all its bytes, or of its size and 64 pieces of 16 kB where it is larger than these."
+    """A digest of a file: of all its bytes, or of its size and 64 pieces of 16 kB where it is
+    larger than these."""
     size, piece = Path(path).stat().st_size, 1 << 14
     with open(path, "rb") as f:
         if size <= 64 * piece:
@@ -128,7 +132,8 @@ def _parts(path: Path) -> dict[str, str]:
 def fingerprint(
     path,  # a run, a tree of masks, a checkpoint folder, or a file
 ) -> str:  # 16 hexadecimal digits
-    "What made the results at `path`, or their contents where that is not recorded. Raises `Problem` where nothing is there."
+    """What made the results at `path`, or their contents where that is not recorded. Raises
+    `Problem` where nothing is there."""
     path = Path(path)
     note = path / "run.json" if path.is_dir() else path.with_suffix(".run.json")
     if not path.exists():
@@ -146,7 +151,8 @@ def made_from(
     *inputs,  # runs, trees or files
     model="",  # a checkpoint's name or folder; anything else that computes is not recorded
 ) -> dict[str, Path]:
-    "Inputs by the names under which `run.json` keeps their fingerprints; raises nothing for one that is missing."
+    """Inputs by the names under which `run.json` keeps their fingerprints; raises nothing for one
+    that is missing."""
     found = {os.path.relpath(p, Path(out).parent): Path(p) for p in inputs}
     if model and isinstance(model, (str, Path)):
         found |= {
@@ -214,7 +220,8 @@ def clear(
 def _refuse_other(
     out: Path, stage: str, params: dict, inputs: dict[str, str], force: bool, old: dict
 ):
-    "Raise where `out` holds results of another stage, of other parameters or from other inputs (`old`: its `run.json`); with `force`, remove them."
+    """Raise where `out` holds results of another stage, of other parameters or from other inputs
+    (`old`: its `run.json`); with `force`, remove them."""
     if not old:
         return
 
@@ -270,7 +277,8 @@ def run_stage(
     prepare: Callable | None = None,  # see `map_units`
     inputs: Mapping[str, Path] = {},  # what the results are made from, see `made_from`
 ) -> Report:
-    "Bring every unit's result into `out`; failures are recorded, not raised. Raises `Problem` for a locked or foreign folder."
+    """Bring every unit's result into `out`; failures are recorded, not raised. Raises `Problem` for
+    a locked or foreign folder."""
     out = Path(out)
     report = Report(stage, out, failed=dict(faults))
     params = json.loads(json.dumps(params))

@@ -182,7 +182,8 @@ def sheet(
     b: Ballots,
     worst: Sequence[tuple[Expression, int, float]],  # of `disagreement`
 ):  # a matplotlib figure
-    "Rows: expressions, in one frame each. Columns: the truth, then every member with its J in that frame."
+    """Rows: expressions, in one frame each. Columns: the truth, then every member with its J in
+    that frame."""
     from matplotlib.figure import Figure
 
     names = ["truth", *b.names]
@@ -242,7 +243,8 @@ def study(
     seed: int = 0,
     **options,  # as in `fuse`
 ) -> tuple[dict, str]:  # the parameters of `fuse` that were found, and all tables
-    "Search, leave-one-out and disagreement of members on a labelled split. `Problem` for wrong parameters, `NoTruth` without truth."
+    """Search, leave-one-out and disagreement of members on a labelled split. `Problem` for wrong
+    parameters, `NoTruth` without truth."""
     b, out = open_ballots(data_dir, member_dirs, split), resolve(out_dir)
     start = given(b, rule, **options)
     found = search(read_ballots(b), start, folds, seed)

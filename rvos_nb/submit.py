@@ -111,7 +111,8 @@ def submission(
     zip_path,  # where the zip shall appear
     split: str = "valid",
 ) -> Path:  # the zip
-    "Pack a complete tree; `Incomplete` with the list of what is missing or unusable, and no zip, otherwise."
+    """Pack a complete tree; `Incomplete` with the list of what is missing or unusable, and no zip,
+    otherwise."""
     root, run, path = resolve(data_dir), resolve(pred_dir), resolve(zip_path)
     if (layout := recognise(root)) in ("a2d-sentences", "jhmdb-sentences", "refcoco"):
         raise Problem(

@@ -27,7 +27,8 @@ def map_units(
     executor: str = "local",  # 'local': this process; 'processes:2': two worker processes; 'ray': a Ray cluster
     prepare: Callable | None = None,  # (unit) -> what `work` is given beside the unit
 ) -> Iterator[tuple[str, Exception | None]]:
-    "Yield `(unit, None)` or `(unit, exception)` in order; raises `Problem` for an unknown executor."
+    """Yield `(unit, None)` or `(unit, exception)` in order; raises `Problem` for an unknown
+    executor."""
     if executor == "ray":
         yield from _map_ray((work, prepare), units)
         return

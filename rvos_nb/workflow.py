@@ -45,7 +45,8 @@ class Stage:
         ]
 
     def reads(self) -> list[str]:
-        "Absolute paths of what it works on: parameters whose name ends in _dir, _dirs or _path, and `runs`, `model` and `source` where they are absolute."
+        """Absolute paths of what it works on: parameters whose name ends in _dir, _dirs or _path,
+        and `runs`, `model` and `source` where they are absolute."""
 
         def paths(name, v):
             if isinstance(v, (dict, list, tuple)):
@@ -221,7 +222,8 @@ def fill(
     where: str = "recipe",
     _open: tuple = (),
 ):
-    "`value` with every `{name}` and `{name.name}` replaced; raises `Problem` for an unknown name or a circle."
+    """`value` with every `{name}` and `{name.name}` replaced; raises `Problem` for an unknown name
+    or a circle."""
     if isinstance(value, dict):
         return {k: fill(v, known, where, _open) for k, v in value.items()}
     if isinstance(value, list):
@@ -350,7 +352,8 @@ def _check_parameters(stage: Stage):
 
 
 def _check_fusion(where: str, given: dict):
-    "Raise `Problem` where a fusion has a rule that there is not, or one that does not fit its members."
+    """Raise `Problem` where a fusion has a rule that there is not, or one that does not fit its
+    members."""
     from rvos_nb.fuse import RULES, check_fit
 
     name = given.get("rule") or "round2"
@@ -422,7 +425,8 @@ def related(
 
 
 def _order_faults(stages: Sequence[Stage]) -> list[str]:
-    "What is wrong with the order of the stages: circles, a stage before one that it reads, two that make the same."
+    """What is wrong with the order of the stages: circles, a stage before one that it reads, two
+    that make the same."""
     needs, at = (
         {s.name: related(s, stages) for s in stages},
         {s.name: i for i, s in enumerate(stages)},

@@ -21,9 +21,9 @@ from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.label_maps import merge
 from rvos_nb.models import zoo
+from rvos_nb.models.referring import Referring
 from rvos_nb.protocols import run
 from rvos_nb.single_frames import (
-    ask,
     query_masks,
     score_file,
     score_frames,
@@ -505,7 +505,7 @@ def test_a_file_that_holds_no_results(trees, tmp_path, text):
 
 
 def test_a_model_that_gives_one_answer_only(trees, tmp_path):
-    class One:
+    class One(Referring):
         def refer(self):
             pass
 
@@ -534,16 +534,16 @@ def test_windows(seed):
 
 def test_frames_of_a_video_are_read_once(trees, monkeypatch):
     data = open_dataset(trees["a2d-sentences"], "")
-    from rvos_nb import protocols
+    from rvos_nb import single_frames
 
-    read, real = [], protocols.read_video
+    read, real = [], single_frames.read_video
 
     def counted(video, names):
         for n, f in zip(names, real(video, names=names)):
             read.append(n)
             yield f
 
-    monkeypatch.setattr(protocols, "read_video", counted)
+    monkeypatch.setattr(single_frames, "read_video", counted)
     asked = [
         ([e.frame for e in es], len(frames), at)
         for es, frames, at in views(data, "test-easy-00000", 3)
@@ -557,7 +557,7 @@ def test_frames_of_a_video_are_read_once(trees, monkeypatch):
 @pytest.mark.parametrize("size", [(31, 45), (97, 64), (120, 33)])
 def test_odd_sizes(model, size):
     frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    a = ask(model, frames, ["the red circle", "it"], at=1)
+    a = model.respond(frames, ["the red circle", "it"], at=1)
     masks = query_masks(a.logits[1], a.inner, a.size)
     assert (
         masks.shape == (5, *size)
@@ -565,9 +565,9 @@ def test_odd_sizes(model, size):
         and a.logits.shape[-1] * 4 % 32 == 0
     )
     x = (
-        torch.nn.functional.interpolate(
-            torch.tensor(a.logits[1])[None], scale_factor=4, mode="bilinear"
-        )[0, :, : a.inner[0], : a.inner[1]]
+        torch.nn.functional.interpolate(a.logits[1][None], scale_factor=4, mode="bilinear")[
+            0, :, : a.inner[0], : a.inner[1]
+        ]
         .sigmoid()
         .numpy()
         > 0.5
@@ -637,7 +637,7 @@ def test_an_overlong_sentence_costs_itself_only(layout, tmp_path):
 # one's own clip
 
 
-class Bright:
+class Bright(Referring):
     "Means whatever is brighter than the average; answers with as many queries as asked."
 
     def see(self, frames, short_side=None):
@@ -701,9 +701,10 @@ import os, signal, sys, torch
 from contextlib import nullcontext
 from types import SimpleNamespace
 from pathlib import Path
-from rvos_nb import core, protocols
+from rvos_nb import files, protocols
+from rvos_nb.models.referring import Referring
 
-class Toy:
+class Toy(Referring):
     config, computing = SimpleNamespace(short_side=64), nullcontext
     def prepare(self, frames, side): return torch.as_tensor(frames).float().permute(0, 3, 1, 2)
     def see(self, frames, short_side=None):
@@ -726,12 +727,12 @@ class Toy:
             pred_boxes=torch.full((*queries, 4), .5),
         )
 
-out, kill, flush, seen = Path(sys.argv[2]), sys.argv[3], core._flush, []
+out, kill, flush, seen = Path(sys.argv[2]), sys.argv[3], files._flush, []
 def die(p):
     if kill and kill in str(p): seen.append(p)
     if len(seen) > 3: os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
-core._flush = die
+files._flush = die
 protocols.run(sys.argv[1], out, Toy())[0].check()
 """
 

@@ -172,12 +172,12 @@ def test_any_size_is_answered(saved, size, frames):
 
 
 def test_sentences_in_small_batches(saved, monkeypatch):
-    from rvos_nb.models import referformer
+    from rvos_nb.models import referring
 
     model, texts = saved[0], ["the red circle", "a small blue square on the left", "square"]
     seen = model.see(torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8))
     whole = model.refer(seen, texts)
-    monkeypatch.setattr(referformer, "CELLS", 1)
+    monkeypatch.setattr(referring, "SENTENCE_CELLS", 1)
     single = model.refer(seen, texts)
     assert torch.allclose(
         whole.logits, single.logits, rtol=1e-4, atol=1e-4 * whole.logits.abs().max().item()

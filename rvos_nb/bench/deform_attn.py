@@ -43,7 +43,8 @@ SHAPES = {
 
 
 class Inputs(NamedTuple):
-    "One call of `ms_deform_attn`: places and weights, and the offsets, reference and logits that they come from."
+    """One call of `ms_deform_attn`: places and weights, and the offsets, reference and logits that
+    they come from."""
 
     value: Tensor
     shapes: list
@@ -127,7 +128,8 @@ def both(read: Callable, given: Inputs) -> Callable:
 
 
 def fused(given: Inputs, inside: bool) -> Callable:
-    "The work of reading once from offsets and logits: softmax and places inside the kernel, or made before."
+    """The work of reading once from offsets and logits: softmax and places inside the kernel, or
+    made before."""
 
     def work():
         with torch.no_grad():
@@ -215,7 +217,8 @@ ALLOWED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch
 
 
 def off_centres(given: Inputs) -> Inputs:
-    "The same, with no place nearer than a hundredth of a cell to the line where its gradient jumps."
+    """The same, with no place nearer than a hundredth of a cell to the line where its gradient
+    jumps."""
     sizes = torch.tensor([(w, h) for h, w in given.shapes]).to(given.locations)[:, None]
     at = given.locations * sizes - 0.5
     return given._replace(
@@ -243,7 +246,8 @@ def errors(
 
 
 def precision(shape: tuple = (2, 0, PYRAMID)) -> list[Figure]:
-    "A line for every implementation and type that can run here; the worst of the four errors against a goal."
+    """A line for every implementation and type that can run here; the worst of the four errors
+    against a goal."""
     figures = []
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for name in ORDER[device]:
@@ -328,7 +332,8 @@ def simply(value, shapes, locations, weights) -> Tensor:
 
 
 def gpu_shape(name: str, uniform: bool = False) -> Iterator[Figure]:
-    "Figures of one shape: forward against the floor, forward and backward against the first version."
+    """Figures of one shape: forward against the floor, forward and backward against the first
+    version."""
     default, label = implementation("cuda")[0], name + ".uniform" * uniform
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kind, size = str(dtype).removeprefix("torch."), dtype.itemsize

@@ -252,7 +252,8 @@ def round1(
     clock: Callable = apart,
     **small,  # sizes, see `write_members`
 ) -> list[Figure]:
-    "CPU time against the plain way for runs, for candidates and for published files, and pixels that differ."
+    """CPU time against the plain way for runs, for candidates and for published files, and pixels
+    that differ."""
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         root = Path(folder)
         write_members(root, videos, **small)
@@ -295,7 +296,8 @@ def memory(
     peak: Callable = peak_memory,  # load -> bytes
     **small,  # sizes, see `write_members`
 ) -> list[Figure]:
-    "Peak memory of fusing runs at two numbers of videos, of fusing candidates and published files, and of the plain way."
+    """Peak memory of fusing runs at two numbers of videos, of fusing candidates and published
+    files, and of the plain way."""
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         peaks, few = [], Path(folder) / str(videos[0])
         for n in videos:
@@ -368,7 +370,8 @@ def round2(
     clock: Callable = apart,
     **small,  # sizes, see `write_members`
 ) -> list[Figure]:
-    "CPU time for each mask against Pillow one by one, over our trees and over Pillow's, and pixels that differ."
+    """CPU time for each mask against Pillow one by one, over our trees and over Pillow's, and
+    pixels that differ."""
     found = []
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         root = Path(folder)
@@ -495,7 +498,8 @@ def store(
 
 # %% ../../nbs/10d_bench.fuse.ipynb #795f5729
 def exactness(frames: int = 2000) -> list[Figure]:
-    "Pixels of random frames in which votes from model-size logits differ from the published way over full-size logits."
+    """Pixels of random frames in which votes from model-size logits differ from the published way
+    over full-size logits."""
     import torch
 
     rng, wrong = np.random.default_rng(0), 0

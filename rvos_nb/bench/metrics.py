@@ -90,7 +90,8 @@ def speed(
     frames: int = 200,
     rounds: int = 5,
 ) -> list[Figure]:
-    "CPU time of J and F together against the plain form, for a small and a large ripple; and frames with any difference."
+    """CPU time of J and F together against the plain form, for a small and a large ripple; and
+    frames with any difference."""
     figures, threads = [], cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -178,7 +179,8 @@ def _timed(root: Path, cores: int) -> tuple[float, float]:  # seconds of wall ti
 
 
 def _parts(root: Path, most: int = 20) -> dict[str, float]:
-    "Seconds of CPU time for a mask, for reading truth, reading masks, J and F, each alone; over at most so many videos."
+    """Seconds of CPU time for a mask, for reading truth, reading masks, J and F, each alone; over
+    at most so many videos."""
     data, spent, masks = (
         open_dataset(root / "data", "valid"),
         dict.fromkeys(("truth", "masks", "J and F"), 0.0),
@@ -208,7 +210,8 @@ def throughput(
     frames: int = 27,
     size: tuple[int, int] = (720, 1280),
 ) -> list[Figure]:
-    "Frames per second of `evaluate` on one core and on two, the share of each part, and peak memory for two numbers of videos. A frame is one mask of one sentence."
+    """Frames per second of `evaluate` on one core and on two, the share of each part, and peak
+    memory for two numbers of videos. A frame is one mask of one sentence."""
     peaks, spent = [], {}
     for n in videos:
         with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
@@ -293,7 +296,8 @@ def mask_dict(
     frames: int = 50,
     size: tuple[int, int] = (720, 1280),
 ) -> int:  # annotations
-    "Write split `valid_u` of MeViS with a sentence for each annotation and four annotations a video."
+    """Write split `valid_u` of MeViS with a sentence for each annotation and four annotations a
+    video."""
     split, path = root / "valid_u", root / "valid_u" / "mask_dict.json"
     codes = [
         json.dumps({"size": code["size"], "counts": code["counts"].decode()})
@@ -338,7 +342,8 @@ def _asking(root: Path) -> Callable:
 
 
 def mevis(megabytes: int = 300) -> list[Figure]:
-    "Seconds to open a mask_dict.json for the first and for the second time, and peak memory of opening it and reading two sentences' masks."
+    """Seconds to open a mask_dict.json for the first and for the second time, and peak memory of
+    opening it and reading two sentences' masks."""
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         root = Path(folder)
         n = mask_dict(root, megabytes)

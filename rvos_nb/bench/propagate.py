@@ -87,7 +87,8 @@ def window_mask(h: int, w: int, r: int) -> Tensor:  # (h*w, (h+2r)*(w+2r)) bool
 
 
 class Published(NearbySearch):
-    "The window by a mask over all pairs, or with `unfold` by a copy of the keys for each offset. A mixin."
+    """The window by a mask over all pairs, or with `unfold` by a copy of the keys for each offset.
+    A mixin."""
 
     unfold = False
 
@@ -361,7 +362,8 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
 
 
 def long_clip(frames: int = 600, size: tuple[int, int] = (129, 225)) -> list[Figure]:
-    "A clip with room for eight frames: the last hundred steps against the hundred after warming up; the peak against that of a sixth of the clip."
+    """A clip with room for eight frames: the last hundred steps against the hundred after warming
+    up; the peak against that of a sixth of the clip."""
     small = {"cls": AOT, "name": "aott", "published": False, "gap": 1, "max_memory_frames": 8}
     walk, (film, labels), times, part = walker(**small), clip(frames, size), [], frames // 6
     walk.start(size)
@@ -384,7 +386,8 @@ def long_clip(frames: int = 600, size: tuple[int, int] = (129, 225)) -> list[Fig
 
 # %% ../../nbs/10b_bench.propagate.ipynb #2a6e87c8
 def sentences(frames: int = 3, count: int = 3, size: tuple[int, int] = SIZE) -> list[Figure]:
-    "R50-AOTL for several sentences at once: every walk from pixels against walks that share what is seen."
+    """R50-AOTL for several sentences at once: every walk from pixels against walks that share what
+    is seen."""
     (film, labels), walks = clip(frames, size), [walker(AOT, "r50_aotl", False)]
     walks += [walks[0].fork() for _ in range(count - 1)]
 

@@ -26,14 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..benchmarks import Figure, in_turn, peak_memory, seconds
-from ..models import attention, heads, pieces, referformer, video_swin
-from rvos_nb.models.referformer import (
-    Candidates,
-    ReferFormer,
-    ReferFormerConfig,
-    best_query,
-    tiny_config,
-)
+from ..models import attention, heads, pieces, referring, video_swin
+from ..models.referformer import ReferFormer, ReferFormerConfig, tiny_config
+from ..models.referring import Candidates, choose_query
 from ..models.text import make_tokenizer
 from ..ops import deform_attn
 
@@ -45,7 +40,8 @@ def naive_attention(
     value: Tensor,
     padding: Tensor | None = None,  # as for `Attention.forward`
 ) -> Tensor:
-    "`Attention.forward` with its weights made and thrown away; sequence first, one copy of a video for each sentence."
+    """`Attention.forward` with its weights made and thrown away; sequence first, one copy of a
+    video for each sentence."""
     n = max(len(query), len(key))
     q, k, v = (x.expand(n, -1, -1).transpose(0, 1) for x in (query, key, value))
     out, _ = F.multi_head_attention_forward(
@@ -200,7 +196,7 @@ def naive(model: ReferFormer):
             (attention.Attention, "forward", naive_attention),
             (video_swin.Block, "forward", naive_block),
             (deform_attn, "ms_deform_attn", naive_deform_attn),
-            (referformer, "dynamic_mask_head", naive_mask_head),
+            (referring, "dynamic_mask_head", naive_mask_head),
             (pieces, "piece_size", lambda device: 1 << 40),
         ):
             stack.enter_context(patch.object(where, name, new))
@@ -223,7 +219,7 @@ def naive_refer(
     with naive(model):
         for text in texts:
             out = model(model.prepare(frames)[None], None, *model.encode([text]), aux=True)
-            q = best_query(out["pred_logits"])[0]
+            q = choose_query(out["pred_logits"])[0]
             found.append(
                 (
                     out["pred_masks"][0, :, q],
@@ -490,7 +486,8 @@ def gpu_figures(
     frames: int = 36,
     size: tuple[int, int] = (360, 640),
 ) -> list[Figure]:
-    "Time for each sentence and peak memory on the GPU, beside the floors; none where there is no GPU."
+    """Time for each sentence and peak memory on the GPU, beside the floors; none where there is no
+    GPU."""
     if not torch.cuda.is_available():
         print("no GPU is at hand: its figures were not measured", flush=True)
         return []

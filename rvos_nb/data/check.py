@@ -124,7 +124,8 @@ def names_in(
 
 # %% ../../nbs/01l_data.check.ipynb #880a5082
 def open_frame(video: Video, name: str):
-    "Open a frame. Raises `Problem` for one that is missing, broken, or of another size than the first."
+    """Open a frame. Raises `Problem` for one that is missing, broken, or of another size than the
+    first."""
     path, size = frame_path(video, name), frame_size(video)
     try:
         with Image.open(path) as im:
@@ -160,7 +161,8 @@ def frames_of(data: Dataset) -> tuple[int, Odd]:  # how many were opened, and wh
 
 # %% ../../nbs/01l_data.check.ipynb #2edf9a4e
 def open_labels(video: Video, path: Path):
-    "Open an annotation. Raises `Problem` for one that is broken, in colours, or of another size than the first frame."
+    """Open an annotation. Raises `Problem` for one that is broken, in colours, or of another size
+    than the first frame."""
     read_labels(path, frame_size(video))
 
 
@@ -308,7 +310,8 @@ def check(
     root,  # a data set
     layout: str = "",  # one of LAYOUTS; '': told by the tree
 ) -> Survey:
-    "Look at all splits of a data set. Raises `Problem` for an unknown layout; whatever else is wrong is in the survey."
+    """Look at all splits of a data set. Raises `Problem` for an unknown layout; whatever else is
+    wrong is in the survey."""
     root = Path(root)
     survey = Survey(layout or recognise(root))
     if not root.is_dir():

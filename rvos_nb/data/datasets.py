@@ -36,7 +36,8 @@ ORIGINALS = {
 
 
 def recognise(root: Path) -> str:
-    "The layout of a tree, by the lists that lie in it; Ref-DAVIS17 only by the name of the folder. Raises `Problem` for an unknown tree."
+    """The layout of a tree, by the lists that lie in it; Ref-DAVIS17 only by the name of the
+    folder. Raises `Problem` for an unknown tree."""
     if not root.is_dir():
         raise Problem(root, "no such folder", "a data set", "check the path")
     if (root / "meta_expressions").is_dir():
@@ -67,7 +68,8 @@ def open_dataset(
     split: str = "valid",  # a split of the layout; '': the one that is usually meant
     layout: str = "",  # one of `LAYOUTS`; '': told by the tree
 ) -> Dataset:
-    "Index a split. Raises `Problem` where its list is missing or not the layout; smaller faults are collected."
+    """Index a split. Raises `Problem` where its list is missing or not the layout; smaller faults
+    are collected."""
     root = Path(root)
     known = layout or recognise(root)
     if known not in LAYOUTS:

@@ -81,7 +81,8 @@ def sentence(value, where, name: str = "the sentence") -> str:
 
 # %% ../../nbs/01g_data.index.ipynb #2c248259
 def frame_size(video: Video) -> tuple[int, int]:  # (H, W)
-    "The size of the first frame, from its header. Raises `Problem` where it is missing or no picture."
+    """The size of the first frame, from its header. Raises `Problem` where it is missing or no
+    picture."""
     path = frame_path(video, video.frames[0])
     try:
         with Image.open(path) as im:
@@ -112,7 +113,8 @@ class Dataset:
         return sum(map(len, self.expressions.values()))
 
     def labels(self, video: str) -> np.ndarray | None:  # (T, H, W) uint8
-        "Object ids per pixel; None without annotation. Raises `Problem` for a missing or wrongly sized picture."
+        """Object ids per pixel; None without annotation. Raises `Problem` for a missing or wrongly
+        sized picture."""
         if (kept := self.__dict__.get("_kept", ("", None)))[0] == video:
             return kept[1]
         v, folder = self.videos[video], self.videos[video].folder.parents[1] / "Annotations" / video
@@ -124,7 +126,8 @@ class Dataset:
         return out
 
     def sample_id(self, expression: Expression) -> str | int:
-        "The published name of a sample that is one frame: v_VIDEO_f_FRAME[_i_INSTANCE], or a whole number in RefCOCO."
+        """The published name of a sample that is one frame: v_VIDEO_f_FRAME[_i_INSTANCE], or a
+        whole number in RefCOCO."""
         return (
             int(expression.id)
             if self.layout == "refcoco"
@@ -134,7 +137,8 @@ class Dataset:
     def masks(
         self, expression: Expression
     ) -> np.ndarray | None:  # (T, H, W) bool; T = 1 where one frame is annotated
-        "The true masks of an expression; None where they are not known. Raises `Problem` for a file that cannot be read."
+        """The true masks of an expression; None where they are not known. Raises `Problem` for a
+        file that cannot be read."""
         if self.truth is not None:
             return self.truth.mask(
                 self.videos[expression.video], expression, self.sample_id(expression)
@@ -152,7 +156,8 @@ def read_rle(
     size: tuple[int, int],  # (H, W) that the mask must have
     where,  # for messages
 ) -> dict:  # COCO's compressed form, of exactly H * W pixels
-    "A mask in one of COCO's forms, not decoded. Raises `Problem` where it cannot be read or has another size."
+    """A mask in one of COCO's forms, not decoded. Raises `Problem` where it cannot be read or has
+    another size."""
     from pycocotools import mask as coco
 
     def need(ok, found):
@@ -208,7 +213,8 @@ def true_masks(
     data: Dataset,
     expression: Expression,
 ) -> tuple[np.ndarray | None, str]:  # (T, H, W) bool or None, and why there is none
-    "The truth of an expression; an annotation that cannot be read leaves it unscored instead of ending the evaluation."
+    """The truth of an expression; an annotation that cannot be read leaves it unscored instead of
+    ending the evaluation."""
     try:
         truth = data.masks(expression)
     except Problem as e:

@@ -78,7 +78,8 @@ def _chunk(
 
 
 def _plain(path) -> np.ndarray | None:  # a path, or an open file of bytes
-    "(H, W) uint8 of an 8-bit grey PNG of nothing but pixels; None where the file is anything else; `Problem` for a damaged one."
+    """(H, W) uint8 of an 8-bit grey PNG of nothing but pixels; None where the file is anything
+    else; `Problem` for a damaged one."""
     try:
         data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
     except OSError:
@@ -113,7 +114,8 @@ def read_mask(
     path,  # a PNG in any of the six forms
     size: tuple[int, int] | None = None,  # (H, W) that it must have
 ) -> np.ndarray:  # (H, W) bool
-    "True where the file holds anything above zero. Raises `Problem` for a missing, broken or wrongly sized file."
+    """True where the file holds anything above zero. Raises `Problem` for a missing, broken or
+    wrongly sized file."""
     if (values := _plain(path)) is not None:
         return _sized(values > 0, path, size)
     im = _open(path)
@@ -290,7 +292,8 @@ def overlay(
     colors=None,  # (N, 3) 0..255; the DAVIS colours from id 1 on, brightened, by default
     alpha: float = 0.5,  # strength of the tint
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "The frame with every mask tinted and outlined. Raises ValueError where a mask has another size."
+    """The frame with every mask tinted and outlined. Raises ValueError where a mask has another
+    size."""
     out = np.array(frame)
     masks = np.asarray(masks, bool).reshape(-1, *np.shape(masks)[-2:])
     if masks.shape[1:] != out.shape[:2]:

@@ -37,7 +37,8 @@ class _Plain(pickle.Unpickler):
 
 
 def read_plain(path: Path):
-    "A pickle of plain data. Raises `Problem` for one that asks for any class or function, and for a broken one."
+    """A pickle of plain data. Raises `Problem` for one that asks for any class or function, and for
+    a broken one."""
     try:
         with open(path, "rb") as f:
             return _Plain(f, encoding="utf-8", errors="replace").load()
@@ -74,7 +75,8 @@ def _by_id(path: Path, listing, key: str) -> dict:  # id -> entry, or `TWICE`
 def _sentences(
     path: Path, beside: Path, listing, work: Work
 ) -> dict[str, tuple[list, list]]:  # split -> image entries and annotations, one of each a sentence
-    "The sentences of a pickle, and their masks out of the instances.json `beside` it. Raises `Problem` where one of the two is something else."
+    """The sentences of a pickle, and their masks out of the instances.json `beside` it. Raises
+    `Problem` where one of the two is something else."""
     refs = want(read_plain(path), list, "the whole file", path, "copy the file again")
     images, masks = (_by_id(beside, listing, k) for k in ("images", "annotations"))
     parts, seen = {}, set()
@@ -310,7 +312,8 @@ def _a2d_coco(out: Path, rows: list, truth: H5Truth, work: Work):
 def usable_frames(
     pictures: Path, mask: Path
 ) -> int:  # frames 1 to this one have a picture and a mask
-    "How much of a video of JHMDB can be asked about. Raises `Problem` for a mask that is missing or cannot be read, and where nothing is left."
+    """How much of a video of JHMDB can be asked about. Raises `Problem` for a mask that is missing
+    or cannot be read, and where nothing is left."""
     there, masks = set(os.listdir(pictures)), mat_masks(mask).shape[2]
     usable = min(next(t for t in range(len(there) + 1) if f"{t + 1:05d}.png" not in there), masks)
     if not usable:
@@ -338,7 +341,8 @@ def _sample(action: str, video: str, frame: str, usable: int, text: str) -> list
 
 
 def draw_jhmdb(root: Path, work: Work) -> list[list]:  # rows of samples
-    "Samples drawn from the sentences as published. Raises `Problem` without them, and where none is usable."
+    """Samples drawn from the sentences as published. Raises `Problem` without them, and where none
+    is usable."""
     path, rows, seen = root / "jhmdb_annotation.txt", [], set()
     folders = each_once([(p.name, p) for p in sorted(root.glob("Rename_Images/*/*")) if p.is_dir()])
     for where, video, rest in read_table(path, folders):
@@ -375,7 +379,8 @@ def draw_jhmdb(root: Path, work: Work) -> list[list]:  # rows of samples
 
 # %% ../../nbs/01n_data.prepare.ipynb #e1b3e903
 def prepare_jhmdb(root: Path, work: Work):
-    "JHMDB-Sentences: the published samples with paths from this folder where theirs are others; without that list, a draw of our own."
+    """JHMDB-Sentences: the published samples with paths from this folder where theirs are others;
+    without that list, a draw of our own."""
     published, out = (root / n for n in JHMDB_LISTS)
     if not published.exists():
         rows = draw_jhmdb(root, work)
@@ -410,7 +415,8 @@ def prepare(
 ) -> tuple[
     list[str], list[str]
 ]:  # a line for each list that lies there now, and one for what had to be left out
-    "Convert a data set as published, once. Raises `Problem` for an unknown name, or where originals are missing or unusable."
+    """Convert a data set as published, once. Raises `Problem` for an unknown name, or where
+    originals are missing or unusable."""
     if name not in PREPARE:
         raise Problem(
             "name",

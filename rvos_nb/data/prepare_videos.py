@@ -80,7 +80,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:  # where it is, the lin
 
 
 def columns(line: str) -> list[str]:
-    "The columns of one line of a CSV file; one that is longer than any sentence is a single column."
+    """The columns of one line of a CSV file; one that is longer than any sentence is a single
+    column."""
     return next(csv.reader([line], skipinitialspace=True)) if len(line) < 100_000 else [line]
 
 
@@ -95,7 +96,8 @@ def read_table(
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #a4ccc09e
 def link(path: Path, target: Path):
-    "Make `path` lead to the folder `target`. Raises `Problem` where there is no such folder, or something else lies in the way."
+    """Make `path` lead to the folder `target`. Raises `Problem` where there is no such folder, or
+    something else lies in the way."""
     if not target.is_dir():
         raise Problem(
             target,
@@ -294,7 +296,8 @@ def _uninext(data: Dataset) -> dict:
 
 
 def prepare_ytvos(root: Path, work: Work):
-    "Ref-YouTube-VOS: the lists that UNINEXT reads, of the splits for validation and test. Nothing is written for a split that has a fault."
+    """Ref-YouTube-VOS: the lists that UNINEXT reads, of the splits for validation and test. Nothing
+    is written for a split that has a fault."""
     splits = [s for s in splits_of(root, "ref-youtube-vos") if s != "train"]
     if not splits:
         raise Problem(

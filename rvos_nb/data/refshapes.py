@@ -24,7 +24,8 @@ SPLITS = ("train", "valid", "test")
 
 
 def video_seed(seed: int, split: str, index: int) -> int:
-    "The scene seed of one written video: no two splits share any, and none lies below 2**40, which is left to training."
+    """The scene seed of one written video: no two splits share any, and none lies below 2**40,
+    which is left to training."""
     return (seed + 1 << 40) | (SPLITS.index(split) << 36) | index
 
 
@@ -139,7 +140,8 @@ def _a2d_masks(path: Path, labels: np.ndarray):  # (H, W)
 
 
 def _a2d(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
-    "The layout of A2D-Sentences: films, HDF5 masks, the list of samples, and for test the masks as run lengths."
+    """The layout of A2D-Sentences: films, HDF5 masks, the list of samples, and for test the masks
+    as run lengths."""
     from rvos_nb.data.video import write_video
 
     rows, images, annotations = [], [], []
@@ -182,7 +184,8 @@ def _a2d(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
 
 # %% ../../nbs/01f_data.refshapes.ipynb #c83ce3bf
 def _jhmdb(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
-    "The layout of JHMDB-Sentences: pictures, Matlab masks, and the frozen list of samples with the paths of its makers."
+    """The layout of JHMDB-Sentences: pictures, Matlab masks, and the frozen list of samples with
+    the paths of its makers."""
     from scipy.io import savemat
 
     rows = []
@@ -291,7 +294,8 @@ def write(
     size: tuple[int, int] = (96, 144),  # (H, W) pixels
     layout: str = "ref-youtube-vos",  # one of LAYOUTS
 ) -> None:
-    "Write a split in the layout of a benchmark. Raises `Problem` for wrong arguments, or where other scenes lie already."
+    """Write a split in the layout of a benchmark. Raises `Problem` for wrong arguments, or where
+    other scenes lie already."""
     root = Path(root)
     if layout not in LAYOUTS:
         raise Problem("layout", repr(layout), " or ".join(LAYOUTS), "choose one of them")

@@ -29,7 +29,8 @@ def collect(
     sample: Callable,  # (row, where) -> (Expression, function that makes its Video), or None for a row that is left out on purpose
     where,  # the file, for messages
 ) -> Dataset:
-    "Fill the index; what cannot be used is a fault of its entry, its video or its sentence. Raises `Problem` where nothing is left."
+    """Fill the index; what cannot be used is a fault of its entry, its video or its sentence.
+    Raises `Problem` where nothing is left."""
     found, makers, seen = [], {}, set()
     for n, row in enumerate(rows):
         try:
@@ -86,7 +87,8 @@ def collect(
 
 
 def read_rows(path, columns: int) -> list:
-    "A JSON list. Raises `Problem` for another kind of file; rows of another length are left to the reader of rows."
+    """A JSON list. Raises `Problem` for another kind of file; rows of another length are left to
+    the reader of rows."""
     rows = want(
         read_json(path),
         list,
@@ -160,7 +162,8 @@ class CocoTruth:
     path: Path
 
     def all(self) -> tuple[dict, dict[str, str]]:
-        "Image and annotation entries by image id, and the faults of entries without one. Raises `Problem` for what is no COCO file."
+        """Image and annotation entries by image id, and the faults of entries without one. Raises
+        `Problem` for what is no COCO file."""
         return _coco_file(self.path, _stamp(self.path))
 
     def entry(self, key) -> tuple[dict, dict]:  # image, annotation
@@ -252,7 +255,8 @@ def mat_masks(path: Path) -> np.ndarray:  # (H, W, T) bool; T is 1 or more
 # %% ../../nbs/01i_data.samples.ipynb #49008c2a
 @dataclass(frozen=True)
 class H5Truth:
-    "A2D's annotations: FOLDER/VIDEO/00001.h5 with `instance` (n,) and `reMask` (n, W, H), or (W, H) where n is 1."
+    """A2D's annotations: FOLDER/VIDEO/00001.h5 with `instance` (n,) and `reMask` (n, W, H), or (W,
+    H) where n is 1."""
 
     folder: Path
 
@@ -291,7 +295,8 @@ class MatTruth:
 
 # %% ../../nbs/01i_data.samples.ipynb #33a5192f
 def open_a2d(root: Path, split: str) -> Dataset:
-    "Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another; smaller faults are collected."
+    """Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another;
+    smaller faults are collected."""
     path = root / f"a2d_sentences_single_frame_{split}_annotations.json"
     coco, films = (
         root / "a2d_sentences_test_annotations_in_coco_format.json",
@@ -330,7 +335,8 @@ JHMDB_LISTS = (
 
 
 def jhmdb_frame(row, where) -> tuple[str, str, str]:  # action, video, file name
-    "Which picture a row of the list means. Raises `Problem` for a row of another form and for names that are no path components."
+    """Which picture a row of the list means. Raises `Problem` for a row of another form and for
+    names that are no path components."""
     id, picture, *_ = _columns(row, 5, where)
     check_id(id, where)
     end = want(picture, str, "the path of the frame", where).replace("\\", "/").split("/")[-3:]
@@ -345,7 +351,8 @@ def jhmdb_frame(row, where) -> tuple[str, str, str]:  # action, video, file name
 
 # %% ../../nbs/01i_data.samples.ipynb #776c3de1
 def open_jhmdb(root: Path, split: str = "test") -> Dataset:
-    "Index JHMDB-Sentences. Raises `Problem` where the list is missing or another; smaller faults are collected."
+    """Index JHMDB-Sentences. Raises `Problem` where the list is missing or another; smaller faults
+    are collected."""
     if split != "test":
         raise Problem(
             root,
@@ -385,7 +392,8 @@ def open_jhmdb(root: Path, split: str = "test") -> Dataset:
 
 # %% ../../nbs/01i_data.samples.ipynb #f4909df9
 def listing_of(root: Path, split: str) -> Path:
-    "The file of a split, called 'val' where there is one data set, 'refcoco+_val' otherwise. Raises `Problem` where it is missing or not the only one."
+    """The file of a split, called 'val' where there is one data set, 'refcoco+_val' otherwise.
+    Raises `Problem` where it is missing or not the only one."""
     found = sorted(
         {
             *root.glob(f"instances_*_{split}.json"),
@@ -409,7 +417,8 @@ def listing_of(root: Path, split: str) -> Path:
 
 
 def open_refcoco(root: Path, split: str) -> Dataset:
-    "Index one split of RefCOCO, RefCOCO+ or RefCOCOg. Raises `Problem` where its file is missing or another; smaller faults are collected."
+    """Index one split of RefCOCO, RefCOCO+ or RefCOCOg. Raises `Problem` where its file is missing
+    or another; smaller faults are collected."""
     truth = CocoTruth(listing_of(root, split))
     pictures = (root if (root / "train2014").is_dir() else root.parent) / "train2014"
     entries, faults = truth.all()

@@ -194,7 +194,8 @@ def noun(dice: Dice, thing: Thing, subset: tuple) -> str:
 
 # %% ../../nbs/01d_data.sentences.ipynb #9ecfc2f7
 class Fits:
-    "What completes a noun phrase, one method per kind: the endings that single out object `i` among those whom the phrase describes."
+    """What completes a noun phrase, one method per kind: the endings that single out object `i`
+    among those whom the phrase describes."""
 
     def _tails(self, kind, me, may):
         return [
@@ -257,7 +258,8 @@ class Speaker(Fits):
         return sure, may
 
     def options(self, i: int, kind: str) -> dict:
-        "Noun phrases for a sentence of `kind`, with their weights: sufficient for looks, not sufficient for the others."
+        """Noun phrases for a sentence of `kind`, with their weights: sufficient for looks, not
+        sufficient for the others."""
         me, table = 1 << i, SUBSETS["appearance" if kind == "appearance" else "other"]
         sets = {subset: self.described(i, subset) for subset in table}
         return {
@@ -267,7 +269,8 @@ class Speaker(Fits):
         }
 
     def say(self, i: int, kind: str, said: dict):
-        "A sentence of `kind` about object `i` that says nothing in `said`: (what it says, its text), or None."
+        """A sentence of `kind` about object `i` that says nothing in `said`: (what it says, its
+        text), or None."""
         dice, options = self.dice, self.options(i, kind)
         while options:
             subset = dice.weighted(options)

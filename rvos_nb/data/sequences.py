@@ -210,7 +210,8 @@ class Sequences:
             )
 
     def sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # frames, labels
-        "One sequence with at least one object, the objects of a second one pasted over it at times."
+        """One sequence with at least one object, the objects of a second one pasted over it at
+        times."""
         for _ in range(100):
             frames, labels = self.draw(rng)
             if rng.random() < self.paste:
@@ -268,7 +269,8 @@ def films_in(
 ) -> tuple[
     tuple[tuple[Path, Path], ...], ...
 ]:  # per film: (picture, mask) of every frame that has a mask, in order
-    "All training films of a folder. Raises `Problem` where there are none, or a mask has no picture."
+    """All training films of a folder. Raises `Problem` where there are none, or a mask has no
+    picture."""
     if not folder:
         raise Problem(
             "training films",

@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'SIZES', 'NOUNS', 'UNITS', 'CELLS', 
 
 # %% ../../nbs/01c_data.shapes.ipynb #4d517294
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
@@ -157,7 +157,8 @@ STENCILS = {(s, t): stencil(s, t) for s in SHAPES for t in TEXTURES}
 
 # %% ../../nbs/01c_data.shapes.ipynb #ab5d0d91
 def _directions() -> np.ndarray:  # (64, 2) int32: cosine and sine times 16384
-    "64 nearly even directions, exactly alike on every machine: only + - * / and sqrt, which IEEE 754 rounds correctly."
+    """64 nearly even directions, exactly alike on every machine: only + - * / and sqrt, which IEEE
+    754 rounds correctly."""
     t = np.arange(9) * (math.sqrt(2) - 1) / 8
     c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     c, s = (
@@ -333,7 +334,8 @@ def place(
     camera: np.ndarray,  # (T, 2) units
     level: Level,
 ):
-    "Give `thing` a place and a path that stay in the picture (or, where it roams, enter or leave it)."
+    """Give `thing` a place and a path that stay in the picture (or, where it roams, enter or leave
+    it)."""
     frames, roams = len(camera), bool(thing.heading) and dice.below(100) < level.roam
     for act in (thing.act, "slow", "still"):
         thing.act, thing.heading = act, thing.heading if act in ("slow", "fast") else ""

@@ -84,7 +84,8 @@ def read_video(
     ahead: int = 4,  # frames decoded before they are asked for
     names: Iterable[str] | None = None,  # a choice or order of frames; all by default
 ) -> Iterator[np.ndarray]:  # (H, W, 3) uint8 RGB each
-    "Yield the frames. Raises `Problem` naming the file where one is missing, broken or of another size."
+    """Yield the frames. Raises `Problem` naming the file where one is missing, broken or of another
+    size."""
     names = list(video.frames if names is None else names)
     if Path(video.folder).is_file():
         yield from _read_file(video, names)
@@ -140,7 +141,8 @@ def write_video(
 # %% ../../nbs/01b_data.video.ipynb #41443ca8
 @contextmanager
 def _film(path):
-    "An open video file and its first picture stream; `Problem` naming the file where it cannot be decoded."
+    """An open video file and its first picture stream; `Problem` naming the file where it cannot be
+    decoded."""
     import av
 
     try:
@@ -166,20 +168,23 @@ def _decode(path) -> Iterator[np.ndarray]:
 def count_frames(
     path,  # a video file
 ) -> int:
-    "The number of frames of a file, by its index where that says, by packets otherwise. Raises `Problem` for what is no video."
+    """The number of frames of a file, by its index where that says, by packets otherwise. Raises
+    `Problem` for what is no video."""
     with _film(path) as (box, stream):
         return stream.frames or sum(1 for p in box.demux(stream) if p.size)
 
 # %% ../../nbs/01b_data.video.ipynb #66f8533d
 def _times(path) -> list[int]:
-    "When each frame is shown, in order, from the packets and without decoding; empty where the file does not say."
+    """When each frame is shown, in order, from the packets and without decoding; empty where the
+    file does not say."""
     with _film(path) as (box, stream):
         times = [p.pts for p in box.demux(stream) if p.size and not p.is_discard]
     return sorted(times) if None not in times and len(set(times)) == len(times) else []
 
 
 def _sought(path, first: int, times: list[int]) -> Iterator[tuple]:
-    "(position, frame) from the last key frame before `first` on; nothing where there is no going there."
+    """(position, frame) from the last key frame before `first` on; nothing where there is no going
+    there."""
     place = {t: i for i, t in enumerate(times)}
     if not place or first not in range(len(times)):
         return
@@ -216,7 +221,8 @@ def _read_file(
     names: list[str],
     hold: int = 32,  # frames in memory at a time, where the order does not rise
 ) -> Iterator[np.ndarray]:
-    "Frames of a video file in the order of `names`: streamed where the order rises, in pieces otherwise."
+    """Frames of a video file in the order of `names`: streamed where the order rises, in pieces
+    otherwise."""
     wanted = [int(n) for n in names]
 
     def lacks(i, there):

@@ -38,7 +38,8 @@ def read_expression(
     entry,  # {"exp": str, "obj_id": str, "kind": str}; only "exp" must be there
     where,  # the file, for the message
 ) -> Expression:
-    "One sentence. Raises `Problem` for an id that is no path component, an empty sentence or a wrong type."
+    """One sentence. Raises `Problem` for an id that is no path component, an empty sentence or a
+    wrong type."""
     check_id(id, where)
     where = f"{where}, video {video}, expression {id}"
     entry = want(entry, dict, "the expression", where)
@@ -130,7 +131,8 @@ def _unit(*ids: str) -> str:
 
 
 def _fill(data: Dataset, path: Path, listing: dict, folder: Callable, read: Callable) -> Dataset:
-    "Put the videos of a JSON into the index; `folder(id)` holds JPEGImages, `read(video, id, entry, where)` reads a sentence."
+    """Put the videos of a JSON into the index; `folder(id)` holds JPEGImages, `read(video, id,
+    entry, where)` reads a sentence."""
     if not listing:
         raise Problem(
             path,
@@ -169,7 +171,8 @@ def open_videos(
     split: str,  # train, valid or test
     layout: str = "ref-youtube-vos",  # or ref-davis17
 ) -> Dataset:
-    "Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout; smaller faults are collected."
+    """Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout;
+    smaller faults are collected."""
     meta = root / "meta_expressions"
     path, test = (meta / s / "meta_expressions.json" for s in (split, "test"))
     listing = read_videos(path, split)
@@ -223,7 +226,8 @@ _KEY = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(?=\[\s*[n{\]])')
 def _stamp(
     path: Path, expected: str = "the true masks", remedy: str = "copy the file from the archive"
 ) -> tuple[int, int]:  # its size, and when it was changed
-    "What tells a file from another one of its name, for what is kept in memory. Raises `Problem` where there is none."
+    """What tells a file from another one of its name, for what is kept in memory. Raises `Problem`
+    where there is none."""
     try:
         stat = path.stat()
     except OSError:
@@ -264,7 +268,8 @@ def annotation(
     path: Path,  # mask_dict.json
     id: str,  # an annotation id
 ) -> list:  # one entry a frame: a run-length code, or None where the object is absent
-    "One annotation, parsed. Raises `Problem` for a file that is cut off or another, and for an unknown id."
+    """One annotation, parsed. Raises `Problem` for a file that is cut off or another, and for an
+    unknown id."""
     spans = annotation_spans(path)
     if id not in spans:
         raise Problem(
@@ -299,7 +304,8 @@ class UnionTruth:
     def codes(
         self, video: Video, id: str, size: tuple[int, int]
     ) -> list[dict | None]:  # one for each frame, as `read_rle` gives it
-        "One annotation. Raises `Problem` for what cannot be read, and for another size or number of frames than the video has."
+        """One annotation. Raises `Problem` for what cannot be read, and for another size or number
+        of frames than the video has."""
         found, where = annotation(self.path, id), f"{self.path}, annotation {id}"
         if len(found) != len(video.frames):
             raise Problem(
@@ -326,7 +332,8 @@ class UnionTruth:
 def read_targets(
     video: str, id: str, entry, where
 ) -> tuple[Expression, tuple[str, ...]]:  # the sentence, and its annotation ids
-    "One sentence of MeViS. Raises `Problem` as `read_expression` does, and for lists that are none or of two lengths."
+    """One sentence of MeViS. Raises `Problem` as `read_expression` does, and for lists that are
+    none or of two lengths."""
     listed = dict(want(entry, dict, "the expression", f"{where}, video {video}, expression {id}"))
     objects, named = listed.pop("obj_id", None), listed.pop("anno_id", None)
     e = read_expression(video, id, listed, where)
@@ -355,7 +362,8 @@ def read_targets(
 
 
 def open_mevis(root: Path, split: str) -> Dataset:
-    "Index a split of MeViS. Raises `Problem` where its list is missing or another; smaller faults are collected."
+    """Index a split of MeViS. Raises `Problem` where its list is missing or another; smaller faults
+    are collected."""
     path, named = root / split / "meta_expressions.json", {}
 
     def read(video, id, entry, where):

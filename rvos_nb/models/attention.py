@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/02b_models.attention.ipynb #ebdb91be
 class Attention(nn.Module):
-    "Multi-head attention, batch first, never materialising its weights; tensors named as in `nn.MultiheadAttention`."
+    """Multi-head attention, batch first, never materialising its weights; tensors named as in
+    `nn.MultiheadAttention`."""
 
     def __init__(self, dim=256, heads=8, dropout=0.0):
         super().__init__()

@@ -36,7 +36,8 @@ def fold_time(
 
 # %% ../../nbs/02c_models.backbones.ipynb #3919b8b1
 class ResNet(nn.Module):
-    "Torchvision's ResNet with frozen normalisation, no classifier, and untrained stem and `layer1` (ReferFormer §3)."
+    """Torchvision's ResNet with frozen normalisation, no classifier, and untrained stem and
+    `layer1` (ReferFormer §3)."""
 
     strides = [4, 8, 16, 32]
 
@@ -90,7 +91,8 @@ class ConvBlock(nn.Module):
 
 # %% ../../nbs/02c_models.backbones.ipynb #0614c793
 class TimeConv(nn.Module):
-    "A residual convolution of width 3 along time; the frames of a clip are neighbours in the batch."
+    """A residual convolution of width 3 along time; the frames of a clip are neighbours in the
+    batch."""
 
     def __init__(
         self,
@@ -194,7 +196,8 @@ def build_backbone(
     name: str,  # a key of `BACKBONES`
     **options,  # what the class takes besides, such as `widths` of 'conv_tiny' or `drop` of the Swins
 ) -> nn.Module:  # has `channels`, `strides`, and maps (B, T, 3, H, W) to four (B·T, C, h, w)
-    "A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published files; raises `Problem`."
+    """A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published
+    files; raises `Problem`."""
     if name not in BACKBONES:
         raise Problem(
             "backbone",

@@ -26,7 +26,8 @@ from ..core import Problem
 
 # %% ../../nbs/03a_models.files.ipynb #3c80c393
 class NumberKind:
-    "Stands for `numpy.dtype` while a file is read: a code such as 'f8' and a byte order, nothing else."
+    """Stands for `numpy.dtype` while a file is read: a code such as 'f8' and a byte order, nothing
+    else."""
 
     order = "<"
 
@@ -63,7 +64,8 @@ ALLOWED = [
 
 @contextmanager
 def only_allowed() -> Iterator[None]:
-    "Inside, PyTorch's list is `ALLOWED` alone; what other libraries have put there is set aside meanwhile."
+    """Inside, PyTorch's list is `ALLOWED` alone; what other libraries have put there is set aside
+    meanwhile."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(ALLOWED)
@@ -117,7 +119,8 @@ def refusal(path: Path, error: Exception) -> Problem:
 
 
 def read_pickle(path) -> object:
-    "What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it; raises `Problem`."
+    """What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it;
+    raises `Problem`."""
     path = Path(path)
     if not path.is_file():
         raise Problem(
@@ -167,7 +170,8 @@ def noise(
 # %% ../../nbs/03a_models.files.ipynb #f8be2454
 @dataclass
 class Published:
-    "What a published file says: floating-point tensors by their published names, the options and epoch of its training, and what was left out."
+    """What a published file says: floating-point tensors by their published names, the options and
+    epoch of its training, and what was left out."""
 
     tensors: dict[str, Tensor]
     options: dict = field(default_factory=dict)
@@ -216,5 +220,6 @@ def sort_out(
 
 
 def read_published(path) -> dict[str, Tensor]:
-    "The tensors of a published `.pth` file by their published names, without running code; raises `Problem`."
+    """The tensors of a published `.pth` file by their published names, without running code; raises
+    `Problem`."""
     return sort_out(read_pickle(path), path).tensors

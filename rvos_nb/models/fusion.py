@@ -9,11 +9,12 @@ __all__ = ['VisionLanguageFusion']
 from torch import Tensor, nn
 
 from .attention import Attention
-from .pieces import in_pieces
+from .pieces import run_in_pieces
 
 # %% ../../nbs/02g_models.fusion.ipynb #c20314e5
 class VisionLanguageFusion(nn.Module):
-    "Early fusion of ReferFormer: pixels times what they heard. Published name `fusion_module`, no dropout there."
+    """Early fusion of ReferFormer: pixels times what they heard. Published name `fusion_module`, no
+    dropout there."""
 
     def __init__(self, dim=256, heads=8, dropout=0.0):
         super().__init__()
@@ -26,6 +27,6 @@ class VisionLanguageFusion(nn.Module):
         word_mask: Tensor | None,  # (B, L) True at padding
         word_pos: Tensor,  # (B, L, C)
     ) -> Tensor:  # (B, T·h·w, C)
-        return in_pieces(
+        return run_in_pieces(
             lambda v: v * self.multihead_attn(v, words + word_pos, words, word_mask), vision
         )

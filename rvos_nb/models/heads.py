@@ -4,9 +4,14 @@
 
 # %% auto #0
 __all__ = ['MLP', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'inverse_sigmoid', 'refine_boxes', 'dynamic_shapes', 'dynamic_size',
-           'pixel_centres', 'coordinate_plane', 'convolve_few', 'dynamic_mask_head', 'aligned_bilinear']
+           'pixel_centres', 'coordinate_plane', 'convolve_few', 'dynamic_mask_head', 'aligned_bilinear',
+           'input_projections', 'prediction_heads']
 
 # %% ../../nbs/02l_models.heads.ipynb #afbc1e58
+import copy
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,7 +134,8 @@ def dynamic_mask_head(
     conv: nn.Conv2d
     | None = None,  # `features` are what this convolution would turn into mask features
 ) -> Tensor:  # (B, T, Q, h, w) mask logits
-    "Run each query's own small network over the features of its frame. ValueError where `params` has not the right length."
+    """Run each query's own small network over the features of its frame. ValueError where `params`
+    has not the right length."""
     (b, t, c, h, w), q = features.shape, params.shape[2]
     if conv is not None:
         c = conv.out_channels
@@ -159,10 +165,48 @@ def aligned_bilinear(
     x: Tensor,  # (..., h, w)
     factor: int,  # of enlargement
 ) -> Tensor:  # (..., factor·h, factor·w)
-    "Bilinear enlargement in which output pixel `factor·i + factor//2` is input pixel `i`; edges are repeated."
+    """Bilinear enlargement in which output pixel `factor·i + factor//2` is input pixel `i`; edges
+    are repeated."""
 
     def along(n):  # (factor·n, n) weights of the inputs for each output
         at = ((torch.arange(factor * n, device=x.device) - factor // 2) / factor).clamp(0, n - 1)
         return (1 - (at[:, None] - torch.arange(n, device=x.device)).abs()).clamp(min=0).to(x.dtype)
 
     return along(x.shape[-2]) @ x @ along(x.shape[-1]).T
+
+# %% ../../nbs/02l_models.heads.ipynb #dac32163
+def input_projections(
+    channels: Sequence[int],  # of the backbone's levels, fine to coarse
+    config,  # with `hidden_dim`, `proj_groups` and `num_feature_levels`
+) -> nn.ModuleList:
+    "Convolution and GroupNorm for each transformer level; published names `input_proj.i.{0,1}`."
+
+    def projection(c, kernel, stride):
+        conv = nn.Conv2d(c, config.hidden_dim, kernel, stride, kernel // 2)
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        return nn.Sequential(conv, nn.GroupNorm(config.proj_groups, config.hidden_dim))
+
+    extra = [projection(channels[-1], 3, 2)] * (config.num_feature_levels - 3)
+    return nn.ModuleList([projection(c, 1, 1) for c in channels[1:]] + extra)
+
+# %% ../../nbs/02l_models.heads.ipynb #e0b55e07
+def prediction_heads(
+    config,  # with `hidden_dim`, `dec_layers`, `num_classes`, `class_prior`, `with_box_refine` and those of the mask head
+) -> tuple[nn.ModuleList, nn.ModuleList, MLP]:
+    """Class heads and box heads, one per decoder layer (the same one everywhere without box
+    refinement), and the controller."""
+    c, dim = config, config.hidden_dim
+    score, box = nn.Linear(dim, c.num_classes), MLP(dim, dim, 4, 3)
+    nn.init.constant_(score.bias, -math.log((1 - c.class_prior) / c.class_prior))
+    nn.init.zeros_(box.layers[-1].weight)
+    nn.init.zeros_(box.layers[-1].bias)
+    scores = [copy.deepcopy(score) if c.with_box_refine else score for _ in range(c.dec_layers)]
+    boxes = [copy.deepcopy(box) if c.with_box_refine else box for _ in range(c.dec_layers)]
+    nn.init.constant_(boxes[0].layers[-1].bias[2:], -2.0)
+    shape = (c.dynamic_mask_channels, c.controller_layers, c.rel_coord)
+    controller = MLP(dim, dim, dynamic_size(c.mask_dim, *shape), 3)
+    for layer in controller.layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.ModuleList(scores), nn.ModuleList(boxes), controller

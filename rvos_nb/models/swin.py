@@ -15,7 +15,8 @@ from .video_swin import Merge, Stages
 
 # %% ../../nbs/02e_models.swin.ipynb #e40a1f89
 class Swin(Stages):
-    "Swin without head, normalised levels; tensors named as under `backbone.0.body.` (ReferFormer) or `encoder.` (AOT) of published files."
+    """Swin without head, normalised levels; tensors named as under `backbone.0.body.` (ReferFormer)
+    or `encoder.` (AOT) of published files."""
 
     def __init__(
         self,

@@ -45,7 +45,8 @@ SPECIAL = [
 def normalise(
     text: str,  # a sentence as a user wrote it
 ) -> str:  # lower case, single blanks
-    "The text as the training loaders of the papers hand it on; raises `Problem` for one without a word."
+    """The text as the training loaders of the papers hand it on; raises `Problem` for one without a
+    word."""
     if not isinstance(text, str) or not text.strip():
         raise Problem(
             "sentence",
@@ -59,7 +60,8 @@ def normalise(
 def make_tokenizer(
     sentences: Sequence[str],  # sentences, or single words
 ) -> PreTrainedTokenizerFast:  # keep it with `save_pretrained(folder)`
-    "A word-level tokenizer in RoBERTa's manner: lower case, `<s> words </s>`, unknown words are `<unk>`."
+    """A word-level tokenizer in RoBERTa's manner: lower case, `<s> words </s>`, unknown words are
+    `<unk>`."""
     end = r'[.,;:!?"]+(?=\s|$)'
     clean = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(end), " ")])
     words = sorted({w for s in sentences for w in clean.normalize_str(s).split()} - set(SPECIAL))
@@ -96,7 +98,8 @@ def folder_of(
     online: bool = False,  # the Hub may be asked
     weights: bool = False,  # fetch the weights too
 ) -> Path:
-    "The folder that holds one of `files`: local, in the Hub cache, or fetched; raises `Problem` that names all three ways."
+    """The folder that holds one of `files`: local, in the Hub cache, or fetched; raises `Problem`
+    that names all three ways."""
     from huggingface_hub import try_to_load_from_cache
 
     name, ways = (
@@ -129,7 +132,8 @@ def fetch(
     what: str,  # what is looked for, to be named in an error
     weights: bool,  # fetch the weights too
 ) -> Path:  # the folder in the Hub cache
-    "Bring a model from the Hub into its cache; raises `Problem` where it is gated, unknown or out of reach."
+    """Bring a model from the Hub into its cache; raises `Problem` where it is gated, unknown or out
+    of reach."""
     import huggingface_hub as hub
     from huggingface_hub.errors import GatedRepoError
 
@@ -161,7 +165,8 @@ def fetch(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    "No reports and progress bars of transformers while the block runs; what matters in them becomes a `Problem`."
+    """No reports and progress bars of transformers while the block runs; what matters in them
+    becomes a `Problem`."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -185,7 +190,8 @@ def tokenizer_from(
     source: str | Path,  # a folder in Hugging Face's form, or a name on the Hub
     online: bool = False,  # the Hub may be asked
 ) -> PreTrainedTokenizerFast:
-    "The tokenizer of RoBERTa, of BERT, or of `make_tokenizer`; raises `Problem` when files are missing, broken or of another family."
+    """The tokenizer of RoBERTa, of BERT, or of `make_tokenizer`; raises `Problem` when files are
+    missing, broken or of another family."""
     folder = folder_of(source, ("tokenizer.json", "vocab.json", "vocab.txt"), "tokenizer", online)
     kind = next((k for files, k in TOKENIZERS if all((folder / f).is_file() for f in files)), None)
     if kind is None and not (folder / "tokenizer.json").is_file():
@@ -259,7 +265,8 @@ class Reading:
         self,
         texts: Sequence[str],  # E sentences
     ) -> list[list[int]]:  # ids of each, special ones included
-        "What the tokenizer makes of each sentence; raises `Problem` for none, an empty or an overlong one."
+        """What the tokenizer makes of each sentence; raises `Problem` for none, an empty or an
+        overlong one."""
         if self.tokenizer is None:
             raise Problem(
                 "text encoder",
@@ -302,7 +309,8 @@ class Reading:
 
 # %% ../../nbs/02f_models.text.ipynb #7feb458e
 def weights_state(module: nn.Module) -> tuple:
-    "Equal as long as a module's weights, their device and type, and the autocast settings are the same."
+    """Equal as long as a module's weights, their device and type, and the autocast settings are the
+    same."""
     held = tuple(
         (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
         for p in module.parameters()
@@ -312,7 +320,8 @@ def weights_state(module: nn.Module) -> tuple:
 
 
 class Memory:
-    "What was heard of the last `limit` sentences, forgotten when the state changes; a copy of it starts empty."
+    """What was heard of the last `limit` sentences, forgotten when the state changes; a copy of it
+    starts empty."""
 
     def __init__(self, limit: int):
         self.limit, self.state, self.held = limit, None, {}
@@ -377,7 +386,8 @@ class Remembering:
     ) -> tuple[
         Tensor, Tensor, Tensor | None
     ]:  # words (E, L, C), word_mask (E, L) bool, True = padding, sentence (E, C)
-        "Word and sentence vectors, padded to the longest sentence; raises `Problem` as `pieces` does."
+        """Word and sentence vectors, padded to the longest sentence; raises `Problem` as `pieces`
+        does."""
         if self.training or not texts:
             ids, mask = self.tokens(texts)
             words, sentence = self(ids, mask)
@@ -502,7 +512,8 @@ def text_encoder(
     pooler: bool = True,  # without it there is no sentence vector
     freeze: bool = False,  # no gradients
 ) -> TextEncoder | BertEncoder:  # in eval mode
-    "RoBERTa or BERT, fresh or with weights; raises `Problem` where something is missing, of another family or out of reach."
+    """RoBERTa or BERT, fresh or with weights; raises `Problem` where something is missing, of
+    another family or out of reach."""
     fresh = isinstance(source, Mapping)
     folder = (
         None if fresh else folder_of(source, ("config.json",), "text encoder", online, weights=True)
@@ -526,7 +537,8 @@ def text_encoder(
 
 
 def read_weights(family: type, folder: Path, tokenizer, pooler: bool) -> TextEncoder | BertEncoder:
-    "An encoder with all its weights from `folder`; raises `Problem` for missing, damaged or ill-fitting ones."
+    """An encoder with all its weights from `folder`; raises `Problem` for missing, damaged or
+    ill-fitting ones."""
     try:
         with quiet():
             config = family.config_class.from_pretrained(

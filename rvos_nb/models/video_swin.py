@@ -164,14 +164,16 @@ def plan(*of) -> Plan:
 def relative_index(
     window: Size,  # a full window
 ) -> Tensor:  # (N, N) int64, rows of the bias table
-    "For two places of a full window the row of the bias table of their offset (published name `relative_position_index`)."
+    """For two places of a full window the row of the bias table of their offset (published name
+    `relative_position_index`)."""
     place = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
     t, y, x = place[:, :, None] - place[:, None] + torch.tensor(window)[:, None, None] - 1
     return (t * (2 * window[1] - 1) + y) * (2 * window[2] - 1) + x
 
 # %% ../../nbs/02d_models.video_swin.ipynb #b382105a
 class WindowAttention(nn.Module):
-    "Multi-head attention inside windows with relative bias (Swin, eq. 4; Video-Swin, eq. 1); published names."
+    """Multi-head attention inside windows with relative bias (Swin, eq. 4; Video-Swin, eq. 1);
+    published names."""
 
     def __init__(
         self,
@@ -200,7 +202,8 @@ class WindowAttention(nn.Module):
         self,
         kind: Kind,  # of windows
     ) -> Tensor:  # (heads, n, n), or (heads, n, n + 1) where there is padding
-        "What is added to the scores: the relative bias, −100 across a seam, and all padding in the last column."
+        """What is added to the scores: the relative bias, −100 across a seam, and all padding in
+        the last column."""
         n, pad = len(kind.places), 0 if kind.padding is None else len(kind.padding)
         index = self.relative_position_index[: n + pad, : n + pad].index_select(0, kind.places)
         bias = (
@@ -441,7 +444,8 @@ class Stages(nn.Module):
 
 # %% ../../nbs/02d_models.video_swin.ipynb #1579e162
 class VideoSwin(Stages):
-    "Video-Swin without head and final norm; tensors named as under `backbone.0.body.` of published files."
+    """Video-Swin without head and final norm; tensors named as under `backbone.0.body.` of
+    published files."""
 
     def __init__(
         self,

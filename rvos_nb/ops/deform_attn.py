@@ -24,7 +24,8 @@ from . import native
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #ba2fc575
 def _levels(value, shapes, locations, weights) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "For each level: maps (N·heads, dim, h, w), points (N·heads, points, Lq, 2) on the scale of `grid_sample`, weights (N·heads, 1, points, Lq)."
+    """For each level: maps (N·heads, dim, h, w), points (N·heads, points, Lq, 2) on the scale of
+    `grid_sample`, weights (N·heads, 1, points, Lq)."""
     n, _, heads, dim = value.shape
     inside = torch.where(
         locations.abs() < 9, locations, -9.0
@@ -133,7 +134,8 @@ def place(
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #51ee2e47
 def spelled_out(shapes, locations, weights, reference, softmax) -> tuple[Tensor, Tensor]:
-    "Places and weights, from offsets where there is a reference and from logits where `softmax` is set."
+    """Places and weights, from offsets where there is a reference and from logits where `softmax`
+    is set."""
     if reference is not None:
         locations = place(reference, locations, shapes)
     if softmax:
@@ -196,7 +198,8 @@ def _home(name: str):
 
 @contextmanager
 def using(name: str):  # 'cpp', 'cuda', 'triton' or 'pytorch'
-    "Inside, deformable attention takes this way, its backward pass too; in all threads. Problem for an unknown name."
+    """Inside, deformable attention takes this way, its backward pass too; in all threads. Problem
+    for an unknown name."""
     _home(name)
     _ASKED.append(name)
     try:
@@ -218,7 +221,8 @@ def why_not(
 
 
 def _ways(device: torch.device, dtype: torch.dtype, asked: str, passed: list[str]) -> Iterator[str]:
-    "Names of the implementations that can run, best first, while `passed` collects why others cannot; Problem where the one that was asked for cannot."
+    """Names of the implementations that can run, best first, while `passed` collects why others
+    cannot; Problem where the one that was asked for cannot."""
     for name in (asked,) if asked else ORDER.get(device.type, ("pytorch",)):
         if why := why_not(name, device, dtype):
             passed.append(f"not {name}: {why}")
@@ -237,7 +241,8 @@ def implementation(
     device: str = "cpu",  # a torch device
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, str]:  # name, why it was chosen
-    "Which implementation `ms_deform_attn` uses on `device`; builds nothing. Problem where the one that is asked for cannot run."
+    """Which implementation `ms_deform_attn` uses on `device`; builds nothing. Problem where the one
+    that is asked for cannot run."""
     asked, passed = asked_for(), []
     name = next(_ways(torch.device(device), dtype, asked, passed))
     about = native.state(_home(name).name)[1] if name in ("cpp", "cuda") else ""
@@ -441,7 +446,9 @@ def ms_deform_attn(
     | None = None,  # (N or 1, Lq, levels or 1, 2 or 4) what offsets are measured from, see `place`
     softmax: bool = False,  # whether weights are the softmax, over levels and points, of what is given
 ) -> Tensor:  # (N, Lq, heads·dim) of the type of `value`
-    "Weighted bilinear readings of every level, zero outside. Differentiable in all tensors; any N, and any number of the rest. ValueError where sizes disagree; Problem where the implementation that is asked for cannot run."
+    """Weighted bilinear readings of every level, zero outside. Differentiable in all tensors; any
+    N, and any number of the rest. ValueError where sizes disagree; Problem where the implementation
+    that is asked for cannot run."""
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     flat = [x for s in shapes for x in s]
     return _OPS.ms_deform_attn(
@@ -456,7 +463,8 @@ def ms_deform_attn(
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #26f17c93
 def compass(heads: int, levels: int, points: int) -> Tensor:  # (heads·levels·points·2,)
-    "Offsets before training: head i looks towards i/heads of a full turn, point p at distance p+1 on a square."
+    """Offsets before training: head i looks towards i/heads of a full turn, point p at distance p+1
+    on a square."""
     angle = torch.arange(heads) * (2 * math.pi / heads)
     way = torch.stack([angle.cos(), angle.sin()], 1)
     way = way / way.abs().amax(1, keepdim=True)
@@ -468,7 +476,8 @@ def compass(heads: int, levels: int, points: int) -> Tensor:  # (heads·levels·
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #8ed39fb3
 class MSDeformAttn(nn.Module):
-    "Multi-scale deformable attention (Zhu et al. 2021); the names of its tensors are the published ones."
+    """Multi-scale deformable attention (Zhu et al. 2021); the names of its tensors are the
+    published ones."""
 
     def __init__(self, dim=256, levels=4, heads=8, points=4):
         super().__init__()
@@ -494,7 +503,8 @@ class MSDeformAttn(nn.Module):
             self.sampling_offsets.bias.copy_(compass(*self.split))
 
     def sample(self, query, reference, shapes):
-        "Where `query` (N, Lq, C) looks, (N, Lq, heads, levels, points, 2), and with which weights, (N, Lq, heads, levels, points)."
+        """Where `query` (N, Lq, C) looks, (N, Lq, heads, levels, points, 2), and with which
+        weights, (N, Lq, heads, levels, points)."""
         offsets = self.sampling_offsets(query).unflatten(-1, (*self.split, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.split[0], -1)).softmax(-1)
         return place(reference, offsets, shapes), weights.unflatten(-1, self.split[1:])

@@ -165,7 +165,8 @@ def compile_to(
     library: Path,  # appears whole or not at all
     target: str = "native",
 ):
-    "Compile; `Unavailable` with the compiler's last words in a log beside `library` where that fails."
+    """Compile; `Unavailable` with the compiler's last words in a log beside `library` where that
+    fails."""
     command = compiler(source)
     if not command:
         raise Unavailable(
@@ -245,7 +246,8 @@ _LOADED: dict[str, ctypes.CDLL | Unavailable] = {}  # what this process has trie
 
 
 def _build(source: Path) -> Path:
-    "The library of `source`, built before or now; a failure is one warning, and then `Unavailable`."
+    """The library of `source`, built before or now; a failure is one warning, and then
+    `Unavailable`."""
     try:
         folder = cache()
         library = folder / f"{source.stem}-{key(source)}.so"
@@ -282,7 +284,8 @@ def _open(source: Path) -> ctypes.CDLL:
 def load(
     name: str,  # of a source file in `ops/`
 ) -> ctypes.CDLL:
-    "The library built from a source; builds it where that was not done before. `Unavailable` where it cannot be had, with one warning where a build failed."
+    """The library built from a source; builds it where that was not done before. `Unavailable`
+    where it cannot be had, with one warning where a build failed."""
     if name not in _LOADED:
         source = source_file(name)
         try:
@@ -295,7 +298,8 @@ def load(
 
 # %% ../../nbs/02i_ops.native.ipynb #1706f98b
 class Sizes(ctypes.Structure):
-    "Sizes of one call, in the order in which the sources declare them; `reference` counts 2 or 4 numbers, or 0 for none."
+    """Sizes of one call, in the order in which the sources declare them; `reference` counts 2 or 4
+    numbers, or 0 for none."""
 
     _fields_ = [
         (n, ctypes.c_int64)
@@ -343,7 +347,8 @@ def call(
     inputs: list,
     outputs: list,  # tensors, or None for no reference, in the order of the function's arguments
 ):
-    "Hand pointers to a library, on the threads or the stream that PyTorch uses; RuntimeError with the library's own words."
+    """Hand pointers to a library, on the threads or the stream that PyTorch uses; RuntimeError with
+    the library's own words."""
     import torch
 
     kind, device = str(inputs[0].dtype).removeprefix("torch."), inputs[0].device
@@ -371,7 +376,8 @@ def call(
 
 # %% ../../nbs/02i_ops.native.ipynb #f83f9132
 class Compiled:
-    "An implementation of deformable attention from a source file: `why_not`, `forward`, `backward`."
+    """An implementation of deformable attention from a source file: `why_not`, `forward`,
+    `backward`."""
 
     def __init__(self, name: str, device: str):
         self.name, self.device = name, device
@@ -406,7 +412,8 @@ class Compiled:
         return out.to(value.dtype)
 
     def backward(self, grad, value, shapes, locations, weights, softmax=False, reference=None):
-        "Gradients of value, of the places (not of offsets from a reference), and of weights or logits."
+        """Gradients of value, of the places (not of offsets from a reference), and of weights or
+        logits."""
         g, v, at, w, r = self._plain(grad, value, locations, weights, reference)
         dvalue, dat, dw = (
             v.new_zeros(v.shape, dtype=at.dtype),

@@ -84,7 +84,8 @@ def sampling(
     points: tl.constexpr,
     real: tl.constexpr,
 ):
-    "Column and row of the cell above and left, the way beyond its centre (both (rows,)), and whether the map is touched at all."
+    """Column and row of the cell above and left, the way beyond its centre (both (rows,)), and
+    whether the map is touched at all."""
     x = tl.load(locations + 2 * sample, mask=valid, other=0.0).to(real)
     y = tl.load(locations + 2 * sample + 1, mask=valid, other=0.0).to(real)
     if numbers:
@@ -264,7 +265,8 @@ _FAILED: list[str] = []  # why Triton cannot be used in this process after all
 
 
 def launch(kernel, device: torch.device, grid: tuple, *tensors, **sizes):
-    "Run a kernel on the device of its tensors; `native.Unavailable` where Triton cannot compile or start it."
+    """Run a kernel on the device of its tensors; `native.Unavailable` where Triton cannot compile
+    or start it."""
     if device.type == "cpu":
         return interpreted(kernel)[grid](*tensors, **sizes)
     try:
@@ -322,7 +324,8 @@ def forward(
     reference: Tensor
     | None = None,  # (N or 1, Lq, levels or 1, 2 or 4) x, y or cx, cy, w, h; type of `locations`
 ) -> Tensor:  # (N, Lq, heads·dim) type of `value`
-    "Deformable attention; see `ms_deform_attn`. `native.Unavailable` where Triton cannot compile. CPU tensors take the interpreter."
+    """Deformable attention; see `ms_deform_attn`. `native.Unavailable` where Triton cannot compile.
+    CPU tensors take the interpreter."""
     out = value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
     if not out.numel() or not weights.numel():
         return out.zero_()

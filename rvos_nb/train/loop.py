@@ -9,7 +9,6 @@ __all__ = ['task_of', 'Trainer', 'batches_from', 'Log', 'run_steps', 'card_of', 
 import copy
 import csv
 import importlib
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +43,8 @@ def task_of(
 
 # %% ../../nbs/04g_train.loop.ipynb #26a29fa1
 class Trainer:
-    "Weights, optimizer and averaged weights of a task; knows how to make one step, to save and to resume."
+    """Weights, optimizer and averaged weights of a task; knows how to make one step, to save and to
+    resume."""
 
     def __init__(self, recipe: Recipe, device: str):
         self.recipe, self.device, self.total = recipe, device, sum(s.steps for s in recipe.stages)
@@ -55,7 +55,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
 
     def one_step(self, batch) -> dict:
-        "Train on one batch; returns the parts of the loss as floats. Raises Problem where the loss is not finite."
+        """Train on one batch; returns the parts of the loss as floats. Raises Problem where the
+        loss is not finite."""
         t, progress = self.recipe.tuning, self.step / self.total
         lr = set_rates(self.optimizer, self.step, self.total, t)
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
@@ -106,7 +107,8 @@ class Trainer:
             torch.save(state, tmp)
 
     def load(self, path):
-        "Go on from a checkpoint of the same recipe; raises Problem for a damaged file or another recipe."
+        """Go on from a checkpoint of the same recipe; raises Problem for a damaged file or another
+        recipe."""
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as e:
@@ -203,7 +205,8 @@ def run_steps(
     minutes: float | None = None,  # stop after so long in this call; None: at the end of the recipe
     workers: int = 0,
 ):
-    "Train from the trainer's step to the end of the recipe or of the time, with logs, validation and checkpoints."
+    """Train from the trainer's step to the end of the recipe or of the time, with logs, validation
+    and checkpoints."""
     r, began = trainer.recipe, time.monotonic()
     watched, log, scores = (
         trainer.task.watched(r.watch),
@@ -289,7 +292,8 @@ def train(
     workers: int = 0,  # processes that draw batches ahead
     given: Mapping = {},  # other values of the recipe's settings: {'images': FOLDER, 'model.variant': 'r50_aotl'}
 ) -> Report:
-    "Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a folder of another one."
+    """Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a
+    folder of another one."""
     r, out, device = read_recipe(recipe, given), Path(out), device_name(device)
     if steps:
         r = rescale(r, steps)

@@ -55,7 +55,8 @@ def giou(
     a: Tensor,  # (..., 4) cxcywh
     b: Tensor,  # (..., 4) cxcywh, broadcastable to `a`
 ) -> Tensor:  # (...) in [-1, 1]
-    "Generalised IoU of box pairs (Rezatofighi et al. 2019) with ReferFormer's 1e-6 on either side of both fractions."
+    """Generalised IoU of box pairs (Rezatofighi et al. 2019) with ReferFormer's 1e-6 on either side
+    of both fractions."""
     area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]
     a, b = torch.broadcast_tensors(corners(a), corners(b))
     inter = (
@@ -116,7 +117,8 @@ def class_cost(
     labels: Tensor,  # (B, T) class of the target, not read where K = 1
     valid: Tensor,  # (B, T) bool, the object is visible
 ) -> Tensor:  # (..., B, Q)
-    "Mean over visible frames of the focal cost of being called positive less that of being called negative."
+    """Mean over visible frames of the focal cost of being called positive less that of being called
+    negative."""
     if logits.shape[-1] > 1:
         index = labels[:, :, None, None].expand(*logits.shape[:-1], 1)
         logits = logits.gather(-1, index)
@@ -248,7 +250,8 @@ class Criterion:
 
 # %% ../../nbs/04b_train.losses.ipynb #5933bb97
 class PixelLoss(nn.Module):
-    "Auxiliary supervision of language-aware feature maps; lives in the training loop, not in the model."
+    """Auxiliary supervision of language-aware feature maps; lives in the training loop, not in the
+    model."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ from ..vos.memory import forward_sequence
 def configured(
     recipe: Recipe,
 ):  # a configuration of its family
-    "What a recipe's `model` means: `variant` names a published configuration, and the other settings change it."
+    """What a recipe's `model` means: `variant` names a published configuration, and the other
+    settings change it."""
     given, known = dict(recipe.model), zoo.variants(recipe.family)
     if variant := given.pop("variant", None):
         if zoo.plain_name(variant) not in known:
@@ -67,7 +68,8 @@ def check_stages(
 
 # %% ../../nbs/04f_train.propagate.ipynb #7b32d4ed
 class Propagate:
-    "Training an AOT or DeAOT. Options of `loss`: final, start, stop (see `hard_share`), aux (see `aux_weight`), own, hold_identities (see above)."
+    """Training an AOT or DeAOT. Options of `loss`: final, start, stop (see `hard_share`), aux (see
+    `aux_weight`), own, hold_identities (see above)."""
 
     kind = "sequence"
 
@@ -138,7 +140,8 @@ class Propagate:
         ]
 
     def score(self, batches) -> dict:
-        "`{'J easy': …, 'last easy': …}`: mean over objects of J over all propagated frames, and in the last one."
+        """`{'J easy': …, 'last easy': …}`: mean over objects of J over all propagated frames, and
+        in the last one."""
         found: dict = {}
         for level, batch in batches:
             answer = torch.stack(self.answer(batch)[0]).argmax(2).cpu().numpy()  # (T, B, H, W)

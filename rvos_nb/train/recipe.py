@@ -86,7 +86,8 @@ class Recipe:
 
 
 def identity(recipe: Recipe) -> dict:
-    "All of a recipe but where files lie: a folder may move between two runs, and a model's card names none."
+    """All of a recipe but where files lie: a folder may move between two runs, and a model's card
+    names none."""
     return {k: v for k, v in asdict(recipe).items() if k != "data"} | {
         "start": Path(recipe.start).name
     }

@@ -43,7 +43,7 @@ def ask(
     seen, t = model.look(frames), frames.shape[1]
     rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
     seen = replace(seen, fine=seen.fine[rows], levels=[x[rows] for x in seen.levels])
-    return model.respond(seen, model.listen(*model.encode(texts)), aux=True)
+    return model.all_queries(seen, model.listen(*model.encode(texts)), aux=True)
 
 # %% ../../nbs/04e_train.refer.ipynb #9ea59211
 def clip_scores(
@@ -97,7 +97,8 @@ def _means(
 
 # %% ../../nbs/04e_train.refer.ipynb #db03e939
 class Refer:
-    "Training a ReferFormer on RefShapes. Options of `loss`: weights, target, mask_per (see `Criterion`) and pixel, the weight of the pixel loss."
+    """Training a ReferFormer on RefShapes. Options of `loss`: weights, target, mask_per (see
+    `Criterion`) and pixel, the weight of the pixel loss."""
 
     kind = "refer"
 
@@ -154,7 +155,8 @@ class Refer:
         ]
 
     def score(self, batches) -> dict:
-        "`{'J easy': …, 'wrong easy': …, 'J motion': …}`: means per level and, where there are several, per kind of sentence."
+        """`{'J easy': …, 'wrong easy': …, 'J motion': …}`: means per level and, where there are
+        several, per kind of sentence."""
         rows = []
         for level, batch in batches:
             out = self.answer(batch)

@@ -47,7 +47,8 @@ def image(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 # %% ../../nbs/07f_verify.cases.ipynb #e5d45344
 @dataclass(frozen=True)
 class Case:
-    "One golden case; `arrays` holds what was stored under `in/` and `int/`, `answers` what was under `out/`."
+    """One golden case; `arrays` holds what was stored under `in/` and `int/`, `answers` what was
+    under `out/`."""
 
     path: Path
     meta: dict
@@ -100,7 +101,8 @@ def published_tensors(
     meta: dict,  # of the case
     arrays: Mapping = {},  # its stored arrays; `int/NAME` are the integer tensors
 ) -> Iterator[tuple[str, np.ndarray]]:
-    "Each tensor of the case's checkpoint, under its published name; integers that the model computes are left out."
+    """Each tensor of the case's checkpoint, under its published name; integers that the model
+    computes are left out."""
     aliases, integers = dict(meta.get("aliases") or {}), integer_tensors(meta)
     for name, shape, _ in meta["keys"]:
         if name not in integers:
@@ -115,7 +117,8 @@ def load_filled(
     arrays: Mapping = {},  # its stored arrays
     prefix: str = "",  # take only the names with this prefix, without it
 ):  # the module, for chaining
-    "Fill `model` in place as the case says; Problem listing what is missing, left over or of another shape."
+    """Fill `model` in place as the case says; Problem listing what is missing, left over or of
+    another shape."""
     import torch
 
     ours = dict(model.state_dict())
@@ -148,7 +151,8 @@ def tolerance(
     meta: dict,  # of the case
     name: str,  # an output
 ) -> dict:  # {shape, stride, atol, rtol, mismatch, what}
-    "What the case says of one output; its names may be patterns, in which capitals stand for any text."
+    """What the case says of one output; its names may be patterns, in which capitals stand for any
+    text."""
     exact, specs = meta.get("tolerance"), meta.get("outputs") or {}
     default = (
         {"atol": exact, "rtol": 0}
@@ -182,7 +186,8 @@ def error(
     published: np.ndarray,  # what the case holds
     spec: dict,  # of `tolerance`
 ) -> float:  # 0 is equal, up to 1 is within tolerance, inf is of another kind
-    "The largest difference, in units of the tolerance; what is masked in a masked array is not compared."
+    """The largest difference, in units of the tolerance; what is masked in a masked array is not
+    compared."""
     ours, skip = np.asarray(ours), np.ma.getmaskarray(ours)
     if ours.shape != published.shape:
         return np.inf
@@ -221,7 +226,8 @@ def leaves(found) -> Iterator[tuple[str, object]]:
 
 
 def text_error(ours: str, published: str, spec: dict) -> float:
-    "0 for equal texts; of two JSON texts that differ in numbers only, the largest difference; inf otherwise."
+    """0 for equal texts; of two JSON texts that differ in numbers only, the largest difference; inf
+    otherwise."""
     if ours == published:
         return 0.0
     try:
@@ -242,7 +248,8 @@ def text_error(ours: str, published: str, spec: dict) -> float:
 # %% ../../nbs/07f_verify.cases.ipynb #4c1d8a1a
 @dataclass
 class Verdict:
-    "How one case went: the worst error over tolerance and where, the first output outside, or why it could not be run."
+    """How one case went: the worst error over tolerance and where, the first output outside, or why
+    it could not be run."""
 
     case: str
     worst: float = 0.0
@@ -349,7 +356,8 @@ def judge(
 def find_cases(
     paths: Iterable[Path],  # files or folders; folders are searched to any depth
 ) -> list[Path]:
-    "Every case under `paths`, each once, in natural order; a file that was named is kept even if it does not exist."
+    """Every case under `paths`, each once, in natural order; a file that was named is kept even if
+    it does not exist."""
     found = []
     for p in map(Path, paths):
         found += sorted(p.rglob("*.npz"), key=lambda f: natural_key(str(f))) if p.is_dir() else [p]

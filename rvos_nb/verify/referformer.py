@@ -25,7 +25,8 @@ from ..label_maps import merge_labels
 from ..metrics import average_precision, chosen, frame_scores, overlaps
 from ..models.backbones import resize_mask, sine_position_2d
 from ..models.heads import aligned_bilinear, dynamic_mask_head, pixel_centres
-from ..models.referformer import ReferFormer, ReferFormerConfig, best_query
+from ..models.referformer import ReferFormer, ReferFormerConfig
+from ..models.referring import choose_query
 from ..models.text import ROBERTA_BASE, FeatureResizer, TextEncoder, sine_position_1d
 from ..ops.deform_attn import MSDeformAttn, ms_deform_attn
 from ..single_frames import query_boxes, query_masks
@@ -220,7 +221,8 @@ def run_core(arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
 
 # %% ../../nbs/07g_verify.referformer.ipynb #4f2d648e
 def run_deform(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
-    "Runner of deformable attention: the function, then the module with points and with boxes as references."
+    """Runner of deformable attention: the function, then the module with points and with boxes as
+    references."""
     yield from run_core(arrays)
     c, m = meta["config"], meta["inputs"]["module"]
     shapes, padding = (
@@ -290,7 +292,8 @@ def targets_of(arrays: Mapping) -> dict:
 
 
 def predictions(k: int, layer: int) -> dict:
-    "What decoder layer `layer` of the case is said to answer, for `k` classes; leaves that want gradients."
+    """What decoder layer `layer` of the case is said to answer, for `k` classes; leaves that want
+    gradients."""
     seed = 100 * k + 10 * layer
     boxes = torch.from_numpy(image(seed + 2, (2, 3, 5, 4))).sigmoid()
     found = {
@@ -363,7 +366,8 @@ def run_frames(meta: dict, arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def run_video(meta: dict) -> Iterator[tuple[str, np.ndarray]]:
-    "Ref-YouTube-VOS: the query of a whole video, its masks and scores, for every number of classes; Ref-DAVIS17: a merged map."
+    """Ref-YouTube-VOS: the query of a whole video, its masks and scores, for every number of
+    classes; Ref-DAVIS17: a merged map."""
     seed, shape = re.search(
         r"mask logits = image\((\d+)\+K,(\[[\d, ]+\])", meta["inputs"]["video"]
     ).groups()
@@ -373,7 +377,7 @@ def run_video(meta: dict) -> Iterator[tuple[str, np.ndarray]]:
             torch.from_numpy(image(seed - 1 + k, (*shape[:2], k))),
             image(seed + k, shape),
         )
-        q = best_query(logits[None]).item()
+        q = choose_query(logits[None]).item()
         yield f"video/query_{k}", np.array(q)
         yield (
             f"video/masks_{k}",

@@ -39,7 +39,8 @@ VARIANTS = aot.VARIANTS | deaot.VARIANTS
 def published_model(
     meta: dict,  # of a case
 ) -> AOT:
-    "A published model with random weights. Raises `Problem` for a family or encoder that is not there."
+    """A published model with random weights. Raises `Problem` for a family or encoder that is not
+    there."""
     c = meta["config"]
     if c["MODEL_VOS"] not in FAMILIES:
         raise Problem(
@@ -225,7 +226,8 @@ class Stub(Propagator):
 
 # %% ../../nbs/07h_verify.vos.ipynb #03fcc1f1
 class Witness(AOTPropagator):
-    "AOT that notes which frames are in its long-term memory. A frame's number is the value of its pixels."
+    """AOT that notes which frames are in its long-term memory. A frame's number is the value of its
+    pixels."""
 
     def start(self, size):
         super().start(size)
@@ -278,7 +280,8 @@ def check_memory(cases: dict[str, list], challenge: bool):
 
 # %% ../../nbs/07h_verify.vos.ipynb #31160bc5
 def bidirectional(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
-    "Runner: the key-frame post-process of the challenge. Raises `Problem` where calls or memory differ."
+    """Runner: the key-frame post-process of the challenge. Raises `Problem` where calls or memory
+    differ."""
     check_memory(meta["memory"], challenge=True)
     check_memory(meta["memory_current_main"], challenge=False)
     for name, about in meta["cases"].items():
@@ -317,7 +320,8 @@ class Noted(Augmented):
 
 
 def augmented(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
-    "Runner: the key-frame post-process with several scales and flips. Raises `Problem` where the views have other sizes."
+    """Runner: the key-frame post-process with several scales and flips. Raises `Problem` where the
+    views have other sizes."""
     c, frames, masks = meta["config"], arrays["in/frames"], arrays["in/annotations"]
     k, size = c["key_index"], frames.shape[1:3]
     model = published_model(

@@ -1,4 +1,4 @@
-# make demo | make test | make install | make export | make clean-nbs | make readme
+# make demo | make test | make install | make lock | make export | make clean-nbs | make readme
 # Everything lives in .venv; the first call installs (a few GB and minutes, mostly PyTorch), later calls start at once.
 PYTHON ?= python3
 VENV   := .venv
@@ -6,15 +6,23 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test install export clean-nbs readme
+.PHONY: demo test install lock export clean-nbs readme
 .DEFAULT_GOAL := demo
 
-$(STAMP): settings.ini setup.py pyproject.toml .github/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c .github/constraints.txt -e '.[dev]'
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): settings.ini setup.py pyproject.toml requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements.lock -e '.[dev]'
 	touch $@
 
 install: $(STAMP)
+
+# The newest versions that fit together, for every platform and Python. `UV_CONSTRAINT=FILE make lock` keeps within limits.
+lock: $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
+		--custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 demo: install
 	$(BIN)/rvos demo

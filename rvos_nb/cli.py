@@ -41,9 +41,6 @@ def _everywhere(
 def main(argv: list[str] | None = None):
     "The `rvos` command: a `Problem` or failed units become lines on stderr and exit code 1."
     argv = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads sleep where they wait; spinning is slow on a busy machine
     debug = "--debug" in argv
     try:
         app(_joined([a for a in argv if a != "--debug"]), prog_name="rvos")
@@ -933,6 +930,18 @@ def _deformable(device: str) -> str:
     except Problem as e:
         return str(e)
 
+# %% ../nbs/09d_cli.ipynb #5c0e7a12
+def _setting(name: str) -> str:
+    "The value of an environment variable that `rvos_nb` sets, and whether it came in time."
+    from rvos_nb import ENVIRONMENT, TOO_LATE
+
+    value = os.environ.get(name, "not set")
+    if name in TOO_LATE:
+        return f"{value}, too late: torch was imported before rvos_nb"
+    if value != ENVIRONMENT[name]:
+        return f"{value}, from outside; rvos_nb would set {ENVIRONMENT[name]}"
+    return f"{value}, set before torch started"
+
 # %% ../nbs/09d_cli.ipynb #f3aa1a69
 @app.command()
 def doctor():
@@ -945,7 +954,7 @@ def doctor():
 
     import torch
 
-    from rvos_nb import __version__
+    from rvos_nb import ENVIRONMENT, __version__
 
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
@@ -963,6 +972,7 @@ def doctor():
             "threads",
             f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})",
         ),
+        *((name, _setting(name)) for name in ENVIRONMENT),
         *((f"deformable attention, {d}", _deformable(d)) for d in ("cpu", "cuda")),
         ("attention", _attention(device)),
         (
@@ -1010,15 +1020,14 @@ def models(
 ):
     """List the models, shipped and published.
 
-    The column 'here' says how to use one: "by name" can be given to --model at once; "convert" needs the file from its
-    authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
+    Models that ship are given to --model by name. Of the published ones the column 'here' says how to use one: "convert"
+    needs the file from its authors' page and `rvos convert`. Nothing is downloaded unless a command is told to.
     """
     from rvos_nb.models import zoo
 
-    print(zoo.listing(zoo.table(family)))
-    print(
-        "params: millions; +CFBI: J&F after propagation by CFBI; models that ship: J&F on RefShapes easy"
-    )
+    published = zoo.list_published(zoo.published_models(family))
+    print(*filter(None, [zoo.list_shipped(family), published]), sep="\n\n")
+    print("params: millions; +CFBI: J&F after propagation by CFBI")
 
 # %% ../nbs/09d_cli.ipynb #4b52b8ca
 @app.command()

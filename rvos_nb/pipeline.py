@@ -67,11 +67,10 @@ def _missing(stages: Sequence[Stage]) -> list[str]:
                 or shipped("checkpoints", name).is_dir()
             ):
                 continue
-            from rvos_nb.models.zoo import find
-            from rvos_nb.vos.sam2 import is_sam
+            from rvos_nb.models.zoo import find, foreign_family
 
             try:
-                is_sam(name) or find(name)
+                foreign_family(name) or find(name)
             except Problem as e:
                 faults.setdefault(f"{e}", []).append(s.name)
     return [
@@ -300,7 +299,6 @@ def run_stage_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={
-                "OMP_WAIT_POLICY": "PASSIVE",
                 **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",

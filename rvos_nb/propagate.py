@@ -30,9 +30,10 @@ from .data.video import Video, frame_rate, read_video, write_video
 from .data.vos import Annotated, shown, vos_videos
 from .files import read_json, whole_folder
 from .keyframe import choose_one, from_json
+from .models import zoo
+from .models.family import FAMILIES, find_object
 from .stage import Report, SomeFailed, locked, made_from, run_stage
 from .vos.aot import AOT
-from .vos.memory import AOTPropagator
 from .vos.propagator import Augmented, Ids, Propagator, Track, sweep
 
 # %% ../nbs/05d_propagate.ipynb #e37f4827
@@ -117,14 +118,11 @@ def make_propagator(
     """A propagator for the stage. Raises `Problem` for a model that does not propagate, and for a
     policy that it cannot follow."""
     if isinstance(model, (str, Path)):
-        from rvos_nb.models import zoo
-        from rvos_nb.vos.sam2 import is_sam, load_sam
-
-        model = load_sam(model, device, online) if is_sam(model) else zoo.load(model, device=device)
-    if isinstance(model, AOT):
-        model = AOTPropagator(
-            model.to(device), challenge=how.version == "challenge", **how.policy()
-        )
+        model = zoo.load(model, device=device, online=online)
+    wraps = [f.propagator for f in FAMILIES.values() if f.propagator and isinstance(model, f.model)]
+    if wraps:
+        challenge = how.version == "challenge"
+        model = find_object(wraps[0])(model.to(device), challenge=challenge, **how.policy())
     elif not isinstance(model, Propagator):
         raise Problem(
             "model",

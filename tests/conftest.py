@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import rvos_nb  # noqa: F401  before torch, for what it sets in the environment
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 os.environ["IN_TEST"] = "1"
 FLAGS = set(os.environ.get("RVOS_FLAGS", "").split())
 

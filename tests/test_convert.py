@@ -21,6 +21,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.models.convert import convert, recognise
+from rvos_nb.models.family import find_family
 from rvos_nb.models.files import read_pickle, read_published, sort_out
 from rvos_nb.models.referformer import ReferFormer, ReferFormerConfig
 from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_config
@@ -326,7 +327,8 @@ def test_golden_key_lists_are_recognised(path):
         }
     else:
         found = recognise(tensors, model=case.meta["model"])
-    cls, config = zoo.family_of(found.family)
+    family = find_family(found.family)
+    cls, config = family.model, family.config
     with torch.device("meta"):
         wanted, aliases = zoo.unique_tensors(cls(config(**found.config)))
     zoo.check_tensors(wanted, {n: t for n, t in tensors.items() if n not in aliases}, path)
@@ -357,7 +359,7 @@ def test_nine_backbones(backbone):
 
 @pytest.mark.parametrize("family", ["aot", "deaot"])
 def test_all_variants(family):
-    cls, _ = zoo.family_of(family)
+    cls = find_family(family).model
     for name, config in zoo.variants(family).items():
         state = on_meta(cls, config) | {"LSTT.mask_token": torch.empty(1, 1, 256, device="meta")}
         assert vars(config) == recognise(state, model=name).config

@@ -2,6 +2,7 @@
 nothing heavy, nothing of one machine; and the command."""
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -245,6 +246,7 @@ def tracked():
                 ".txt",
                 ".json",
                 ".in",
+                ".lock",
                 "",
             )
             and p.stat().st_size < 2_000_000
@@ -370,9 +372,43 @@ def test_settings_reach_the_metadata(tmp_path):
         cwd=ROOT,
     )
     assert done.stdout.split()[-2:] == ["rvos_nb", "0.1.0"], done.stderr
-    pins = (ROOT / ".github/constraints.txt").read_text()
+
+
+LOCKED = re.compile(r"([a-z0-9-]+)==([\w.+!]+)( ; .+)?")
+
+
+def locked() -> dict[str, set[str]]:
+    "The versions of `requirements.lock`: more than one where platforms or Pythons differ."
+    versions = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if not line.startswith("#"):
+            found = LOCKED.fullmatch(line)
+            assert found, f"requirements.lock: {line!r} is no 'name==version ; marker'"
+            versions.setdefault(found[1], set()).add(found[2])
+    return versions
+
+
+def test_the_lock_keeps_within_the_settings():
+    "Each requirement is locked, at versions in its range; `make lock` renews the file."
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    settings = configparser.ConfigParser(delimiters="=", interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    asked = f"{settings['DEFAULT']['requirements']} {settings['DEFAULT']['dev_requirements']}"
+    versions = locked()
+    for requirement in map(Requirement, asked.split()):
+        name = canonicalize_name(requirement.name)
+        assert name in versions, f"{name} is not in requirements.lock: run `make lock`"
+        for version in versions[name]:
+            assert version in requirement.specifier, f"{name} {version}, not {requirement}"
+
+
+def test_notebook_tools_are_limited():
+    "Later execnb or fastcore break `import nbdev`, and any install can pull them in."
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
     for pin in ("nbdev==2.4.14", "execnb>=0.1.12,<0.2", "fastcore>=1.12,<2", "ghapi>=1.0.3,<2.1"):
-        assert pin in pins and pin in (ROOT / "settings.ini").read_text()
+        assert f" {pin} " in settings
 
 
 def test_workflows_are_yaml():

@@ -698,34 +698,26 @@ def test_a_clip_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 
 KILL = """
 import os, signal, sys, torch
-from contextlib import nullcontext
-from types import SimpleNamespace
 from pathlib import Path
 from rvos_nb import files, protocols
-from rvos_nb.models.referring import Referring
+from rvos_nb.models.referring import Candidates, Referring, Responses
 
 class Toy(Referring):
-    config, computing = SimpleNamespace(short_side=64), nullcontext
-    def prepare(self, frames, side): return torch.as_tensor(frames).float().permute(0, 3, 1, 2)
     def see(self, frames, short_side=None):
         return torch.as_tensor(frames).float().mean(-1), frames.shape[1:3]
+
     def refer(self, seen, texts):
         grey, size = seen
         x = (grey - grey.mean())[:, ::4, ::4].expand(len(texts), -1, -1, -1)
-        scores, boxes = x.amax((2, 3)), torch.zeros(*x.shape[:2], 4)
-        return SimpleNamespace(logits=x, scores=scores, boxes=boxes, kind='logit', size=size)
-    def look(self, x, mask, keep): return x[:, keep[0]].mean(1)[:, ::4, ::4]
-    def encode(self, texts): return (texts,)
-    def listen(self, texts): return texts
-    def respond(self, grey, texts, sizes):
-        q = torch.linspace(-20, 20, 5)[None, None, :]
-        x = (grey - grey.mean())[:, None, None] + q[..., None, None]
-        queries = (len(texts), 1, 5)
-        return dict(
-            pred_logits=(q[..., None] / 20).expand(*queries, 1),
-            pred_masks=x.expand(*queries, *grey.shape[1:]),
-            pred_boxes=torch.full((*queries, 4), .5),
-        )
+        return Candidates(x, x.amax((2, 3)), torch.zeros(*x.shape[:2], 4), size)
+
+    def respond(self, frames, texts, at=0, **sizes):
+        grey = torch.as_tensor(frames[at]).float().mean(-1)[::4, ::4]
+        q, n = torch.linspace(-20, 20, 5), len(texts)
+        x = (grey - grey.mean())[None] + q[:, None, None]
+        size = frames.shape[1:3]
+        probabilities, boxes = (q / 20).sigmoid().expand(n, 5), torch.full((n, 5, 4), .5)
+        return Responses(probabilities, x.expand(n, *x.shape), boxes, size, size)
 
 out, kill, flush, seen = Path(sys.argv[2]), sys.argv[3], files._flush, []
 def die(p):

@@ -7,7 +7,8 @@ import torch
 
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
-from rvos_nb.vos.sam2 import NAMES, SamPropagator, is_sam, load_sam, small_config, small_tracker
+from rvos_nb.models.zoo import foreign_family
+from rvos_nb.vos.sam2 import NAMES, SamPropagator, load_sam, small_config, small_tracker
 
 KINDS = ("sam2", "sam2.1", "edgetam", "sam3")
 SCENE = scenes.scene(3, "easy", frames=8, size=(48, 72))
@@ -251,7 +252,7 @@ def test_folders(kind, trackers, tmp_path):
     tracker = trackers[kind]
     tracker.model.save_pretrained(tmp_path)
     tracker.processor.save_pretrained(tmp_path)
-    assert is_sam(tmp_path)
+    assert foreign_family(tmp_path)
     again = make_propagator(tmp_path)
     assert all(
         torch.equal(a, b)
@@ -322,12 +323,12 @@ def test_the_tracker_of_a_whole_sam3(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_absent_weights_say_how_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert is_sam(name)
+    assert foreign_family(name)
     with pytest.raises(Problem) as e:
         load_sam(name)
     assert (
         name in str(e.value)
         and "online=True" in str(e.value)
-        and ("log in" in str(e.value)) == NAMES[name].gated
+        and ("log in" in str(e.value)) == NAMES[name].get("gated", False)
         and "\n" not in str(e.value)
     )

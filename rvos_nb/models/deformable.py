@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EncoderLayer', 'valid_ratios', 'cell_centres', 'Encoder', 'DecoderLayer', 'Decoder', 'Decoded', 'split_levels',
-           'join_frames', 'DeformableTransformer']
+           'join_frames', 'DeformableTransformer', 'split_heads']
 
 # %% ../../nbs/02m_models.deformable.ipynb #a35b1a47
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import Problem
 from .attention import Attention
 from .heads import refine_boxes
 from .pieces import run_in_pieces
@@ -277,3 +278,19 @@ class DeformableTransformer(nn.Module):
             content, query_embed[None], start, memory, shapes, ratios, padding
         )
         return Decoded(hs, start, references, split_levels(memory, shapes), memory)
+
+# %% ../../nbs/02m_models.deformable.ipynb #c3e11f8b
+def split_heads(
+    products: tuple[int, ...],  # heads times points of the encoder and of the decoder
+    wanted: int,  # heads by the options of the file, else 8
+) -> tuple[int, ...]:  # heads, points of the encoder, points of the decoder
+    "Split heads × points; Problem where the heads do not divide it."
+    for heads in (wanted, 8):
+        if heads and not any(p % heads for p in products):
+            return heads, *(p // heads for p in products)
+    raise Problem(
+        "attention",
+        f"heads × points {products}",
+        "a multiple of 8 heads",
+        "this is no published ReferFormer",
+    )

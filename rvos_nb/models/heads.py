@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MLP', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'inverse_sigmoid', 'refine_boxes', 'dynamic_shapes', 'dynamic_size',
            'pixel_centres', 'coordinate_plane', 'convolve_few', 'dynamic_mask_head', 'aligned_bilinear',
-           'input_projections', 'prediction_heads']
+           'input_projections', 'prediction_heads', 'recognise_mask_head']
 
 # %% ../../nbs/02l_models.heads.ipynb #afbc1e58
 import copy
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..core import Problem
 
 # %% ../../nbs/02l_models.heads.ipynb #9e348b9c
 class MLP(nn.Module):
@@ -210,3 +212,29 @@ def prediction_heads(
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return nn.ModuleList(scores), nn.ModuleList(boxes), controller
+
+# %% ../../nbs/02l_models.heads.ipynb #ef0a77a4
+def recognise_mask_head(
+    numbers: int,  # what the controller answers
+    mask_dim: int,
+    options: dict,  # of the training
+) -> dict:  # dynamic_mask_channels, controller_layers, rel_coord
+    """Which mask head has so many weights; the published one first, then that of the options.
+    Problem where none has."""
+    for channels, layers in (
+        (8, 3),
+        (options.get("dynamic_mask_channels", 8), options.get("controller_layers", 3)),
+    ):
+        for rel in (True, False):
+            if dynamic_size(mask_dim, channels, layers, rel) == numbers:
+                return {
+                    "dynamic_mask_channels": channels,
+                    "controller_layers": layers,
+                    "rel_coord": rel,
+                }
+    raise Problem(
+        "controller",
+        f"{numbers} numbers per query",
+        f"2153 or 2137 for {mask_dim} mask features",
+        "this is no published ReferFormer",
+    )

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import PyTorchModelHubMixin
 
+from . import zoo
+from .family import family_of
+
 # %% ../../nbs/03d_models.hub.ipynb #31f068ae
 CARD = """---
 {{ card_data }}
@@ -29,11 +32,11 @@ class OnHub(
 ):
     "Mix into a model of one of the zoo's families, before `nn.Module`."
 
-    card: dict = {}  # what its checkpoint says of how it was made; goes along when it is saved again
+    card: dict = {}  # of its checkpoint: how it was made; goes along when it is saved again
+    reads_sentences = False  # with a tokenizer of its own
+    tokenizer = None
 
     def _save_pretrained(self, save_directory: Path):
-        from rvos_nb.models import zoo
-
         zoo.write_model(self, save_directory, self.card)
 
     @classmethod
@@ -45,6 +48,4 @@ class OnHub(
     ):  # in eval mode, on `device`
         """Load a checkpoint of this class; raises `Problem` for one of another class, and where it
         is not there."""
-        from rvos_nb.models import zoo
-
-        return zoo.load(name, zoo.family_name(cls), device, online)
+        return zoo.load(name, family_of(cls).name, device, online)

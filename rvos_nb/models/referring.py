@@ -226,6 +226,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
     """The half that users call. A family has `config`, `text_encoder` and the steps `look`,
     `listen` and `choose`."""
 
+    reads_sentences = True
     precision = torch.float32  # of matrices and convolutions in `see` and `refer`
 
     @property
@@ -307,6 +308,10 @@ class QueryModel(SentenceModel):
 
     answer_layer = -1  # of the decoder: the one that published numbers rest on
     choose_per = "clip"  # or "frame"
+
+    @property
+    def body(self) -> nn.Module:  # the backbone itself
+        return self.backbone[0].body
 
     def forward(
         self,
@@ -521,7 +526,7 @@ def bound_memory(
 ) -> int:  # bytes
     "A bound on the memory that `see` and `refer` take above the weights."
     cells = -(-size[0] // 4) * -(-size[1] // 4)
-    first, width = model.backbone[0].body.channels[0], model.config.hidden_dim
+    first, width = model.body.channels[0], model.config.hidden_dim
     batch = min(sentences_per_batch(frames * cells), sentences)
     piece = piece_size(model.device)
     kept = frames * cells * (128 + max(6 * first + width, 4 * first + (1 + batch) * width))

@@ -75,13 +75,12 @@ def start_from(
 
 # %% ../../nbs/03u_models.start.ipynb #366e6180
 def begin_from(
-    model: nn.Module,  # ReferFormer, AOT or DeAOT
+    model: nn.Module,  # with `body`, its backbone
     start: str,  # a checkpoint folder or a shipped name, or a file of ImageNet or Kinetics (.pth)
 ):
     """Take the weights of a whole model or of its backbone; raises Problem where names or shapes
     differ."""
-    backbone = model.encoder if hasattr(model, "encoder") else model.backbone[0].body
     if start.endswith((".pth", ".pt")):
-        start_from(backbone, read_published(start), start)
+        start_from(model.body, read_published(start), start)
     else:
         zoo.load_tensors(model, zoo.unique_tensors(zoo.load(start))[0], start)

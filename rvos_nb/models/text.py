@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'HUB_NAMES', 'HUB_FILES', 'TOKENIZERS', 'ROBERTA_BASE', 'BERT_BASE', 'SENTENCES', 'ENCODERS', 'normalise',
            'make_tokenizer', 'folder_of', 'fetch', 'quiet', 'tokenizer_from', 'Reading', 'weights_state', 'Memory',
            'Remembering', 'Encoding', 'TextEncoder', 'BertEncoder', 'small_config', 'text_encoder', 'read_weights',
-           'FeatureResizer', 'sine_position_1d']
+           'FeatureResizer', 'sine_position_1d', 'roberta_options']
 
 # %% ../../nbs/02f_models.text.ipynb #ba3d6175
 import json
@@ -30,7 +30,7 @@ from transformers import (
 
 from ..core import Problem
 from ..files import read_json
-from .backbones import sine_features
+from .backbones import count_modules, sine_features
 
 # %% ../../nbs/02f_models.text.ipynb #ec620e51
 SPECIAL = [
@@ -603,3 +603,20 @@ def sine_position_1d(
     "Position encoding of words; no parameters."
     count = (~mask).cumsum(1, dtype=torch.float32)
     return sine_features(count / (count[:, -1:] + 1e-6) * (2 * math.pi), dim).transpose(1, 2)
+
+# %% ../../nbs/02f_models.text.ipynb #0c85ef6e
+def roberta_options(
+    shapes: Mapping[str, tuple[int, ...]],  # of a published model
+) -> dict:  # as `ROBERTA_BASE`
+    "RoBERTa's configuration, from the shapes of its tensors; its heads are 64 wide."
+    embeddings, layer = "text_encoder.embeddings.", "text_encoder.encoder.layer."
+    words, width = shapes[embeddings + "word_embeddings.weight"]
+    return ROBERTA_BASE | {
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": count_modules(shapes, layer),
+        "num_attention_heads": max(1, width // 64),
+        "intermediate_size": shapes[layer + "0.intermediate.dense.weight"][0],
+        "max_position_embeddings": shapes[embeddings + "position_embeddings.weight"][0],
+        "type_vocab_size": shapes[embeddings + "token_type_embeddings.weight"][0],
+    }

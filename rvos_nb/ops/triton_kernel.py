@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import max as largest
 from triton.language import sum as total
-from triton.runtime.interpreter import InterpretedFunction
 
 from . import native
 
@@ -28,7 +27,7 @@ def interpreted(kernel):
     if not isinstance(kernel, triton.JITFunction):
         return kernel  # TRITON_INTERPRET is set: it is one already
     fn = kernel.fn
-    scope = dict(fn.__globals__)
+    scope = {**fn.__globals__, "core": tl.core}
     copy = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
     copy.__annotations__ = fn.__annotations__
     for name in fn.__code__.co_names:
@@ -36,7 +35,9 @@ def interpreted(kernel):
             scope[name] = (
                 inner.fn if inner.fn.__module__.startswith("triton.") else interpreted(inner)
             )
-    return InterpretedFunction(copy)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True  # as TRITON_INTERPRET=1, for this one function
+        return triton.jit(copy)
 
 # %% ../../nbs/02j_ops.triton_kernel.ipynb #72805f24
 @triton.jit

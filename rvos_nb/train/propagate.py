@@ -17,6 +17,7 @@ from ..data.clips import Draw, SequenceBatch, sequence_batch
 from ..data.sequences import Sequences
 from ..metrics import jaccard
 from ..models import zoo
+from ..models.family import find_family
 from ..models.start import begin_from
 from .losses import aux_weight, hard_share, sequence_loss
 from .recipe import VALIDATION, Recipe, Watch, options, stages_of
@@ -38,7 +39,7 @@ def configured(
                 "correct the name, or the family",
             )
         given = asdict(known[zoo.plain_name(variant)]) | given
-    return zoo.read_config(zoo.family_of(recipe.family)[1], given, "recipe, model")
+    return zoo.read_config(find_family(recipe.family).config, given, "recipe, model")
 
 # %% ../../nbs/04f_train.propagate.ipynb #837dd4af
 def check_stages(
@@ -78,7 +79,7 @@ class Propagate:
             recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
         )
         self.model, self.device, self.stages = (
-            zoo.family_of(recipe.family)[0](configured(recipe)),
+            find_family(recipe.family).model(configured(recipe)),
             device,
             stages_of(recipe),
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import scenes
 from ..data.clips import Draw, ReferBatch, refer_batch
 from ..models import zoo
+from ..models.family import find_family
 from ..models.start import begin_from
 from .losses import Criterion, PixelLoss
 from .recipe import VALIDATION, Recipe, Watch, options
@@ -106,10 +107,11 @@ class Refer:
         from rvos_nb.models.text import make_tokenizer
 
         o = options(recipe, weights=None, target="average", mask_per="clip", pixel=1.0)
-        cls, config = zoo.family_of(recipe.family)
+        family = find_family(recipe.family)
         tokenizer, settings = make_tokenizer(scenes.WORDS), copy.deepcopy(dict(recipe.model))
         settings["text"] = dict(settings.get("text", {}), vocab_size=len(tokenizer))
-        self.model = cls(zoo.read_config(config, settings, "recipe, model"), tokenizer=tokenizer)
+        config = zoo.read_config(family.config, settings, "recipe, model")
+        self.model = family.model(config, tokenizer=tokenizer)
         if recipe.start:
             begin_from(self.model, recipe.start)
         self.pixel = PixelLoss(self.model.pixel_channels, o["target"])

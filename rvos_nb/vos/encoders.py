@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'MobileNetV2Encoder', 'conv_norm', 'innermost', 'ResNet50Encoder', 'SwinEncoder', 'SwinLargeEncoder',
-           'TinyBlock', 'TinyEncoder']
+           'TinyBlock', 'TinyEncoder', 'recognise_encoder']
 
 # %% ../../nbs/03n_vos.encoders.ipynb #c88897b6
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.backbones import Shapes, recognise_backbone
 from ..models.swin import Swin
 
 # %% ../../nbs/03n_vos.encoders.ipynb #efe915f5
@@ -172,3 +173,18 @@ ENCODERS = {
     "swin_l": SwinLargeEncoder,
     "conv_tiny_vos": TinyEncoder,
 }
+
+# %% ../../nbs/03n_vos.encoders.ipynb #cb8d8652
+def recognise_encoder(
+    shapes: Shapes,  # of a propagator's tensors
+) -> str:  # a key of `ENCODERS`, '' where unknown
+    "Which encoder a published propagator has, by the shapes of its tensors."
+    if "encoder.features.0.0.weight" in shapes:
+        return "mobilenetv2"
+    if "encoder.blocks.0.down.0.weight" in shapes:
+        return "conv_tiny_vos"
+    if "encoder.conv1.weight" in shapes:
+        return recognise_backbone(shapes, "encoder.")[0]
+    table = shapes.get("encoder.layers.0.blocks.0.attn.relative_position_bias_table", (0,))
+    width = shapes.get("encoder.patch_embed.proj.weight", (0,))[0]
+    return {(128, 169): "swin_b", (192, 529): "swin_l"}.get((width, table[0]), "")

@@ -1,0 +1,1 @@
+"Facts of the families of models, a YAML file each."

@@ -17,7 +17,7 @@ from transformers import RobertaModel, SwinBackbone, SwinConfig
 
 from rvos_nb.core import Problem
 from rvos_nb.models.backbones import build_backbone, fold_time, resize_mask, sine_position_2d
-from rvos_nb.models.start import start_from
+from rvos_nb.models.start import load_backbone
 from rvos_nb.models.swin import Swin
 from rvos_nb.models.text import (
     ROBERTA_BASE,
@@ -26,11 +26,11 @@ from rvos_nb.models.text import (
     make_tokenizer,
     normalise,
     sine_position_1d,
-    small_config,
+    small_text_config,
     text_encoder,
     tokenizer_from,
 )
-from rvos_nb.models.video_swin import Block, VideoSwin, fit_window, make_plan
+from rvos_nb.models.video_swin import SwinBlock, VideoSwin, fit_window, make_plan
 from rvos_nb.verify.cases import compare, image, load_case, load_filled, published_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "referformer"
@@ -233,7 +233,7 @@ def test_windows_equal_the_published_way(monkeypatch):
     for _ in range(40):
         video, width = bool(rng.integers(2)), int(rng.integers(2, 8))
         window = (int(rng.integers(2, 6)), width, width) if video else (1, width, width)
-        block = Block(8, 2, window, bool(rng.integers(2)), video, 0.0)
+        block = SwinBlock(8, 2, window, bool(rng.integers(2)), video, 0.0)
         for p in block.parameters():
             torch.nn.init.normal_(p, std=0.5)
         x = torch.randn(
@@ -265,7 +265,7 @@ def test_windows_equal_the_published_way(monkeypatch):
 
 
 def test_what_a_block_is_given_stays_as_it_is():
-    block, x = Block(8, 2, (1, 3, 3), True, False, 0.0).eval(), torch.randn(1, 1, 5, 7, 8)
+    block, x = SwinBlock(8, 2, (1, 3, 3), True, False, 0.0).eval(), torch.randn(1, 1, 5, 7, 8)
     kept = x.clone()
     with torch.inference_mode():
         block(x)
@@ -276,7 +276,7 @@ def test_what_a_block_is_given_stays_as_it_is():
 def test_a_block_computes_in_half_precision(training):
     torch.manual_seed(0)
     block, x = (
-        Block(16, 2, (8, 7, 7), True, True, 0.0).train(training),
+        SwinBlock(16, 2, (8, 7, 7), True, True, 0.0).train(training),
         torch.randn(1, 10, 9, 15, 16),
     )
     exact = block(x).detach()
@@ -373,7 +373,7 @@ def test_start_from_imagenet_resnet_and_mobilenet():
     file = torchvision.models.resnet50().state_dict()
     with without_init():
         net = build_backbone("resnet50")
-    dropped = start_from(net, file)
+    dropped = load_backbone(net, file)
     assert (
         taken(net, file)
         and dropped["the classifier"] == ["fc.weight", "fc.bias"]
@@ -389,7 +389,7 @@ def test_start_from_imagenet_resnet_and_mobilenet():
         ),
         torchvision.models.mobilenet_v2().state_dict(),
     )
-    assert start_from(encoder, file)["the classifier"] == [
+    assert load_backbone(encoder, file)["the classifier"] == [
         "classifier.1.weight",
         "classifier.1.bias",
     ] and taken(encoder, file)
@@ -406,7 +406,7 @@ def test_start_from_imagenet_swin():
         "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
         "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.long),
     }
-    dropped = start_from(whole, file)
+    dropped = load_backbone(whole, file)
     assert taken(whole, {n: t for n, t in file.items() if not n.endswith("index")}) and set(
         dropped
     ) == {
@@ -417,7 +417,7 @@ def test_start_from_imagenet_swin():
     }
     assert whole.layers[0]["blocks"][0].attn.relative_position_index.any()  # not the file's
     assert all((getattr(whole, f"norm{i}").weight == 1).all() for i in range(4))
-    later = start_from(encoder, file)["stages that this backbone does not have"]
+    later = load_backbone(encoder, file)["stages that this backbone does not have"]
     assert len(later) == 3 + 2 * 13 and all(
         n.startswith(("layers.3.", "layers.2.downsample.")) for n in later
     )
@@ -442,7 +442,7 @@ def test_start_from_kinetics():
         "cls_head.fc_cls.weight": torch.ones(400, 768),
         "cls_head.fc_cls.bias": torch.ones(400),
     }
-    dropped = start_from(net, file)
+    dropped = load_backbone(net, file)
     assert dropped == {
         "the normalisation before the classifier": ["norm.weight", "norm.bias"],
         "parts beside the backbone": ["cls_head.fc_cls.weight", "cls_head.fc_cls.bias"],
@@ -485,7 +485,7 @@ def test_a_start_file_of_another_network_is_refused(change, said):
     file, before = noise_like(net, "norm"), net.patch_embed.proj.weight.clone()
     change(file)
     with pytest.raises(Problem) as e:
-        start_from(net, file, "swin.pth")
+        load_backbone(net, file, "swin.pth")
     assert (
         said in str(e.value)
         and str(e.value).startswith("swin.pth")
@@ -511,7 +511,7 @@ def test_conv_tiny_can_be_saved():
         (lambda: sine_position_2d(torch.zeros(1, 2, 2, dtype=torch.bool), 6), "multiple of 4"),
         (lambda: normalise("  "), "at least one word"),
         (lambda: tokenizer_from("/nonexistent"), "no tokenizer"),
-        (lambda: TextEncoder(small_config(8)).encode(["a"]), "no tokenizer"),
+        (lambda: TextEncoder(small_text_config(8)).encode(["a"]), "no tokenizer"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, said):
@@ -553,7 +553,7 @@ def test_tokenizer_fuzz(tmp_path):
     ]
     tokenizer = make_tokenizer(words[:4])
     encoder = TextEncoder(
-        small_config(len(tokenizer), hidden=16, layers=1, heads=2), tokenizer
+        small_text_config(len(tokenizer), hidden=16, layers=1, heads=2), tokenizer
     ).eval()
     for _ in range(30):
         text = " ".join(rng.choice(words, rng.integers(1, 9)))

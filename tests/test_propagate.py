@@ -20,9 +20,9 @@ from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
 from rvos_nb.propagate import How, propagate, propagate_clip, propagate_vos, walk
-from rvos_nb.vos.aot import AOT, VARIANTS
+from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 from rvos_nb.vos.memory import AOTPropagator
-from rvos_nb.vos.propagator import Augmented, Propagator, Track, sweep
+from rvos_nb.vos.propagator import Augmented, Propagator, Track, walk_tracks
 
 
 class Shift(Propagator):
@@ -212,7 +212,7 @@ def test_unusable_inputs(root):
 def tiny():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AOT(VARIANTS["aot-tiny"]).eval()
+        return AOT(AOT_VARIANTS["aot-tiny"]).eval()
 
 
 @pytest.mark.parametrize("version", ["clean", "challenge"])
@@ -308,7 +308,7 @@ def test_together_is_one_by_one(root, options):
     write_json(root / "run" / "key_frame.json", as_json(keys))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Eye(VARIANTS["aot-tiny"])
+        model = Eye(AOT_VARIANTS["aot-tiny"])
     seen = {}
     for most in (1, 3, 99):
         Eye.seen = 0
@@ -532,7 +532,7 @@ def test_references_in_mid_clip(tiny):
     second[30:60, 50:90] = 2
     found = {
         t: m
-        for _, t, m in sweep(
+        for _, t, m in walk_tracks(
             [Track(AOTPropagator(tiny, gap=2), {0: first, 3: second})], enumerate(film)
         )
     }
@@ -590,7 +590,7 @@ def test_a_benchmark_of_masks(tmp_path, tiny):
         for t in {*first.values()}
     }
     assert first[late] == 3 and 0 in given
-    for _, t, m in sweep(
+    for _, t, m in walk_tracks(
         [Track(AOTPropagator(tiny), given)],
         enumerate(read_video(open_clip(folder / "JPEGImages" / "a"))),
     ):

@@ -243,8 +243,8 @@ def test_propagators_have_them_too(tmp_path):
     from rvos_nb.vos import aot, deaot
 
     for cls, config in (
-        (aot.AOT, aot.VARIANTS["aot-tiny"]),
-        (deaot.DeAOT, deaot.VARIANTS["deaot-tiny"]),
+        (aot.AOT, aot.AOT_VARIANTS["aot-tiny"]),
+        (deaot.DeAOT, deaot.DEAOT_VARIANTS["deaot-tiny"]),
     ):
         model = cls(config)
         model.save_pretrained(tmp_path / cls.__name__)

@@ -1,4 +1,5 @@
-"""Parity of backbones and text encoder with published answers, stage by stage, and what they do with odd input."""
+"""Parity of backbones and text encoder with published answers,
+stage by stage, and what they do with odd input."""
 
 import copy
 import json
@@ -88,12 +89,11 @@ def test_backbone_equals_published(name):
     x, mask = clip_of(case)
     with torch.inference_mode():
         levels = net(x)
-    assert [l.shape[1] for l in levels] == net.channels
-    outputs = [(f"backbone/{i}", l.numpy()) for i, l in enumerate(levels)]
-    outputs += [
-        (f"backbone_mask/{i}", resize_mask(mask, l.shape[-2:]).flatten(0, 1).numpy())
-        for i, l in enumerate(levels)
-    ]
+    assert [level.shape[1] for level in levels] == net.channels
+    outputs = [(f"backbone/{i}", level.numpy()) for i, level in enumerate(levels)]
+    for i, level in enumerate(levels):
+        small = resize_mask(mask, level.shape[-2:])
+        outputs.append((f"backbone_mask/{i}", small.flatten(0, 1).numpy()))
     verdict = compare(part(case, ("backbone/", "backbone_mask/")), outputs)
     print(verdict)
     assert verdict.ok and verdict.count == 8, str(verdict)
@@ -176,15 +176,15 @@ def test_video_swin_loads_with_and_without_index_and_trains():
         net(x)  # what it keeps must serve training too
     for net.checkpointing in (False, True):
         net.zero_grad()
-        sum(l.square().mean() for l in net.train()(x)).backward()
+        sum(level.square().mean() for level in net.train()(x)).backward()
         grads.append([p.grad.clone() for p in net.parameters()])
     assert all(g.isfinite().all() for g in grads[0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
 
 
 def published_way(block, x):
-    """A block as published: pad, roll, cut, a mask for every window, attention with materialised
-    weights, and undo."""
+    """A block as published: pad, roll, cut, a mask for every window,
+    attention with materialised weights, and undo."""
     b, size, c = len(x), tuple(x.shape[1:4]), x.shape[4]
     window, shift = fit_window(size, block.window, block.shifted, block.shrinks)
     padded = tuple(-(-s // k) * k for s, k in zip(size, window))
@@ -230,7 +230,7 @@ def published_way(block, x):
 def test_windows_equal_the_published_way(monkeypatch):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    for turn in range(40):
+    for _ in range(40):
         video, width = bool(rng.integers(2)), int(rng.integers(2, 8))
         window = (int(rng.integers(2, 6)), width, width) if video else (1, width, width)
         block = SwinBlock(8, 2, window, bool(rng.integers(2)), video, 0.0)
@@ -303,9 +303,10 @@ def test_swin_equals_transformers(window, size):
     )
     with without_init():
         theirs, ours = SwinBackbone(config).eval(), Swin("tiny", window).eval()
+    table = "relative_position_bias_table"
     rename = {
         "attn.proj": "attention.o_proj",
-        "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
+        f"attn.{table}": f"attention.relative_position_bias.{table}",
         "norm1": "layernorm_before",
         "norm2": "layernorm_after",
     }
@@ -335,8 +336,8 @@ def test_swin_equals_transformers(window, size):
     x = torch.randn(2, 3, *size)
     with torch.inference_mode():
         levels, expected = ours(x[None]), theirs(x).feature_maps
-    assert [l.shape for l in levels] == [e.shape for e in expected]
-    worst = [float((l - e).abs().max() / e.abs().max()) for l, e in zip(levels, expected)]
+    assert [level.shape for level in levels] == [e.shape for e in expected]
+    worst = [float((a - e).abs().max() / e.abs().max()) for a, e in zip(levels, expected)]
     assert max(worst) < 1e-5, worst
 
 
@@ -682,8 +683,8 @@ def test_saved_encoder_comes_back_from_folder_and_hub_cache(saved, tmp_path, mon
 
 @torch.no_grad()
 def test_published_form_of_old_language_models(saved):
-    """A pickle with the head of a language model, LayerNorms called gamma and beta, and the
-    constant positions."""
+    """A pickle with the head of a language model,
+    LayerNorms called gamma and beta, and the constant positions."""
     folder, encoder = saved
     prefix, states = encoder.config.model_type + ".", encoder.state_dict()
 

@@ -1,4 +1,5 @@
-"""Published files: whatever hides in them is not run, whatever they are is told from their tensors, whatever does not fit is listed."""
+"""Published files: whatever hides in them is not run,
+whatever they are is told from their tensors, whatever does not fit is listed."""
 
 import argparse
 import functools
@@ -293,8 +294,8 @@ def test_wherever_the_model_lies(wrap, tmp_path):
 
 
 def tensors_of(case):
-    """The tensors of a case's key list; only the box heads have values, as only theirs are looked
-    at."""
+    """The tensors of a case's key list;
+    only the box heads have values, as only theirs are looked at."""
     alias, kinds = (
         dict(case.meta.get("aliases") or {}),
         {"int64": torch.int64, "float32": torch.float32, "bool": torch.bool},
@@ -382,16 +383,9 @@ def test_a_wrong_name(change, said):
 
 def test_other_families_are_named():
     for mark, family in (("voc.fq_pos", "soc"), ("vita.fq_pos", "soc")):
-        refused(
-            lambda: recognise(
-                {
-                    mark: torch.ones(1),
-                    "vlf.multihead_attn.in_proj_bias": torch.ones(1),
-                    "fusion_module.x": torch.ones(1),
-                }
-            ),
-            f"a checkpoint of {family}",
-        )
+        names = (mark, "vlf.multihead_attn.in_proj_bias", "fusion_module.x")
+        state = {name: torch.ones(1) for name in names}
+        refused(functools.partial(recognise, state), f"a checkpoint of {family}")
     refused(
         lambda: recognise(
             {"MTA.layers.0.norm1.weight": torch.ones(1), "fusion_module.x": torch.ones(1)}
@@ -605,9 +599,10 @@ def test_the_output_folder(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("x")
     for force in (False, True):
-        refused(
-            lambda: convert(tmp_path / "a.pth", tmp_path / "photos", force=force), "no checkpoint"
+        into_photos = functools.partial(
+            convert, tmp_path / "a.pth", tmp_path / "photos", force=force
         )
+        refused(into_photos, "no checkpoint")
     convert(tmp_path / "a.pth", tmp_path / "out")
     refused(lambda: convert(tmp_path / "a.pth", tmp_path / "out"), "--force")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -1,4 +1,5 @@
-"""The SAM 2 family behind the protocol: small random trackers of all four kinds, against transformers' own walk over a whole clip."""
+"""The SAM 2 family behind the protocol:
+small random trackers of all four kinds, against transformers' own walk over a whole clip."""
 
 import numpy as np
 import pytest
@@ -67,8 +68,8 @@ def whole_session(tracker, labels, key, reverse):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_is_what_a_whole_session_says(kind, trackers):
-    """Frame by frame, with the past forgotten, both directions give the logits of a session that
-    holds everything."""
+    """Frame by frame, with the past forgotten,
+    both directions give the logits of a session that holds everything."""
     tracker, key = trackers[kind], 3
     for frames, reverse in ((FRAMES[key:], False), (FRAMES[key::-1], True)):
         theirs = whole_session(tracker, LABELS[key], key, reverse)

@@ -113,8 +113,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_learning_rates(name):
-    """Rates of encoder, transformer and identity bank as recorded at ten steps; a rate of 0 is a
-    bank that gets no gradient."""
+    """Rates of encoder, transformer and identity bank as recorded at ten steps;
+    a rate of 0 is a bank that gets no gradient."""
     from torch import nn
 
     from rvos_nb.train.recipe import read_recipe
@@ -353,7 +353,7 @@ def test_sequences_of_odd_footage(seed, tmp_path):
                 y, x = (int(rng.integers(m)) for m in (h, w))
                 labels[max(y - 12, 0) : y + 12, max(x - 12, 0) : x + 12] = k
             labels[:2] = 255
-            for name, ext in (("JPEGImages", "jpg"), ("Annotations", "png")):
+            for name in ("JPEGImages", "Annotations"):
                 (tmp_path / name / str(v)).mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).convert(
                 "L" if v else "RGB"
@@ -400,7 +400,7 @@ def test_damaged_training_pictures_are_named(tmp_path):
     for name in ("0", "2"):
         for ext in ("jpg", "png"):
             (tmp_path / f"pictures/{name}.{ext}").unlink()
-    with pytest.raises(Problem, match="1.jpg"):
+    with pytest.raises(Problem, match=r"1\.jpg"):
         Stills(1, [str(tmp_path / "pictures")], size=(32, 48)).batch(0, 0)
 
 

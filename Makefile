@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/rvos demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests $(PYTEST_ARGS)
 
 export: install
 	$(BIN)/nbdev_export

@@ -34,7 +34,7 @@ from .models import zoo
 from .models.family import FAMILIES, find_object
 from .stage import Report, SomeFailed, locked, made_from, run_stage
 from .vos.aot import AOT
-from .vos.propagator import Augmented, Ids, Propagator, Track, sweep
+from .vos.propagator import Augmented, Ids, Propagator, Track, walk_tracks
 
 # %% ../nbs/05d_propagate.ipynb #e37f4827
 def walk(
@@ -51,7 +51,9 @@ def walk(
     costs nothing."""
     track = Track(propagator, {k: labels}, restart)
     for frames, way in ((ahead, 1), (back, -1)):
-        for _, t, found in sweep([track], ((k + way * i, frame) for i, frame in enumerate(frames))):
+        for _, t, found in walk_tracks(
+            [track], ((k + way * i, frame) for i, frame in enumerate(frames))
+        ):
             if t != k:
                 yield t, found
 
@@ -225,7 +227,7 @@ def propagate_sentences(
     with ThreadPoolExecutor(1) as pool:
         jobs = []
         for going, times in _sweeps(video, [s.k for s, _ in moving], direction):
-            for i, t, labels in sweep(
+            for i, t, labels in walk_tracks(
                 [tracks[i] for i in going],
                 zip(times, read_video(video, names=[names[t] for t in times])),
             ):
@@ -449,10 +451,10 @@ def _found(
         return zip(order, read_video(clip, names=[clip.frames[t] for t in order]))
 
     if direction != "backward":
-        for _, t, labels in sweep([track], frames(range(first, end + 1))):
+        for _, t, labels in walk_tracks([track], frames(range(first, end + 1))):
             yield t, ids.widen(labels)
     if direction != "forward":
-        for _, t, labels in sweep([track], frames(range(last, -1, -1))):
+        for _, t, labels in walk_tracks([track], frames(range(last, -1, -1))):
             if t >= first and direction == "both":
                 late = np.isin(labels, [i for i, start in entry.items() if start > t])
                 if late.any() and (late := late & ((before := read(t)) == 0)).any():

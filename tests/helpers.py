@@ -26,8 +26,8 @@ ODD = [
 
 
 def spoil(listing, rng, share: float = 0.3):
-    """Put something odd in the place of one value of a JSON, in place; of a list or object with the
-    probability `share`."""
+    """Put something odd in the place of one value of a JSON, in place;
+    of a list or object with the probability `share`."""
     while True:
         keys = list(listing) if isinstance(listing, dict) else list(range(len(listing)))
         if not keys:

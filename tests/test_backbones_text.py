@@ -1,4 +1,5 @@
-"""Parity of backbones and text encoder with published answers, stage by stage, and what they do with odd input."""
+"""Parity of backbones and text encoder with published answers,
+stage by stage, and what they do with odd input."""
 
 import copy
 import json
@@ -16,7 +17,7 @@ from transformers import RobertaModel, SwinBackbone, SwinConfig
 
 from rvos_nb.core import Problem
 from rvos_nb.models.backbones import build_backbone, fold_time, resize_mask, sine_position_2d
-from rvos_nb.models.start import start_from
+from rvos_nb.models.start import load_backbone
 from rvos_nb.models.swin import Swin
 from rvos_nb.models.text import (
     ROBERTA_BASE,
@@ -25,11 +26,11 @@ from rvos_nb.models.text import (
     make_tokenizer,
     normalise,
     sine_position_1d,
-    small_config,
+    small_text_config,
     text_encoder,
     tokenizer_from,
 )
-from rvos_nb.models.video_swin import Block, VideoSwin, fit_window, make_plan
+from rvos_nb.models.video_swin import SwinBlock, VideoSwin, fit_window, make_plan
 from rvos_nb.verify.cases import compare, image, load_case, load_filled, published_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "referformer"
@@ -88,12 +89,11 @@ def test_backbone_equals_published(name):
     x, mask = clip_of(case)
     with torch.inference_mode():
         levels = net(x)
-    assert [l.shape[1] for l in levels] == net.channels
-    outputs = [(f"backbone/{i}", l.numpy()) for i, l in enumerate(levels)]
-    outputs += [
-        (f"backbone_mask/{i}", resize_mask(mask, l.shape[-2:]).flatten(0, 1).numpy())
-        for i, l in enumerate(levels)
-    ]
+    assert [level.shape[1] for level in levels] == net.channels
+    outputs = [(f"backbone/{i}", level.numpy()) for i, level in enumerate(levels)]
+    for i, level in enumerate(levels):
+        small = resize_mask(mask, level.shape[-2:])
+        outputs.append((f"backbone_mask/{i}", small.flatten(0, 1).numpy()))
     verdict = compare(part(case, ("backbone/", "backbone_mask/")), outputs)
     print(verdict)
     assert verdict.ok and verdict.count == 8, str(verdict)
@@ -176,15 +176,15 @@ def test_video_swin_loads_with_and_without_index_and_trains():
         net(x)  # what it keeps must serve training too
     for net.checkpointing in (False, True):
         net.zero_grad()
-        sum(l.square().mean() for l in net.train()(x)).backward()
+        sum(level.square().mean() for level in net.train()(x)).backward()
         grads.append([p.grad.clone() for p in net.parameters()])
     assert all(g.isfinite().all() for g in grads[0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
 
 
 def published_way(block, x):
-    """A block as published: pad, roll, cut, a mask for every window, attention with materialised
-    weights, and undo."""
+    """A block as published: pad, roll, cut, a mask for every window,
+    attention with materialised weights, and undo."""
     b, size, c = len(x), tuple(x.shape[1:4]), x.shape[4]
     window, shift = fit_window(size, block.window, block.shifted, block.shrinks)
     padded = tuple(-(-s // k) * k for s, k in zip(size, window))
@@ -230,10 +230,10 @@ def published_way(block, x):
 def test_windows_equal_the_published_way(monkeypatch):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    for turn in range(40):
+    for _ in range(40):
         video, width = bool(rng.integers(2)), int(rng.integers(2, 8))
         window = (int(rng.integers(2, 6)), width, width) if video else (1, width, width)
-        block = Block(8, 2, window, bool(rng.integers(2)), video, 0.0)
+        block = SwinBlock(8, 2, window, bool(rng.integers(2)), video, 0.0)
         for p in block.parameters():
             torch.nn.init.normal_(p, std=0.5)
         x = torch.randn(
@@ -265,7 +265,7 @@ def test_windows_equal_the_published_way(monkeypatch):
 
 
 def test_what_a_block_is_given_stays_as_it_is():
-    block, x = Block(8, 2, (1, 3, 3), True, False, 0.0).eval(), torch.randn(1, 1, 5, 7, 8)
+    block, x = SwinBlock(8, 2, (1, 3, 3), True, False, 0.0).eval(), torch.randn(1, 1, 5, 7, 8)
     kept = x.clone()
     with torch.inference_mode():
         block(x)
@@ -276,7 +276,7 @@ def test_what_a_block_is_given_stays_as_it_is():
 def test_a_block_computes_in_half_precision(training):
     torch.manual_seed(0)
     block, x = (
-        Block(16, 2, (8, 7, 7), True, True, 0.0).train(training),
+        SwinBlock(16, 2, (8, 7, 7), True, True, 0.0).train(training),
         torch.randn(1, 10, 9, 15, 16),
     )
     exact = block(x).detach()
@@ -303,9 +303,10 @@ def test_swin_equals_transformers(window, size):
     )
     with without_init():
         theirs, ours = SwinBackbone(config).eval(), Swin("tiny", window).eval()
+    table = "relative_position_bias_table"
     rename = {
         "attn.proj": "attention.o_proj",
-        "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
+        f"attn.{table}": f"attention.relative_position_bias.{table}",
         "norm1": "layernorm_before",
         "norm2": "layernorm_after",
     }
@@ -335,8 +336,8 @@ def test_swin_equals_transformers(window, size):
     x = torch.randn(2, 3, *size)
     with torch.inference_mode():
         levels, expected = ours(x[None]), theirs(x).feature_maps
-    assert [l.shape for l in levels] == [e.shape for e in expected]
-    worst = [float((l - e).abs().max() / e.abs().max()) for l, e in zip(levels, expected)]
+    assert [level.shape for level in levels] == [e.shape for e in expected]
+    worst = [float((a - e).abs().max() / e.abs().max()) for a, e in zip(levels, expected)]
     assert max(worst) < 1e-5, worst
 
 
@@ -372,7 +373,7 @@ def test_start_from_imagenet_resnet_and_mobilenet():
     file = torchvision.models.resnet50().state_dict()
     with without_init():
         net = build_backbone("resnet50")
-    dropped = start_from(net, file)
+    dropped = load_backbone(net, file)
     assert (
         taken(net, file)
         and dropped["the classifier"] == ["fc.weight", "fc.bias"]
@@ -388,7 +389,7 @@ def test_start_from_imagenet_resnet_and_mobilenet():
         ),
         torchvision.models.mobilenet_v2().state_dict(),
     )
-    assert start_from(encoder, file)["the classifier"] == [
+    assert load_backbone(encoder, file)["the classifier"] == [
         "classifier.1.weight",
         "classifier.1.bias",
     ] and taken(encoder, file)
@@ -405,7 +406,7 @@ def test_start_from_imagenet_swin():
         "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
         "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.long),
     }
-    dropped = start_from(whole, file)
+    dropped = load_backbone(whole, file)
     assert taken(whole, {n: t for n, t in file.items() if not n.endswith("index")}) and set(
         dropped
     ) == {
@@ -416,7 +417,7 @@ def test_start_from_imagenet_swin():
     }
     assert whole.layers[0]["blocks"][0].attn.relative_position_index.any()  # not the file's
     assert all((getattr(whole, f"norm{i}").weight == 1).all() for i in range(4))
-    later = start_from(encoder, file)["stages that this backbone does not have"]
+    later = load_backbone(encoder, file)["stages that this backbone does not have"]
     assert len(later) == 3 + 2 * 13 and all(
         n.startswith(("layers.3.", "layers.2.downsample.")) for n in later
     )
@@ -441,7 +442,7 @@ def test_start_from_kinetics():
         "cls_head.fc_cls.weight": torch.ones(400, 768),
         "cls_head.fc_cls.bias": torch.ones(400),
     }
-    dropped = start_from(net, file)
+    dropped = load_backbone(net, file)
     assert dropped == {
         "the normalisation before the classifier": ["norm.weight", "norm.bias"],
         "parts beside the backbone": ["cls_head.fc_cls.weight", "cls_head.fc_cls.bias"],
@@ -484,7 +485,7 @@ def test_a_start_file_of_another_network_is_refused(change, said):
     file, before = noise_like(net, "norm"), net.patch_embed.proj.weight.clone()
     change(file)
     with pytest.raises(Problem) as e:
-        start_from(net, file, "swin.pth")
+        load_backbone(net, file, "swin.pth")
     assert (
         said in str(e.value)
         and str(e.value).startswith("swin.pth")
@@ -510,7 +511,7 @@ def test_conv_tiny_can_be_saved():
         (lambda: sine_position_2d(torch.zeros(1, 2, 2, dtype=torch.bool), 6), "multiple of 4"),
         (lambda: normalise("  "), "at least one word"),
         (lambda: tokenizer_from("/nonexistent"), "no tokenizer"),
-        (lambda: TextEncoder(small_config(8)).encode(["a"]), "no tokenizer"),
+        (lambda: TextEncoder(small_text_config(8)).encode(["a"]), "no tokenizer"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, said):
@@ -552,7 +553,7 @@ def test_tokenizer_fuzz(tmp_path):
     ]
     tokenizer = make_tokenizer(words[:4])
     encoder = TextEncoder(
-        small_config(len(tokenizer), hidden=16, layers=1, heads=2), tokenizer
+        small_text_config(len(tokenizer), hidden=16, layers=1, heads=2), tokenizer
     ).eval()
     for _ in range(30):
         text = " ".join(rng.choice(words, rng.integers(1, 9)))
@@ -682,8 +683,8 @@ def test_saved_encoder_comes_back_from_folder_and_hub_cache(saved, tmp_path, mon
 
 @torch.no_grad()
 def test_published_form_of_old_language_models(saved):
-    """A pickle with the head of a language model, LayerNorms called gamma and beta, and the
-    constant positions."""
+    """A pickle with the head of a language model,
+    LayerNorms called gamma and beta, and the constant positions."""
     folder, encoder = saved
     prefix, states = encoder.config.model_type + ".", encoder.state_dict()
 

@@ -1,4 +1,5 @@
-"""Published files: whatever hides in them is not run, whatever they are is told from their tensors, whatever does not fit is listed."""
+"""Published files: whatever hides in them is not run,
+whatever they are is told from their tensors, whatever does not fit is listed."""
 
 import argparse
 import functools
@@ -21,11 +22,11 @@ from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.models.convert import convert, recognise
 from rvos_nb.models.family import find_family
-from rvos_nb.models.files import read_pickle, read_published, sort_out
+from rvos_nb.models.files import read_pickle, read_published, split_published
 from rvos_nb.models.referformer import ReferFormer, ReferFormerConfig
-from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_config
+from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_text_config
 from rvos_nb.verify.cases import fill, load_case
-from rvos_nb.vos.aot import AOT, VARIANTS
+from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("referformer/*.npz")) + sorted(
     Path(__file__).with_name("golden").glob("vos/*.npz")
@@ -43,7 +44,7 @@ def filled(model):
 def referformer(**changes):
     config = {
         "backbone": "conv_tiny",
-        "text": small_config(30, heads=1),
+        "text": small_text_config(30, heads=1),
         "hidden_dim": 64,
         "dim_feedforward": 96,
         "mask_dim": 32,
@@ -252,7 +253,7 @@ def test_all_that_training_scripts_leave(archive, tmp_path):
         tmp_path / "a.pth",
         _use_new_zipfile_serialization=archive,
     )
-    found = sort_out(read_pickle(tmp_path / "a.pth"))
+    found = split_published(read_pickle(tmp_path / "a.pth"))
     assert (
         set(found.tensors) == {"w", "h"}
         and found.epoch == 4
@@ -293,8 +294,8 @@ def test_wherever_the_model_lies(wrap, tmp_path):
 
 
 def tensors_of(case):
-    """The tensors of a case's key list; only the box heads have values, as only theirs are looked
-    at."""
+    """The tensors of a case's key list;
+    only the box heads have values, as only theirs are looked at."""
     alias, kinds = (
         dict(case.meta.get("aliases") or {}),
         {"int64": torch.int64, "float32": torch.float32, "bool": torch.bool},
@@ -313,7 +314,7 @@ def test_golden_key_lists_are_recognised(path):
     names = [k[0] for k in case.meta.get("keys", [])]
     if not any(n.startswith(("fusion_module", "LSTT")) for n in names):
         return  # a part of a model
-    tensors, options = sort_out({"model": tensors_of(case)}).tensors, case.meta["config"]
+    tensors, options = split_published({"model": tensors_of(case)}).tensors, case.meta["config"]
     if path.parent.name == "referformer":
         found = recognise(tensors)
         assert (
@@ -377,21 +378,14 @@ def test_all_variants(family):
     ],
 )
 def test_a_wrong_name(change, said):
-    refused(lambda: recognise(on_meta(AOT, VARIANTS["aotl"]), **change), said)
+    refused(lambda: recognise(on_meta(AOT, AOT_VARIANTS["aotl"]), **change), said)
 
 
 def test_other_families_are_named():
     for mark, family in (("voc.fq_pos", "soc"), ("vita.fq_pos", "soc")):
-        refused(
-            lambda: recognise(
-                {
-                    mark: torch.ones(1),
-                    "vlf.multihead_attn.in_proj_bias": torch.ones(1),
-                    "fusion_module.x": torch.ones(1),
-                }
-            ),
-            f"a checkpoint of {family}",
-        )
+        names = (mark, "vlf.multihead_attn.in_proj_bias", "fusion_module.x")
+        state = {name: torch.ones(1) for name in names}
+        refused(functools.partial(recognise, state), f"a checkpoint of {family}")
     refused(
         lambda: recognise(
             {"MTA.layers.0.norm1.weight": torch.ones(1), "fusion_module.x": torch.ones(1)}
@@ -520,7 +514,7 @@ def test_options_are_a_cross_check(words, tmp_path):
 @pytest.mark.parametrize("model_name", ["", "aott", "AOTT"])
 @pytest.mark.parametrize("token", [True, False])
 def test_real_aott(token, model_name, tmp_path):
-    model = filled(AOT(VARIANTS["aott"]))
+    model = filled(AOT(AOT_VARIANTS["aott"]))
     state = dict(model.state_dict()) | (
         {"LSTT.mask_token": torch.zeros(1, 1, 256)} if token else {}
     )
@@ -536,7 +530,7 @@ def test_real_aott(token, model_name, tmp_path):
     )
     again = zoo.load(tmp_path / "aott", family="aot")
     assert (
-        vars(again.config) == vars(VARIANTS["aott"])
+        vars(again.config) == vars(AOT_VARIANTS["aott"])
         and zoo.card(tmp_path / "aott")["card"]["licence"] == "BSD-3-Clause"
     )
     x = torch.randn(1, 3, 65, 81)
@@ -546,7 +540,7 @@ def test_real_aott(token, model_name, tmp_path):
 
 def test_moving_average_of_the_trained_part(tmp_path):
     model, average = (
-        filled(AOT(VARIANTS["aot-tiny"])),
+        filled(AOT(AOT_VARIANTS["aot-tiny"])),
         {"decoder.conv_out.bias": torch.full((6,), 3.0)},
     )
     torch.save({"state_dict": model.state_dict(), "ema": average}, tmp_path / "a.pth")
@@ -561,7 +555,7 @@ def test_half_precision_becomes_single(tmp_path):
     torch.save(
         {
             "state_dict": {
-                n: t.half() for n, t in filled(AOT(VARIANTS["aot-tiny"])).state_dict().items()
+                n: t.half() for n, t in filled(AOT(AOT_VARIANTS["aot-tiny"])).state_dict().items()
             }
         },
         tmp_path / "a.pth",
@@ -593,7 +587,7 @@ def test_half_precision_becomes_single(tmp_path):
     ],
 )
 def test_what_does_not_fit(edit, said, tmp_path):
-    state = dict(AOT(VARIANTS["aot-tiny"]).state_dict())
+    state = dict(AOT(AOT_VARIANTS["aot-tiny"]).state_dict())
     edit(state)
     torch.save(state, tmp_path / "a.pth")
     refused(lambda: convert(tmp_path / "a.pth", tmp_path / "out"), "a.pth", said)
@@ -601,13 +595,14 @@ def test_what_does_not_fit(edit, said, tmp_path):
 
 
 def test_the_output_folder(tmp_path, monkeypatch):
-    torch.save({"state_dict": AOT(VARIANTS["aot-tiny"]).state_dict()}, tmp_path / "a.pth")
+    torch.save({"state_dict": AOT(AOT_VARIANTS["aot-tiny"]).state_dict()}, tmp_path / "a.pth")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("x")
     for force in (False, True):
-        refused(
-            lambda: convert(tmp_path / "a.pth", tmp_path / "photos", force=force), "no checkpoint"
+        into_photos = functools.partial(
+            convert, tmp_path / "a.pth", tmp_path / "photos", force=force
         )
+        refused(into_photos, "no checkpoint")
     convert(tmp_path / "a.pth", tmp_path / "out")
     refused(lambda: convert(tmp_path / "a.pth", tmp_path / "out"), "--force")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -657,14 +652,14 @@ def test_the_tokenizer_is_found_later(words, tmp_path, monkeypatch):
 def test_the_command(tmp_path, monkeypatch, capsys):
     from rvos_nb.cli import main
 
-    torch.save({"state_dict": AOT(VARIANTS["aot-tiny"]).state_dict()}, tmp_path / "a.pth")
+    torch.save({"state_dict": AOT(AOT_VARIANTS["aot-tiny"]).state_dict()}, tmp_path / "a.pth")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         main(["convert", "a.pth", "out"])
     assert (
         not e.value.code
         and "aot-tiny" in capsys.readouterr().out
-        and zoo.load("out").config == VARIANTS["aot-tiny"]
+        and zoo.load("out").config == AOT_VARIANTS["aot-tiny"]
     )
     with pytest.raises(SystemExit) as e:
         main(["convert", "a.pth", "other", "--model", "r50-aotl"])

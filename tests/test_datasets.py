@@ -255,8 +255,8 @@ def test_a_bad_mask_is_named_when_read(tree, damage):
 
 
 def twice(text, key, of, level):
-    """The text of a JSON in which the entry `key` of the object `of` stands once more, with the
-    same or another value."""
+    """The text of a JSON in which the entry `key` of the object `of` stands once more,
+    with the same or another value."""
     for same in (True, False):
         found = json.loads(text)
         at = found["videos"]
@@ -364,8 +364,8 @@ def test_reading_fuzzed_json_never_raises_anything_but_a_problem(tree):
 
 
 def spelt(root, layout, split):
-    """The scenes as `layout` tells them: for each video (its index) the sentences with their frames
-    and masks."""
+    """The scenes as `layout` tells them:
+    for each video (its index) the sentences with their frames and masks."""
     write(root, split, "hard", 2, seed=9, frames=5, size=(48, 72), layout=layout)
     data = open_dataset(root, split)
     assert data.layout == layout and not data.faults and len(data.videos) == 2
@@ -417,26 +417,22 @@ def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, spli
         assert abs(ours - theirs).mean() < 8
 
 
+def read_files(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_written_twice_is_the_same_and_other_scenes_are_refused(tmp_path):
     for layout, split in (("mevis", "valid_u"), ("a2d-sentences", "test"), ("refcoco", "val")):
-
-        def made():
-            return {
-                p: p.read_bytes() for p in sorted((tmp_path / layout).rglob("*")) if p.is_file()
-            }
-
-        for _ in range(2):
-            write(
-                tmp_path / layout, split, "easy", 1, seed=1, frames=2, size=(48, 72), layout=layout
-            )
-            first = made()
-        assert made() == first
+        root = tmp_path / layout
+        options = dict(frames=2, size=(48, 72), layout=layout)
+        write(root, split, "easy", 1, seed=1, **options)
+        first = read_files(root)
+        write(root, split, "easy", 1, seed=1, **options)
+        assert read_files(root) == first
         with pytest.raises(Problem, match="another folder"):
-            write(
-                tmp_path / layout, split, "easy", 1, seed=2, frames=2, size=(48, 72), layout=layout
-            )
+            write(root, split, "easy", 1, seed=2, **options)
         with pytest.raises(Problem, match="split"):
-            write(tmp_path / layout, "testB", "easy", 1, seed=1, layout=layout)
+            write(root, "testB", "easy", 1, seed=1, layout=layout)
 
 
 # masks as text

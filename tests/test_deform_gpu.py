@@ -1,5 +1,6 @@
-"""Deformable attention for GPUs, without one: the Triton kernels through their interpreter, the CUDA sources compiled for the CPU by a
-small stand-in for CUDA (tests/cuda_on_cpu.h) and, where nvcc is there, for a GPU. With a GPU, the same tests run on it."""
+"""Deformable attention for GPUs, without one: the Triton kernels through their interpreter,
+the CUDA sources compiled for the CPU by a small stand-in for CUDA (tests/cuda_on_cpu.h)
+and, where nvcc is there, for a GPU. With a GPU, the same tests run on it."""
 
 import ctypes
 import math
@@ -114,30 +115,24 @@ def example(
     points=2,
     images=2,
     dtype=torch.float32,
-    seed=0,
-    low=-0.3,
-    high=1.3,
+    between=(-0.3, 1.3),
 ):
-    rng, real = (
-        torch.Generator().manual_seed(seed),
-        torch.float64 if dtype == torch.float64 else torch.float32,
-    )
-    value = torch.randn(
-        images, sum(h * w for h, w in levels), heads, dim, generator=rng, dtype=real
-    ).to(dtype)
-    locations = (
-        torch.rand(images, queries, heads, len(levels), points, 2, generator=rng, dtype=real)
-        * (high - low)
-        + low
-    )
-    weights = torch.randn(locations.shape[:-1], generator=rng, dtype=real).to(dtype)
+    "Random gradient, values, places (`between` two bounds, in units of a map) and weights."
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    rng = torch.Generator().manual_seed(0)
+    cells = sum(h * w for h, w in levels)
+    value = torch.randn(images, cells, heads, dim, generator=rng, dtype=real).to(dtype)
+    samples = (images, queries, heads, len(levels), points)
+    low, high = between
+    locations = torch.rand(*samples, 2, generator=rng, dtype=real) * (high - low) + low
+    weights = torch.randn(samples, generator=rng, dtype=real).to(dtype)
     grad = torch.randn(images, queries, heads * dim, generator=rng, dtype=real).to(dtype)
     return grad, value, levels, locations, weights
 
 
 def reference(grad, value, shapes, locations, weights, softmax=False, around=None):
-    """Output and gradients (of value, places, weights) in float64 by the plain form; places that
-    are not finite count as far outside."""
+    """Output and gradients (of value, places, weights) in float64 by the plain form;
+    places that are not finite count as far outside."""
     value, weights = value.double().requires_grad_(), weights.double().requires_grad_()
     places = (
         place(around.double(), locations.double(), shapes)
@@ -223,21 +218,19 @@ def test_sizes(kernel, levels, queries, heads, dim, points, images):
 
 def test_random_sizes(kernel):
     rng = np.random.default_rng(7)
-    for seed in range(4 if isinstance(kernel, (OnGpu, native.Compiled)) else 2):
+    for turn in range(4 if isinstance(kernel, (OnGpu, native.Compiled)) else 2):
         levels = [tuple(map(int, rng.integers(1, 7, 2))) for _ in range(rng.integers(1, 4))]
         queries = sum(h * w for h, w in levels) if rng.random() < 0.4 else int(rng.integers(1, 30))
-        dtype = [torch.float32, torch.float16][seed % 2]
-        check(
-            kernel,
-            example(levels, queries, *map(int, rng.integers(1, (4, 40, 4, 4))), dtype, seed),
-            ALLOWED[dtype],
-        )
+        dtype = [torch.float32, torch.float16][turn % 2]
+        heads, dim, points, images = map(int, rng.integers(1, (4, 40, 4, 4)))
+        inputs = example(levels, queries, heads, dim, points, images, dtype)
+        check(kernel, inputs, ALLOWED[dtype])
 
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("kind", ["points", "boxes", "one point for all"])
 def test_offsets_and_logits(kernel, softmax, kind):
-    inputs = example([(4, 5), (2, 3)], 5, points=3, low=-2.0, high=2.0)
+    inputs = example([(4, 5), (2, 3)], 5, points=3, between=(-2.0, 2.0))
     around = torch.rand(
         *{"points": (2, 5, 2, 2), "boxes": (2, 5, 1, 4), "one point for all": (1, 5, 1, 2)}[kind],
         generator=torch.Generator().manual_seed(3),
@@ -248,8 +241,8 @@ def test_offsets_and_logits(kernel, softmax, kind):
 
 
 def test_images_never_mix(kernel):
-    """Many images, few queries: a kernel whose blocks span images reads the wrong one's values for
-    two queries in three here."""
+    """Many images, few queries:
+    a kernel whose blocks span images reads the wrong one's values for two queries in three here."""
     inputs = example([(3, 4), (2, 2)], 5, heads=2, images=9)
     found, _ = check(kernel, inputs, 1e-6)
     alone = [x[4:5] if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -257,9 +250,9 @@ def test_images_never_mix(kernel):
 
 
 def test_outside_leaves_nothing_behind(kernel):
-    """Samples outside or not finite: no share in the output, and zeros as gradients whatever stood
-    in memory before."""
-    grad, value, shapes, locations, weights = example([(4, 5), (2, 3)], 6, low=0.2, high=0.8)
+    """Samples outside or not finite: no share in the output,
+    and zeros as gradients whatever stood in memory before."""
+    grad, value, shapes, locations, weights = example([(4, 5), (2, 3)], 6, between=(0.2, 0.8))
     outside = torch.rand(weights.shape, generator=torch.Generator().manual_seed(5)) < 0.5
     bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 3.0])
     locations[outside] = bad[torch.arange(int(outside.sum())) % 6][:, None]
@@ -370,7 +363,13 @@ def test_deterministic(kernel, dtype):
 
 def test_gradcheck(kernel):
     _, value, shapes, locations, weights = example(
-        [(3, 2), (2, 2)], 2, heads=1, dim=2, images=1, dtype=torch.float64, low=0.05, high=0.95
+        [(3, 2), (2, 2)],
+        2,
+        heads=1,
+        dim=2,
+        images=1,
+        dtype=torch.float64,
+        between=(0.05, 0.95),
     )
 
     class Attention(torch.autograd.Function):
@@ -405,14 +404,14 @@ def test_simple(emulate):
 
 
 def test_refusals(emulate):
-    grad, value, shapes, locations, weights = example([(1, 1)] * 65, 1)
+    _, value, shapes, locations, weights = example([(1, 1)] * 65, 1)
     with pytest.raises(RuntimeError, match="more than 64 levels"):
         emulate("ms_deform_attn").forward(value, shapes, locations, weights)
 
 
 def test_large_offsets(root):
-    """A level beyond 2^31 elements needs 64-bit offsets, and the kernels take them; smaller ones do
-    not."""
+    """A level beyond 2^31 elements needs 64-bit offsets,
+    and the kernels take them; smaller ones do not."""
     import triton.language as tl
 
     home = triton_kernel()
@@ -437,8 +436,8 @@ def test_large_offsets(root):
 @pytest.mark.skipif(GPU, reason="launches are real here")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 def test_launches_compile(dtype, monkeypatch):
-    """What `forward` and `backward` hand to Triton compiles for an H200, loads 16 bytes of values
-    at a time, and adds four floats at once; the driver is a stand-in."""
+    """What `forward` and `backward` hand to Triton compiles for an H200,
+    loads 16 bytes of values at a time, and adds four floats at once; the driver is a stand-in."""
     home = triton_kernel()
     nvidia, target = (
         pytest.importorskip("triton.backends.nvidia.driver"),
@@ -487,8 +486,8 @@ def test_launches_compile(dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ms_deform_attn", "ms_deform_attn_simple"])
 def test_nvcc(name, tmp_path):
-    """Compiles without warnings, spills no registers (the fast one), exports two functions, and
-    without a GPU they say so."""
+    """Compiles without warnings, spills no registers (the fast one),
+    exports two functions, and without a GPU they say so."""
     command = native.compiler(OPS / f"{name}.cu")
     if not command:
         pytest.skip("no nvcc")
@@ -506,13 +505,10 @@ def test_nvcc(name, tmp_path):
         capture_output=True,
         text=True,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "warning" not in said and "Used" in said, said
-    assert not [
-        l
-        for l in said.splitlines()
-        if "spill" in l and "0 bytes spill stores, 0 bytes spill loads" not in l
-    ]
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in output and "Used" in output, output
+    spills = [line for line in output.splitlines() if "spill" in line]
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
     loaded = ctypes.CDLL(str(library))
     if not GPU:
         loaded.forward.restype = ctypes.c_char_p
@@ -538,22 +534,22 @@ def setup():
 
 
 def test_built_ahead(setup, tmp_path, capfd):
-    tools = setup["native"]()
+    tools = setup["import_native"]()
     if not tools.compiler(OPS / "a.cpp"):
         pytest.skip("no C++ compiler")
     quick = ["-O0", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    compiler = tools.compiler
+
+    def without_nvcc(source):
+        return compiler(source) if source.suffix == ".cpp" else []
+
     with (
         patch.object(tools, "flags", lambda *args: quick),
-        patch.object(
-            tools,
-            "compiler",
-            lambda source, found=tools.compiler: found(source) if source.suffix == ".cpp" else [],
-        ),
+        patch.object(tools, "compiler", without_nvcc),
     ):
         built = setup["build"](tmp_path)
-    assert [p.name for p in built] == [
-        tools.library_name(OPS / "ms_deform_attn_cpu.cpp")
-    ] and "ms_deform_attn.cu is left out: no nvcc" in capfd.readouterr().err
+    assert [p.name for p in built] == [tools.library_name(OPS / "ms_deform_attn_cpu.cpp")]
+    assert "ms_deform_attn.cu is left out: no nvcc" in capfd.readouterr().err
     assert ctypes.CDLL(str(built[0])).backward
     with (
         patch.object(tools, "compiler", lambda source: []),
@@ -575,7 +571,7 @@ def test_architectures(setup, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setitem(
         setup["architectures"].__globals__,
-        "asked",
+        "read_output",
         lambda command, *options: "compute_80\ncompute_90\n" if "list" in options[0] else "",
     )
     assert setup["architectures"]("nvcc") == [("80", False), ("90", True)]

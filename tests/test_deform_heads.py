@@ -1,4 +1,5 @@
-"""Parity of deformable attention and of the dynamic mask head with the published ones, their bad inputs, and how kernels are built."""
+"""Parity of deformable attention and of the dynamic mask head with the published ones,
+their bad inputs, and how kernels are built."""
 
 import json
 import math
@@ -202,8 +203,8 @@ def off_lines(locations, shapes):
 
 
 def sample_inputs(seed, dtype=torch.float32, n=None, queries=None, softmax=False, reference=""):
-    """Random sizes, sometimes none at all of something; places in and around the maps; a reference
-    of points or boxes."""
+    """Random sizes, sometimes none at all of something;
+    places in and around the maps; a reference of points or boxes."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
@@ -245,8 +246,8 @@ def sample_inputs(seed, dtype=torch.float32, n=None, queries=None, softmax=False
 
 
 def by_the_formula(value, shapes, locations, weights, reference=None, softmax=False):
-    """In float64, differentiable, with gathers instead of `grid_sample`: every place and every cell
-    of its level."""
+    """In float64, differentiable, with gathers instead of `grid_sample`:
+    every place and every cell of its level."""
     value, locations, weights, reference = (
         x if x is None else x.double() for x in (value, locations, weights, reference)
     )
@@ -320,8 +321,8 @@ def test_core_gradients_numerically(softmax, reference, way):
 
 
 def test_places_at_borders_and_on_levels_of_one_cell(way):
-    """One cell of value 1: full weight at its centre, half a cell's side away half of it, nothing
-    from one side on; corners are products."""
+    """One cell of value 1: full weight at its centre,
+    half a cell's side away half of it, nothing from one side on; corners are products."""
     at = torch.tensor(
         [
             [0.5, 0.5],
@@ -404,8 +405,8 @@ def test_fake_tensors_leave_nothing_behind():
 
 
 def test_gradients_of_points_outside_are_written(way):
-    """A known fast kernel leaves memory as it was for a point outside, and the softmax's gradient
-    then reads it."""
+    """A known fast kernel leaves memory as it was for a point outside,
+    and the softmax's gradient then reads it."""
     value, shapes, locations, logits, *_ = sample_inputs(7, n=3, queries=5)
     outside = torch.rand(locations.shape[:-1], generator=torch.Generator().manual_seed(0)) < 0.6
     locations[outside] = 40.0
@@ -553,7 +554,7 @@ def test_second_derivatives_are_refused_clearly():
     (grad,) = torch.autograd.grad(
         ms_deform_attn(value, shapes, locations, weights).square().sum(), value, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="no second derivatives.*read_points"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*read_points"):
         grad.sum().backward()
 
 
@@ -774,8 +775,15 @@ def builder(source, cache, **env):
 def counting_compiler(folder, before=""):
     "A compiler that notes each build in `folder`/builds and then does it; CXX for `builder`."
     script = folder / "cxx"
+    compiler = native.compiler(Path("x.cpp"))[0]
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *-shared*) case "$*" in *-###*) ;; *) echo build >> {folder}/builds; {before} ;; esac ;; esac\nexec {native.compiler(Path("x.cpp"))[0]} "$@"\n'
+        f"""#!/bin/sh
+        case "$*" in
+          *-###*) ;;
+          *-shared*) echo build >> {folder}/builds; {before} ;;
+        esac
+        exec {compiler} "$@"
+        """
     )
     script.chmod(0o755)
     return script
@@ -861,8 +869,8 @@ def test_without_a_compiler_there_is_no_warning_but_a_reason(tmp_path, answer):
 
 @needs_compiler
 def test_a_home_that_cannot_be_written_and_a_folder_open_to_all(tmp_path, answer, monkeypatch):
-    """Without a cache folder the temporary directory takes its place; a folder that others may
-    write is not trusted."""
+    """Without a cache folder the temporary directory takes its place;
+    a folder that others may write is not trusted."""
     blocked = tmp_path / "file"
     blocked.touch()
     temporary = tmp_path / "tmp"
@@ -914,9 +922,12 @@ FORKED = """
 import os, torch
 from rvos_nb.ops.deform_attn import ms_deform_attn
 torch.set_num_threads(3)
-given = torch.randn(2, 1200, 8, 32), [(30, 40)], torch.rand(2, 1200, 8, 1, 4, 2), torch.rand(2, 1200, 8, 1, 4)
-before = ms_deform_attn(*given)
-if (pid := os.fork()) == 0: os._exit(0 if torch.equal(ms_deform_attn(*given), before) else 3)
+value, shapes = torch.randn(2, 1200, 8, 32), [(30, 40)]
+locations, weights = torch.rand(2, 1200, 8, 1, 4, 2), torch.rand(2, 1200, 8, 1, 4)
+before = ms_deform_attn(value, shapes, locations, weights)
+if (pid := os.fork()) == 0:
+    after = ms_deform_attn(value, shapes, locations, weights)
+    os._exit(0 if torch.equal(after, before) else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 

@@ -1,4 +1,5 @@
-"Key frames, evaluation, the submission zip and the report: scores that are known beforehand, and input that is wrong."
+"""Key frames, evaluation, the submission zip and the report:
+scores that are known beforehand, and input that is wrong."""
 
 import io
 import json
@@ -106,10 +107,10 @@ def test_missing_and_broken_masks_score_zero_and_are_named(made):
 
 
 def test_objects_are_averaged_first(made):
-    """One object's expressions empty: its share of the mean over objects is one object, however
-    many sentences it has."""
+    """One object's expressions empty:
+    its share of the mean over objects is one object, however many sentences it has."""
     tmp, data = made
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     sentences = [e for e in data.expressions[v] if e.object_id == data.expressions[v][0].object_id]
     for e in sentences[1:]:
         shutil.rmtree(tmp / "run/Annotations" / v / e.id)
@@ -139,7 +140,7 @@ def test_a_split_without_masks_cannot_be_scored_but_looked_at_and_packed(made):
 
 def test_one_broken_annotation_leaves_the_others_scored(made):
     tmp, data = made
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     path = sorted((tmp / "data/valid/Annotations" / v).glob("*.png"))[0]
     path.write_bytes(path.read_bytes()[:50])
     result = evaluate(tmp / "data", tmp / "run")
@@ -150,8 +151,8 @@ def test_one_broken_annotation_leaves_the_others_scored(made):
 
 
 def test_videos_scored_side_by_side_are_those_of_the_formulas(tmp_path):
-    """Seven videos in threads, displaced masks: J and F of every frame coded plainly, rows in the
-    order of the data set."""
+    """Seven videos in threads, displaced masks:
+    J and F of every frame coded plainly, rows in the order of the data set."""
     refshapes.write(tmp_path / "data", "valid", "all", videos=7, seed=9, frames=4, size=(64, 96))
     data, rng, expected = open_dataset(tmp_path / "data"), np.random.default_rng(0), {}
     for e in data:
@@ -301,7 +302,7 @@ def test_zip_refuses_a_data_set_with_faults(made):
     tmp, data = made
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    listing["videos"][list(data.videos)[0]]["expressions"]["0"]["exp"] = ""
+    listing["videos"][next(iter(data.videos))]["expressions"]["0"]["exp"] = ""
     write_json(path, listing)
     with pytest.raises(Problem, match="empty sentence"):
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
@@ -369,8 +370,8 @@ def test_links_bombs_and_odd_zips_are_not_read(tmp_path):
 
 
 def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
-    """Sizes in the entry are promises: what a member gives is bounded by them, and checked by its
-    sum."""
+    """Sizes in the entry are promises:
+    what a member gives is bounded by them, and checked by its sum."""
     good = encode_mask(np.eye(64, 96) > 0)
     path = pack(
         tmp_path / "x.zip", [("v/0/a.png", good), ("v/0/b.png", good)], zipfile.ZIP_DEFLATED
@@ -380,14 +381,14 @@ def test_a_member_that_lies_about_itself_loses_its_mask_only(tmp_path):
     stored[at + 24 : at + 28] = (10).to_bytes(4, "little")
     path.write_bytes(stored)
     with open_results(path) as results:
-        with pytest.raises(Problem, match="a.png"):
+        with pytest.raises(Problem, match=r"a\.png"):
             results.mask("v/0/a.png", (64, 96))
         assert results.mask("v/0/b.png", (64, 96))[0].sum() == 64
 
 
 def test_run_lengths_are_added_up_before_they_are_decoded(seed=0):
-    """What fills the mask is accepted whatever its runs are; a character lost, added or changed is
-    refused or is another whole mask."""
+    """What fills the mask is accepted whatever its runs are;
+    a character lost, added or changed is refused or is another whole mask."""
     from pycocotools import mask as coco
 
     rng = np.random.default_rng(seed)
@@ -679,8 +680,8 @@ def test_mevis_as_its_authors_score_it(tmp_path):
 
 
 def test_davis_as_its_authors_score_it(tmp_path):
-    """The golden label maps as palette PNGs, in a tree of the data set: both tasks of the official
-    evaluation."""
+    """The golden label maps as palette PNGs, in a tree of the data set:
+    both tasks of the official evaluation."""
     case = load_case(GOLDEN / "davis17_eval.npz")
     published = json.loads(str(case.answers["results"]))
     names = ("J&F", "J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
@@ -780,7 +781,7 @@ def test_commands(made, capsys):
         and "J&F 100.0" in said.out
         and (tmp / "scores/report.html").read_text().count("<figure>") == min(20, len(data)) + 4
     )
-    e = list(data)[0]
+    e = next(iter(data))
     shutil.rmtree(tmp / "run/Annotations" / e.video / e.id)
     assert (
         "missing, counted as 0"
@@ -807,7 +808,7 @@ def test_report_is_self_contained_and_escapes(made):
         for e in v["expressions"].values():
             e["exp"] = '<script>alert(1)</script> & "it"'
     write_json(path, listing)
-    shutil.rmtree(tmp / "run/Annotations" / list(data.videos)[0])
+    shutil.rmtree(tmp / "run/Annotations" / next(iter(data.videos)))
     pages = [
         report(
             tmp / "data",
@@ -829,7 +830,7 @@ def test_report_is_self_contained_and_escapes(made):
 
 def test_overlays_show_a_run_with_holes(made):
     tmp, data = made
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     shutil.rmtree(tmp / "run/Annotations" / v)
     film = open_clip(overlays(tmp / "data", {"run": tmp / "run"}, tmp / "o.mp4", videos=[v]))
     assert len(film.frames) == 3 * len(data.expressions[v])
@@ -892,8 +893,8 @@ def test_key_frames_of_broken_candidates(made):
 
 @pytest.fixture
 def tracks(tmp_path):
-    """Two videos in both layouts, noisy results, one object that enters late, one category that
-    training lacks."""
+    """Two videos in both layouts, noisy results,
+    one object that enters late, one category that training lacks."""
     rng = np.random.default_rng(0)
     truth = {v: np.zeros((6, 40, 56), np.uint8) for v in ("v2", "v10")}
     truth["v2"][:, 4:20, 4:30] = 1
@@ -943,8 +944,8 @@ def tracks(tmp_path):
 
 
 def test_youtube_vos(tracks):
-    """Frames after the first annotation only; an average over objects in each group, then over the
-    four."""
+    """Frames after the first annotation only;
+    an average over objects in each group, then over the four."""
     root, truth, found = tracks
     result = evaluate_vos(root / "youtube", root / "run", root / "scores")
 
@@ -971,8 +972,8 @@ def test_youtube_vos(tracks):
 
 
 def test_davis_semi_supervised(tracks):
-    """The first and the last frame are left out, unknown pixels are not; objects are those of the
-    first annotation."""
+    """The first and the last frame are left out, unknown pixels are not;
+    objects are those of the first annotation."""
     root, truth, found = tracks
     result = evaluate_vos(root / "davis", root / "run-davis")
     per = [
@@ -993,12 +994,12 @@ def test_davis_semi_supervised(tracks):
         )
     )
     write_labels(root / "run-davis" / "v10" / "00002.png", found["v2"][3])
-    with pytest.raises(Problem, match="v10.*object 3"):
+    with pytest.raises(Problem, match=r"v10.*object 3"):
         evaluate_vos(root / "davis", root / "run-davis")
 
 
 def test_label_maps_that_are_missing_or_wrong(tracks):
-    root, truth, found = tracks
+    root, _, _ = tracks
     path = root / "run" / "Annotations" / "v10" / "00010.png"
     path.write_bytes(path.read_bytes()[:60])
     (path.parent / "00015.png").unlink()

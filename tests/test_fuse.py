@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,14 @@ def golden_videos(case):
 
 
 def test_round_one_by_its_name():
-    """No threshold is given: half of six votes is what was published. The leftover of swap 2 is
-    right with the right kind, and fills the frame with the wrong one."""
+    """No threshold is given: half of six votes is what was published.
+    The leftover of swap 2 is right with the right kind, and fills the frame with the wrong one."""
     case = load_case(GOLDEN / "fusion_round1.npz")
     for name, members in case.meta["config"]["members"].items():
         kinds = [case.meta["config"]["kind"][m] for m in members]
         for v, groups in golden_videos(case).items():
 
-            def opinion(m, e):
+            def opinion(m, e, v=v, members=members, kinds=kinds):
                 return foreground(case.arrays[f"in/{members[m]}/{v}/{e}/mask_logits"], kinds[m])
 
             variant = name if kinds[0] == "logit" else f"{name}_leftover_fixed"
@@ -94,12 +95,10 @@ def test_round_two_by_its_name():
     for name, members in case.meta["config"]["members"].items():
         for v, groups in golden_videos(case).items():
 
-            def opinion(m, e):
-                return (
-                    made[members[m], v, e]
-                    if members[m] in case.meta["config"]["members"]
-                    else case.arrays[f"in/{members[m]}/{v}/{e}"] == 255
-                )
+            def opinion(m, e, v=v, members=members):
+                if members[m] in case.meta["config"]["members"]:
+                    return made[members[m], v, e]
+                return case.arrays[f"in/{members[m]}/{v}/{e}"] == 255
 
             for group, mask in RULES["round2"].fuse(opinion, groups, len(members)):
                 for e in group:
@@ -110,7 +109,7 @@ def test_round_two_by_its_name():
 def blobs(rng, shape, n):
     "n masks that are noisy copies of two rectangles, and now and then empty."
     out = []
-    for k in range(n):
+    for _ in range(n):
         m = np.zeros(shape, bool)
         if rng.random() < 0.9:
             h, w = shape[1:]
@@ -129,7 +128,7 @@ def plain(opinions, w, alone, rule, conf):
         w = w * conf
     stack = np.stack(opinions).astype(float)
     if rule.union:
-        n, left, found = len(opinions), set(range(len(opinions))), []
+        left, found = set(range(len(opinions))), []
 
         def iou(i, j):
             return (
@@ -276,8 +275,8 @@ def test_the_guard_reads_the_first_member_only():
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_matched_pairs(n):
-    """Whoever is the lone one among an odd number is found by the likeness of the others; an even
-    number is always two by two."""
+    """Whoever is the lone one among an odd number is found by the likeness of the others;
+    an even number is always two by two."""
     expressions = [Expression("v", str(i), "it") for i in range(n)]
     if n % 2 == 0:
 
@@ -287,17 +286,17 @@ def test_matched_pairs(n):
         assert grouped(expressions, "matched", alike=never) == grouped(expressions)
         return
     for lone in range(0, n, 2):
-        object_of = {
-            str(i): i // 2 if i < lone else -1 if i == lone else (i + 1) // 2 for i in range(n)
-        }
-        got = grouped(
-            expressions, "matched", alike=lambda a, b: 0.8 if object_of[a] == object_of[b] else 0.1
-        )
-        assert (
-            [str(lone)] in got
-            and all(len({object_of[i] for i in g}) == 1 for g in got)
-            and sum(got, []) == [str(i) for i in range(n)]
-        )
+        order = [str(i) for i in range(n)]
+        paired = order[:lone] + order[lone + 1 :]
+        object_of = {i: k // 2 for k, i in enumerate(paired)} | {str(lone): -1}
+
+        def likeness(a, b, object_of=object_of):
+            return 0.8 if object_of[a] == object_of[b] else 0.1
+
+        found = grouped(expressions, "matched", alike=likeness)
+        assert [str(lone)] in found
+        assert all(len({object_of[i] for i in group}) == 1 for group in found)
+        assert list(chain.from_iterable(found)) == order
 
 
 def test_matched_pairs_beside_an_unusable_sentence():
@@ -315,10 +314,8 @@ def test_clusters_hang_together_through_others():
     for _ in range(20):
         masks = blobs(rng, (1, 6, 10), 8)
         found = clusters(masks, 0.3)
-        assert (
-            sorted(sum(found, [])) == list(range(8))
-            and clusters(list(map(packed, masks)), 0.3) == found
-        )
+        assert sorted(chain.from_iterable(found)) == list(range(8))
+        assert clusters(list(map(packed, masks)), 0.3) == found
         for a in found:
             for b in found:
                 assert a is b or all(overlap(masks[i], masks[j]) < 0.3 for i in a for j in b)
@@ -399,7 +396,7 @@ def soft_member(folder, data, draw, scores=lambda e: np.arange(3.0)):
 def test_stage(copy):
     tmp, data = copy
     report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out", groups="objects").check()
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     e = data.expressions[v][0].id
     assert (
         masks(tmp / "out", data, v, e)
@@ -417,8 +414,8 @@ def test_stage(copy):
 
 
 def test_trees_zips_and_members_without_masks(copy):
-    """A published tree has no Annotations level; a submission is a zip; a member may have
-    candidates only."""
+    """A published tree has no Annotations level;
+    a submission is a zip; a member may have candidates only."""
     tmp, data = copy
     with zipfile.ZipFile(tmp / "m1.zip", "w") as box:
         for p in sorted((tmp / "m1").rglob("*.png")):
@@ -493,8 +490,8 @@ def test_a_member_of_fewer_frames(copy):
 
 
 def test_other_members_are_refused(copy):
-    """A tree that nobody recorded counts by its contents: what was fused from it does not silently
-    stay."""
+    """A tree that nobody recorded counts by its contents:
+    what was fused from it does not silently stay."""
     tmp, data = copy
     fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out").check()
     e = next(iter(data))
@@ -557,7 +554,7 @@ def test_rules_of_the_rounds_differ_in_the_leftover(copy):
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     last = data.expressions[v][-1].id
     del listing["videos"][v]["expressions"][last]
     write_json(path, listing)
@@ -573,14 +570,14 @@ def test_rules_of_the_rounds_differ_in_the_leftover(copy):
 
 
 def test_published_files_and_the_leftover_of_swap_2(copy):
-    """Probabilities under the name of logits: read as what they are, the expression left over is
-    the first member's, and does not fill the frame."""
+    """Probabilities under the name of logits: read as what they are,
+    the expression left over is the first member's, and does not fill the frame."""
     import torch
 
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     del listing["videos"][v]["expressions"][data.expressions[v][-1].id]
     write_json(path, listing)
     alone = next(e for e in data.expressions[v] if e.id == data.expressions[v][-2].id)
@@ -621,7 +618,7 @@ def test_an_empty_sentence_keeps_its_place_in_the_pairs(copy):
     tmp, data = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
-    v = list(data.videos)[0]
+    v = next(iter(data.videos))
     listing["videos"][v]["expressions"]["1"]["exp"] = " "
     write_json(path, listing)
     report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / "out")
@@ -716,7 +713,7 @@ def test_mevis_is_not_pooled_and_knows_nobody_and_several(tmp_path):
 
 
 def test_confidence_needs_a_member_with_scores(copy):
-    tmp, data = copy
+    tmp, _ = copy
     for i, options in enumerate(({"confidence": True}, {"key_frames": "pooled"})):
         report = fuse(tmp / "data", [tmp / "m0", tmp / "m1"], tmp / f"out{i}", **options)
         assert (
@@ -727,8 +724,8 @@ def test_confidence_needs_a_member_with_scores(copy):
 
 
 def test_key_frames(copy):
-    """Of a member by its name, of the pooled scores, and of the best frame in which the fused mask
-    has a pixel; a resumed run chooses the same."""
+    """Of a member by its name, of the pooled scores,
+    and of the best frame in which the fused mask has a pixel; a resumed run chooses the same."""
     tmp, data = copy
     gone = next(iter(data))
 
@@ -778,7 +775,7 @@ def test_key_frames(copy):
 
 
 def test_objects_need_ids(copy):
-    tmp, data = copy
+    tmp, _ = copy
     path = tmp / "data/meta_expressions/valid/meta_expressions.json"
     listing = read_json(path)
     for v in listing["videos"].values():
@@ -806,7 +803,7 @@ def test_killed_and_run_again(copy):
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, tmp], stdout=subprocess.PIPE, env=dict(os.environ, IN_TEST="1")
     )
-    for _ in range(len(grouped(data.expressions[list(data.videos)[0]])) + 2):
+    for _ in range(len(grouped(data.expressions[next(iter(data.videos))])) + 2):
         child.stdout.readline()  # into the second video
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -819,5 +816,7 @@ def test_killed_and_run_again(copy):
 
 
 def test_no_torch():
-    code = "import sys, rvos_nb.fuse, rvos_nb.metrics, rvos_nb.evaluate, rvos_nb.explore, rvos_nb.keyframe, rvos_nb.verify.pipeline; sys.exit('torch' in sys.modules)"
+    names = ("fuse", "metrics", "evaluate", "explore", "keyframe", "verify.pipeline")
+    imports = "\n".join(f"import rvos_nb.{name}" for name in names)
+    code = f"import sys\n{imports}\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,11 +1,11 @@
-"Members: the same opinion in every form, files that are hostile or broken, conversion, and worker processes."
+"""Members: the same opinion in every form,
+files that are hostile or broken, conversion, and worker processes."""
 
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -171,15 +171,17 @@ def test_pngs_of_others(tmp_path, kind):
     rng = np.random.default_rng(1)
     masks = rng.random((4, *SIZE)) > 0.7
     (tmp_path / "v/0").mkdir(parents=True)
-    for name, m in zip(NAMES, masks):
-        im = {
-            "grey": lambda: Image.fromarray(m.astype(np.uint8) * 200),
-            "ones": lambda: Image.fromarray(m.astype(np.uint8)),
-            "bit": lambda: Image.fromarray(m),
-            "pillow": lambda: Image.fromarray(m.astype(np.uint8) * 255),
-            "rgb": lambda: Image.fromarray(np.repeat(m[..., None], 3, 2).astype(np.uint8) * 255),
-            "palette": lambda: Image.fromarray(m.astype(np.uint8) * 3),
-        }[kind]()
+    for name, mask in zip(NAMES, masks):
+        grey = mask.astype(np.uint8)
+        pixels = {
+            "grey": grey * 200,
+            "ones": grey,
+            "bit": mask,
+            "pillow": grey * 255,
+            "rgb": np.repeat(grey[..., None], 3, 2) * 255,
+            "palette": grey * 3,
+        }[kind]
+        im = Image.fromarray(pixels)
         if kind == "palette":
             im.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
         im.save(tmp_path / f"v/0/{name}.png")
@@ -269,12 +271,12 @@ def test_no_code_is_run(tmp_path, archive):
 
 
 def test_files_cut_short_anywhere(made, tmp_path):
-    root, small, _ = made
+    root, _, _ = made
     for name in ("all.pth", "old.pth"):
         data = (root / name).read_bytes()
         for k in [0, 1, 5, 100, 500, len(data) // 2, len(data) - 1000, len(data) - 1]:
             (tmp_path / "cut.pth").write_bytes(data[:k])
-            with pytest.raises(Problem, match="cut.pth"):
+            with pytest.raises(Problem, match=r"cut\.pth"):
                 open_member(tmp_path / "cut.pth")
 
 
@@ -299,6 +301,19 @@ def test_files_with_changed_bytes(made, tmp_path, seed):
 def test_tensors_that_lie_about_their_place(tmp_path):
     "Shapes and strides that reach out of the storage, or make much out of little."
     x = torch.zeros(2, 3, 4)
+    storage = torch.storage.TypedStorage(
+        wrap_storage=x.untyped_storage(), dtype=x.dtype, _internal=True
+    )
+
+    class Lie:
+        "Pickles as a tensor that says of itself what it is told to."
+
+        def __init__(self, size=(2, 3, 4), stride=(12, 4, 1), storage_offset=0):
+            self.claim = (storage, storage_offset, size, stride, False, {})
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, self.claim
+
     for i, lie in enumerate(
         (
             {"size": (2, 3, 5)},
@@ -310,22 +325,7 @@ def test_tensors_that_lie_about_their_place(tmp_path):
             {"stride": (-12, 4, 1)},
         )
     ):
-        told = {"size": (2, 3, 4), "stride": (12, 4, 1), "storage_offset": 0} | lie
-
-        class Lie:
-            def __reduce__(self):
-                return torch._utils._rebuild_tensor_v2, (
-                    torch.storage.TypedStorage(
-                        wrap_storage=x.untyped_storage(), dtype=x.dtype, _internal=True
-                    ),
-                    told["storage_offset"],
-                    told["size"],
-                    told["stride"],
-                    False,
-                    {},
-                )
-
-        torch.save({"v": {"0": {"mask_logits": Lie()}}}, tmp_path / f"{i}.pth")
+        torch.save({"v": {"0": {"mask_logits": Lie(**lie)}}}, tmp_path / f"{i}.pth")
         with pytest.raises(Problem, match=f"{i}.pth"):
             open_member(tmp_path / f"{i}.pth").opinion("v", "0", ["a", "b"])
 
@@ -359,7 +359,7 @@ def test_shards(made, tmp_path):
         os.link(root / f"parts/{name}.pth", tmp_path / f"{name}.pth")
     assert open_member(tmp_path).key_frames().keys() == {"a", "b"}
     os.link(root / "parts/m0.pth", tmp_path / "m7.pth")
-    with pytest.raises(Problem, match="m7.pth.*video a.*m0.pth"):
+    with pytest.raises(Problem, match=r"m7\.pth.*video a.*m0\.pth"):
         open_member(tmp_path)
     (tmp_path / "m7.pth").rename(tmp_path / "other.pth")
     with pytest.raises(Problem, match="several models"):
@@ -534,16 +534,18 @@ def test_processes_keep_order_and_errors(tmp_path, monkeypatch):
 
 
 def test_processes_end_with_their_parent_and_on_ctrl_c(tmp_path):
-    code = textwrap.dedent(
-        """
-        import sys, time
-        from functools import partial
-        from rvos_nb.units import map_units
-        if __name__ == '__main__':
-            for u, e in map_units(eval, ["__import__('os').getpid(), open('%s/' + str(__import__('os').getpid()), 'w').close(), __import__('time').sleep(60)"] * 2, 'processes:2'): print(u, e)
-        """
-        % tmp_path
-    )
+    code = f"""
+import os, time
+from pathlib import Path
+from rvos_nb.units import map_units
+
+def sleep(folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(map_units(sleep, [{str(tmp_path)!r}] * 2, "processes:2"))
+"""
     (tmp_path / "main.py").write_text(code)
     for number, word in ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGKILL, "")):
         run = subprocess.Popen(

@@ -1,4 +1,5 @@
-"J, F, their statistics and the union of MeViS: golden cases, the definitions written out, and input that does not fit."
+"""J, F, their statistics and the union of MeViS:
+golden cases, the definitions written out, and input that does not fit."""
 
 import json
 from pathlib import Path

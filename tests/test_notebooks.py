@@ -1,5 +1,6 @@
-"""Every notebook, cell by cell, against the module that was exported from it: what is missing from the module shows, and
-coverage sees the package. Stage notebooks also run from their parameters cell alone, as a pipeline runs them."""
+"""Every notebook, cell by cell, against the module that was exported from it:
+what is missing from the module shows, and coverage sees the package.
+Stage notebooks also run from their parameters cell alone, as a pipeline runs them."""
 
 import json
 import os
@@ -18,7 +19,11 @@ STAGES = [
     )
 ]
 FLAGS = {"slow", "gpu", "data"} - set(os.environ.get("RVOS_FLAGS", "").split())
-IMPORT = "import importlib as _i; globals().update({{k: v for k, v in vars(_i.import_module('rvos_nb.{}')).items() if k[:2] != '__'}})"
+IMPORT = """
+import importlib as _importlib
+_names = vars(_importlib.import_module("rvos_nb.{}"))
+globals().update({{k: v for k, v in _names.items() if not k.startswith("__")}})
+"""
 
 
 def cells(path, from_parameters=False):

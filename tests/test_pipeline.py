@@ -1,6 +1,6 @@
-"Recipes: the winners' graph with tiny models, what is made again and what is not, faults that are named before anything runs, and kills."
+"""Recipes: the winners' graph with tiny models, what is made again and what is not,
+faults that are named before anything runs, and kills."""
 
-import json
 import os
 import shutil
 import signal
@@ -147,9 +147,8 @@ def test_a_second_run_starts_nothing(tiny, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     run("lsvos2023-tiny", tiny[0], dry=True)
     lines = capsys.readouterr().out.splitlines()
-    assert [l.split()[:5] for l in lines if l.startswith("final")] == [
-        ["final", "done", "2", "0", "0"]
-    ]
+    found = [line.split()[:5] for line in lines if line.startswith("final")]
+    assert found == [["final", "done", "2", "0", "0"]]
     assert {
         p: p.stat().st_mtime_ns for p in Path(tiny[0]["out"]).rglob("*") if p.is_file()
     } == before
@@ -243,15 +242,52 @@ def shapes(tmp_path_factory):
     return root
 
 
-P = {"data_dir": "{data}"}
-SMALL = {"name": 'small', "threads": 1, "paths": ['data', 'out', 'a', 'b'], "parameters": {"data": None, "out": None, "a": None, "b": None, "groups": 'pairs', "direction": 'both'}, "stages": [
-    {"name": 'a', "function": 'rvos_nb.pipeline:member', "parameters": P | {"source": '{a}', "out_dir": '{out}/a'}},
-    {"name": 'b', "function": 'rvos_nb.pipeline:member', "parameters": P | {"source": '{b}', "out_dir": '{out}/b'}},
-    {"name": 'swap', "function": 'rvos_nb.fuse:fuse', "link": '{out}/published', "parameters": P | {"member_dirs": ['{out}/a', '{out}/b'], "out_dir": '{out}/swap', "groups": '{groups}'}},
-    {"name": 'walk', "function": 'rvos_nb.propagate:propagate', "parameters": P | {"pred_dir": '{out}/swap', "out_dir": '{out}/walk', "direction": '{direction}'}},
-    {"name": 'final', "function": 'rvos_nb.fuse:fuse', "parameters": P | {"member_dirs": ['{out}/walk', '{out}/b'], "out_dir": '{out}/final'}},
-    {"name": 'score', "function": 'rvos_nb.pipeline:score', "when": {"masks": '{data}'}, "parameters": P | {"runs": {"walk": '{out}/walk', "final": '{out}/final'}, "out_dir": '{out}/scores'}},
-    {"name": 'submission', "function": 'rvos_nb.submit:submission', "parameters": P | {"pred_dir": '{out}/final', "zip_path": '{out}/submission.zip'}}]}  # fmt: skip
+def small_stage(name, function, parameters, **others):
+    "An entry of a recipe; every stage of this graph reads the same data."
+    return dict(
+        name=name, function=function, parameters={"data_dir": "{data}"} | parameters, **others
+    )
+
+
+SMALL_STAGES = [
+    small_stage("a", "rvos_nb.pipeline:member", {"source": "{a}", "out_dir": "{out}/a"}),
+    small_stage("b", "rvos_nb.pipeline:member", {"source": "{b}", "out_dir": "{out}/b"}),
+    small_stage(
+        "swap",
+        "rvos_nb.fuse:fuse",
+        {"member_dirs": ["{out}/a", "{out}/b"], "out_dir": "{out}/swap", "groups": "{groups}"},
+        link="{out}/published",
+    ),
+    small_stage(
+        "walk",
+        "rvos_nb.propagate:propagate",
+        {"pred_dir": "{out}/swap", "out_dir": "{out}/walk", "direction": "{direction}"},
+    ),
+    small_stage(
+        "final",
+        "rvos_nb.fuse:fuse",
+        {"member_dirs": ["{out}/walk", "{out}/b"], "out_dir": "{out}/final"},
+    ),
+    small_stage(
+        "score",
+        "rvos_nb.pipeline:score",
+        {"runs": {"walk": "{out}/walk", "final": "{out}/final"}, "out_dir": "{out}/scores"},
+        when={"masks": "{data}"},
+    ),
+    small_stage(
+        "submission",
+        "rvos_nb.submit:submission",
+        {"pred_dir": "{out}/final", "zip_path": "{out}/submission.zip"},
+    ),
+]
+SMALL = {
+    "name": "small",
+    "threads": 1,
+    "paths": ["data", "out", "a", "b"],
+    "parameters": dict.fromkeys(["data", "out", "a", "b"])
+    | {"groups": "pairs", "direction": "both"},
+    "stages": SMALL_STAGES,
+}
 ALL = [s["name"] for s in SMALL["stages"]]
 
 
@@ -292,7 +328,7 @@ def started(ends):
 
 def in_process(given, before=""):
     "The recipe in a process of its own, after some Python."
-    code = f"import json\n{before}\nfrom rvos_nb.pipeline import run\nrun(json.loads({json.dumps(json.dumps(SMALL))}), json.loads({json.dumps(json.dumps(given))}))"
+    code = f"{before}\nfrom rvos_nb.pipeline import run\nrun({SMALL!r}, {given!r})"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -343,17 +379,34 @@ def probe(folder):
         return str(e)
 
 
-@pytest.mark.parametrize("where", ["half", "all", "started"])
+KILLS = {
+    "half": """
+def clear_half(out):
+    shutil.rmtree(next((out / "Annotations").iterdir()))
+    os.kill(os.getpid(), 9)
+pipeline.clear = clear_half
+""",
+    "all": """
+clear = pipeline.clear
+def clear_all(out):
+    clear(out)
+    os.kill(os.getpid(), 9)
+pipeline.clear = clear_all
+""",
+    "started": """
+def die(*arguments):
+    os.kill(os.getpid(), 9)
+pipeline.run_stage_process = die
+""",
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
 def test_killed_while_stale_results_are_replaced(finished, undisturbed, where):
-    die = {
-        "half": "def f(out):\n    import shutil; shutil.rmtree(next((out/'Annotations').iterdir())); os.kill(os.getpid(), 9)\npipeline.clear = f",
-        "all": "old = pipeline.clear\ndef f(out): old(out); os.kill(os.getpid(), 9)\npipeline.clear = f",
-        "started": "def f(*a): os.kill(os.getpid(), 9)\npipeline.run_stage_process = f",
-    }[where]
     other = dict(finished, groups="none")
-    p = in_process(other, f"import os\nfrom rvos_nb import pipeline\n{die}")
-    p.communicate()
-    assert p.returncode == -signal.SIGKILL
+    killed = in_process(other, f"import os, shutil\nfrom rvos_nb import pipeline\n{KILLS[where]}")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert set(states(SMALL, other).values()) != {"done"}
     ends = run(SMALL, other)
     assert (
@@ -409,7 +462,7 @@ def test_other_key_frames_are_noticed(finished):
             e["index_info"]["class_index"] = 2 - e["index_info"]["class_index"]
     write_json(path, keys)
     assert stale(SMALL, finished) == {"walk", "final", "score", "submission"}
-    with pytest.raises(Problem, match="key_frame.json has changed since"):
+    with pytest.raises(Problem, match=r"key_frame\.json has changed since"):
         propagate(finished["data"], Path(finished["out"], "swap"), Path(finished["out"], "walk"))
 
 
@@ -472,9 +525,9 @@ def test_results_of_somebody_else_are_not_removed(small):
 def test_two_at_once(small):
     from rvos_nb.stage import locked
 
-    with locked(Path(small["out"], "_run")):
-        with pytest.raises(Problem, match="another run at work"):
-            run(SMALL, small)
+    busy = pytest.raises(Problem, match="another run at work")
+    with locked(Path(small["out"], "_run")), busy:
+        run(SMALL, small)
 
 
 # ---- what is named before anything runs
@@ -662,8 +715,8 @@ def test_a_recipe_that_extends_itself(tmp_path):
 
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
-    """A zip and a tree for two of three members: the graph goes on from them, with their own key
-    frames or none."""
+    """A zip and a tree for two of three members:
+    the graph goes on from them, with their own key frames or none."""
     from rvos_nb.submit import submission
 
     submission(shapes / "data", shapes / "a", tmp_path / "a.zip")

@@ -1,4 +1,5 @@
-"What a check finds in trees that are whole, hurt or strange; conversions of originals; and what the commands say."
+"""What a check finds in trees that are whole, hurt or strange;
+conversions of originals; and what the commands say."""
 
 import json
 import os
@@ -166,9 +167,17 @@ def test_files_are_looked_into(tree, capsys, layout, file, damage):
     assert code == 1 and file in said.out and "missing or odd" in said.out and said.err == ""
 
 
+def put_segmentation(listing, value):
+    listing["annotations"][1]["segmentation"] = value
+
+
+def put_code(listing, value):
+    listing["1"][1] = value
+
+
 def test_masks_are_looked_into(tree, capsys):
-    """A code that is none, a short one, one for a picture of another size, no polygon; in both
-    layouts that keep masks in JSON."""
+    """A code that is none, a short one, one for a picture of another size, no polygon;
+    in both layouts that keep masks in JSON."""
     for odd in (
         None,
         7,
@@ -182,18 +191,14 @@ def test_masks_are_looked_into(tree, capsys):
         {"size": [48, 72], "counts": [3455]},
     ):
         for layout, file, put in (
-            (
-                "refcoco",
-                "refcocog/instances_refcocog_val.json",
-                lambda listing: listing["annotations"][1].update(segmentation=odd),
-            ),
-            ("mevis", "valid_u/mask_dict.json", lambda listing: listing["1"].__setitem__(1, odd)),
+            ("refcoco", "refcocog/instances_refcocog_val.json", put_segmentation),
+            ("mevis", "valid_u/mask_dict.json", put_code),
         ):
             if layout == "mevis" and odd is None:
                 continue  # the object is absent there
             root = tree(layout)
             listing = json.loads((root / file).read_text())
-            put(listing)
+            put(listing, odd)
             (root / file).write_text(json.dumps(listing))
             code, said = command(root, capsys)
             assert code == 1 and file in said.out and said.out.count("missing or odd") == 1, (
@@ -335,12 +340,13 @@ def davis(tree, tmp_path):
 def test_davis_from_the_archives(davis, capsys):
     root, known = davis
     originals = files(root)
+    first = None
     for _ in range(2):
         code, said = command(root, capsys, "prepare", "ref-davis17")
         assert code == 0 and said.err == "" and said.out.count("2 videos") == 2
         after = files(root)
-        again = after if _ == 0 else again
-        assert after == again and {k: v for k, v in after.items() if k in originals} == originals
+        first = first or after
+        assert after == first and {k: v for k, v in after.items() if k in originals} == originals
     for split in ("train", "valid"):
         ours, theirs = open_dataset(root, split), open_dataset(known, split)
         assert (
@@ -378,10 +384,15 @@ def test_davis_lines_that_are_odd_cost_themselves(davis, capsys):
     root, known = davis
     text = root / f"davis_text_annotations/{DAVIS_TEXTS[2]}.txt"
     whole = text.read_bytes()
-    text.write_bytes(
-        whole
-        + b'\na dog\nvalid-easy-00000 1 ""\nvalid-easy-00000 1 "again"\nvalid-easy-00000 0 "it"\nnobody 1 "it"\n../x 1 "it"\n'
-    )
+    odd = [
+        "a dog",
+        'valid-easy-00000 1 ""',
+        'valid-easy-00000 1 "again"',
+        'valid-easy-00000 0 "it"',
+        'nobody 1 "it"',
+        '../x 1 "it"',
+    ]
+    text.write_bytes(whole + "\n".join(["", *odd, ""]).encode())
     code, said = command(root, capsys, "prepare", "ref-davis17")
     assert (
         code == 1
@@ -401,7 +412,7 @@ def test_davis_lines_that_are_odd_cost_themselves(davis, capsys):
 
 
 def test_davis_categories(davis, capsys):
-    root, known = davis
+    root, _ = davis
     path = root / "DAVIS/davis_semantics.json"
     videos = ["valid-easy-00000", "valid-easy-00001", "train-easy-00000", "train-easy-00001"]
     path.write_text(json.dumps({v: {"1": "dog", "2": "cat"} for v in videos}))
@@ -516,7 +527,7 @@ def refer(root, name="refcocog", by="umd"):
 
 def test_refcoco_from_the_toolkit(tree, whole, capsys):
     root = tree("refcoco")
-    refs, annotations = refer(root)
+    refer(root)
     for _ in range(2):
         code, said = command(root, capsys, "prepare", "refcoco")
         assert code == 0 and said.out.count("sentences") == 3
@@ -756,6 +767,7 @@ def test_jhmdb_from_the_archive(tree, capsys):
     longer(root, "test-easy-00000", 40, 25)
     longer(root, "test-easy-00001", 9, 1)
     originals = files(root)
+    first = None
     for _ in range(2):
         code, said = command(root, capsys, "prepare", "jhmdb-sentences")
         assert (
@@ -765,9 +777,9 @@ def test_jhmdb_from_the_archive(tree, capsys):
             and f"seed {JHMDB_SEED}" in said.out
         )
         after = files(root)
-        again = after if _ == 0 else again
+        first = first or after
         assert (
-            after == again
+            after == first
             and {k: v for k, v in after.items() if k in originals} == originals
             and set(after) - set(originals) == {JHMDB_LISTS[1]}
         )
@@ -892,16 +904,14 @@ def test_jhmdb_lines_and_masks_that_are_odd(tree, capsys):
 def test_ytvos_for_uninext(tree, capsys):
     root = tree("ref-youtube-vos")
     originals = files(root)
+    first = None
     for _ in range(2):
         code, said = command(root, capsys, "prepare", "ref-youtube-vos")
-        assert (
-            code == 0
-            and said.err == ""
-            and {k: v for k, v in files(root).items() if k not in ("valid.json", "test.json")}
-            == originals
-        )
-        again = files(root) if _ == 0 else again
-        assert files(root) == again
+        assert code == 0 and said.err == ""
+        after = files(root)
+        first = first or after
+        assert after == first
+        assert {k: v for k, v in after.items() if k not in ("valid.json", "test.json")} == originals
     for split in ("valid", "test"):
         made, data = json.loads((root / f"{split}.json").read_text()), open_dataset(root, split)
         assert set(made) == {"videos", "categories"} and [

@@ -20,9 +20,9 @@ from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
 from rvos_nb.propagate import How, propagate, propagate_clip, propagate_vos, walk
-from rvos_nb.vos.aot import AOT, VARIANTS
+from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 from rvos_nb.vos.memory import AOTPropagator
-from rvos_nb.vos.propagator import Augmented, Propagator, Track, sweep
+from rvos_nb.vos.propagator import Augmented, Propagator, Track, walk_tracks
 
 
 class Shift(Propagator):
@@ -41,8 +41,8 @@ class Shift(Propagator):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A data set of two videos, five frames each, and a run of true masks with the key frame in the
-    middle."""
+    """A data set of two videos, five frames each,
+    and a run of true masks with the key frame in the middle."""
     root = tmp_path_factory.mktemp("propagate")
     refshapes.write(root / "data", "valid", "easy", videos=2, seed=3, frames=5, size=(64, 96))
     data, keys = open_dataset(root / "data", "valid"), {}
@@ -199,7 +199,7 @@ def test_unusable_inputs(root):
     with pytest.raises(Problem, match="another form"):
         propagate(root / "data", root / "run", root / "out", Shift())
     (root / "run" / "key_frame.json").unlink()
-    with pytest.raises(Problem, match="key_frame.json"):
+    with pytest.raises(Problem, match=r"key_frame\.json"):
         propagate(root / "data", root / "run", root / "out", Shift())
     propagate_from = root / "empty"
     propagate_from.mkdir()
@@ -212,7 +212,7 @@ def test_unusable_inputs(root):
 def tiny():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AOT(VARIANTS["aot-tiny"]).eval()
+        return AOT(AOT_VARIANTS["aot-tiny"]).eval()
 
 
 @pytest.mark.parametrize("version", ["clean", "challenge"])
@@ -275,7 +275,7 @@ def test_any_frame_size(tiny, size):
 
 def test_mask_token_is_optional_and_the_rest_is_strict(tiny):
     tiny.load_state_dict(tiny.state_dict() | {"LSTT.mask_token": torch.zeros(1, 1, 64)})
-    with pytest.raises(RuntimeError, match="missing|Missing"):
+    with pytest.raises(RuntimeError, match=r"missing|Missing"):
         tiny.load_state_dict({k: v for k, v in tiny.state_dict().items() if "id_bank" not in k})
 
 
@@ -300,15 +300,15 @@ class Eye(AOT):
     ids=str,
 )
 def test_together_is_one_by_one(root, options):
-    """Sentences with key frames all over the video: the same PNGs in company as alone, and each
-    frame is encoded once a direction."""
+    """Sentences with key frames all over the video:
+    the same PNGs in company as alone, and each frame is encoded once a direction."""
     data, keys = open_dataset(root / "data", "valid"), {}
     for v in data.videos:
         keys[v] = {e.id: i % 5 for i, e in enumerate(data.expressions[v])}
     write_json(root / "run" / "key_frame.json", as_json(keys))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Eye(VARIANTS["aot-tiny"])
+        model = Eye(AOT_VARIANTS["aot-tiny"])
     seen = {}
     for most in (1, 3, 99):
         Eye.seen = 0
@@ -322,8 +322,8 @@ def test_together_is_one_by_one(root, options):
 
 
 def test_a_company_fails_one_by_one(root, tiny):
-    """The last frame is broken. Forward only, the sentences that start there need no other frame,
-    and are done all the same."""
+    """The last frame is broken. Forward only,
+    the sentences that start there need no other frame, and are done all the same."""
     (v, e, frames), *others = [u for u in units(root) if u[0] == units(root)[0][0]]
     p = root / "run" / "key_frame.json"
     keys = json.loads(p.read_text())
@@ -403,8 +403,8 @@ def test_views_need_forks(root):
 
 
 def test_bounded_memory(tiny):
-    """With a limit of three frames the memory holds three however long the clip, the reference
-    among them."""
+    """With a limit of three frames the memory holds three however long the clip,
+    the reference among them."""
     film = list(scenes.scene(1, "easy", frames=14, size=(48, 64)).frames)
     labels = np.zeros((48, 64), np.uint8)
     labels[10:30, 10:40] = 1
@@ -470,8 +470,8 @@ def test_more_objects_than_one_engine_holds(clip, tmp_path, tiny):
     ],
 )
 def test_a_long_film_is_read_in_pieces(clip, tmp_path, tiny, version, options):
-    """A video file, walked backwards from its last frame, and the folder of its decoded frames: the
-    same PNGs."""
+    """A video file, walked backwards from its last frame,
+    and the folder of its decoded frames: the same PNGs."""
     write_video(
         tmp_path / "film.mp4",
         (f for _ in range(6) for f in read_video(open_clip(clip / "clip"))),
@@ -524,15 +524,15 @@ def test_a_clip_with_a_fault_writes_nothing(clip, tmp_path, spoil, words):
 
 
 def test_references_in_mid_clip(tiny):
-    """A second object at frame 3 is a new reference: what follows is what the engine gives when
-    told so by hand."""
+    """A second object at frame 3 is a new reference:
+    what follows is what the engine gives when told so by hand."""
     film = list(scenes.scene(4, "easy", frames=6, size=(64, 96)).frames)
     first, second = np.zeros((64, 96), np.uint8), np.zeros((64, 96), np.uint8)
     first[5:30, 5:40] = 1
     second[30:60, 50:90] = 2
     found = {
         t: m
-        for _, t, m in sweep(
+        for _, t, m in walk_tracks(
             [Track(AOTPropagator(tiny, gap=2), {0: first, 3: second})], enumerate(film)
         )
     }
@@ -558,8 +558,8 @@ def test_views_in_their_published_order(tiny):
 
 
 def test_a_benchmark_of_masks(tmp_path, tiny):
-    """YouTube-VOS with the truth of all frames on disk: an object is shown in its first frame only,
-    and what is done and undone again is the same."""
+    """YouTube-VOS with the truth of all frames on disk:
+    an object is shown in its first frame only, and what is done and undone again is the same."""
     scene = scenes.scene(5, "easy", frames=6, size=(48, 64))
     labels = scene.labels.copy()
     late = int(labels[3].max())
@@ -590,7 +590,7 @@ def test_a_benchmark_of_masks(tmp_path, tiny):
         for t in {*first.values()}
     }
     assert first[late] == 3 and 0 in given
-    for _, t, m in sweep(
+    for _, t, m in walk_tracks(
         [Track(AOTPropagator(tiny), given)],
         enumerate(read_video(open_clip(folder / "JPEGImages" / "a"))),
     ):

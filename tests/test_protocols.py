@@ -112,15 +112,15 @@ def test_davis(model, tmp_path, annotators):
     report, lines = run(root, tmp_path / "out", model, protocol="davis", clip_length=2)
     data = open_dataset(root)
     assert not report.failed and lines.count("anno_") == annotators and "mean" in lines
-    for v, video in data.videos.items():
+    for v in data.videos:
         for a in range(annotators):
             maps = sorted((tmp_path / f"out/valid/anno_{a}" / v).iterdir())
             assert [p.name for p in maps] == [f"{t:05d}.png" for t in range(5)]
             assert Image.open(maps[0]).getpalette() == list(PALETTE)
             each = [e for e in data.expressions[v] if int(e.id) % annotators == a]
             claims = []
-            for e in each:  # the rule of chapter 05a2, with all planes in memory
-                arrays, info = candidates.load_candidates(
+            for e in each:  # the rule of `protocols`, with all planes in memory
+                arrays, _ = candidates.load_candidates(
                     tmp_path / f"out/candidates/{v}/{e.id}.safetensors"
                 )
                 p = (
@@ -244,7 +244,7 @@ def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     root = tree("jhmdb-sentences")
     shutil.rmtree(root / "Rename_Images/easy/test-easy-00000")
     (root / "puppet_mask/easy/test-easy-00001/puppet_mask.mat").write_bytes(b"no Matlab file")
-    with pytest.raises(Problem, match="puppet_mask.mat"):
+    with pytest.raises(Problem, match=r"puppet_mask\.mat"):
         run(root, tmp_path / "out", model)
     assert sorted(p.name for p in (tmp_path / "out/results").iterdir()) == ["test-easy-00001.json"]
     root = tree("refcoco")
@@ -712,10 +712,12 @@ class Toy(Referring):
         return Candidates(x, x.amax((2, 3)), torch.zeros(*x.shape[:2], 4), size)
 
     def respond(self, frames, texts, at=0, **sizes):
-        grey, q, n = torch.as_tensor(frames[at]).float().mean(-1)[::4, ::4], torch.linspace(-20, 20, 5), len(texts)
+        grey = torch.as_tensor(frames[at]).float().mean(-1)[::4, ::4]
+        q, n = torch.linspace(-20, 20, 5), len(texts)
         x = (grey - grey.mean())[None] + q[:, None, None]
         size = frames.shape[1:3]
-        return Responses((q / 20).sigmoid().expand(n, 5), x.expand(n, *x.shape), torch.full((n, 5, 4), .5), size, size)
+        probabilities, boxes = (q / 20).sigmoid().expand(n, 5), torch.full((n, 5, 4), .5)
+        return Responses(probabilities, x.expand(n, *x.shape), boxes, size, size)
 
 out, kill, flush, seen = Path(sys.argv[2]), sys.argv[3], files._flush, []
 def die(p):
@@ -753,11 +755,12 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
         and lines == ""
         and not list(tmp_path.rglob("anno_*"))
     )
-    for e in ("../x", "first"):
-        edit(
-            root / "meta_expressions/valid/meta_expressions.json",
-            lambda found: found["videos"]["easy-00000"]["expressions"].update({e: {"exp": "it"}}),
-        )
+
+    def add_odd_names(listing):
+        expressions = listing["videos"]["easy-00000"]["expressions"]
+        expressions |= {"../x": {"exp": "it"}, "first": {"exp": "it"}}
+
+    edit(root / "meta_expressions/valid/meta_expressions.json", add_odd_names)
     shutil.rmtree(root / "valid/JPEGImages")
     shutil.copytree(write_davis(tmp_path / "again") / "valid/JPEGImages", root / "valid/JPEGImages")
     report, lines = run(root, tmp_path / "out", Bright())

@@ -1,4 +1,5 @@
-"RefShapes: every sentence is true of one object only, the written bytes repeat, bad arguments are refused."
+"""RefShapes: every sentence is true of one object only,
+the written bytes repeat, bad arguments are refused."""
 
 import hashlib
 

@@ -1,4 +1,5 @@
-"""The SAM 2 family behind the protocol: small random trackers of all four kinds, against transformers' own walk over a whole clip."""
+"""The SAM 2 family behind the protocol:
+small random trackers of all four kinds, against transformers' own walk over a whole clip."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
 from rvos_nb.models.zoo import foreign_family
-from rvos_nb.vos.sam2 import NAMES, SamPropagator, load_sam, small_config, small_tracker
+from rvos_nb.vos.sam2 import NAMES, SamPropagator, load_sam, small_sam_config, small_tracker
 
 KINDS = ("sam2", "sam2.1", "edgetam", "sam3")
 SCENE = scenes.scene(3, "easy", frames=8, size=(48, 72))
@@ -67,8 +68,8 @@ def whole_session(tracker, labels, key, reverse):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_is_what_a_whole_session_says(kind, trackers):
-    """Frame by frame, with the past forgotten, both directions give the logits of a session that
-    holds everything."""
+    """Frame by frame, with the past forgotten,
+    both directions give the logits of a session that holds everything."""
     tracker, key = trackers[kind], 3
     for frames, reverse in ((FRAMES[key:], False), (FRAMES[key::-1], True)):
         theirs = whole_session(tracker, LABELS[key], key, reverse)
@@ -199,7 +200,7 @@ def test_walk_in_both_directions(trackers):
 
 
 def test_sentences_share_what_is_seen(trackers, monkeypatch):
-    from rvos_nb.vos.propagator import Augmented, Track, sweep
+    from rvos_nb.vos.propagator import Augmented, Track, walk_tracks
 
     tracker, calls = trackers["edgetam"], []
     monkeypatch.setattr(
@@ -209,13 +210,14 @@ def test_sentences_share_what_is_seen(trackers, monkeypatch):
     )
     given = [{0: BLOCK}, {2: np.roll(BLOCK, 20, 1)}]
     both = {
-        (i, t): m for i, t, m in sweep([Track(tracker.fork(), g) for g in given], enumerate(FRAMES))
+        (i, t): m
+        for i, t, m in walk_tracks([Track(tracker.fork(), g) for g in given], enumerate(FRAMES))
     }
     assert len(calls) == len(FRAMES)
     for i, g in enumerate(given):
         assert all(
             np.array_equal(m, both[i, t])
-            for _, t, m in sweep([Track(tracker.fork(), g)], enumerate(FRAMES))
+            for _, t, m in walk_tracks([Track(tracker.fork(), g)], enumerate(FRAMES))
         )
     flipped = track(Augmented(tracker, (1.0,), True), FRAMES[:3], BLOCK)
     assert flipped[-1].shape == (2, 48, 72) and not torch.equal(
@@ -277,7 +279,7 @@ def test_the_tracker_of_a_whole_sam3(tmp_path):
     from transformers import Sam3VideoConfig, Sam3VideoModel
 
     tracker, stack = (
-        small_config("sam3"),
+        small_sam_config("sam3"),
         {"hidden_size": 128, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     )
     text = {

@@ -1,4 +1,5 @@
-"The search for a rule: counts against masks, no look at the videos that are scored, luck is not reported as gain, and what it takes over is what it scored."
+"""The search for a rule: counts against masks, no look at the videos that are scored,
+luck is not reported as gain, and what it takes over is what it scored."""
 
 import json
 from dataclasses import replace
@@ -47,8 +48,8 @@ def ballots_of(root, members, split="valid"):
 
 
 class Member:
-    """A member in memory: `says(video, expression) -> (T, H, W) bool`, and scores where it is asked
-    for some."""
+    """A member in memory: `says(video, expression) -> (T, H, W) bool`,
+    and scores where it is asked for some."""
 
     def __init__(self, name, says, scores=None):
         self.where, self.name, self.says, self.sure = Path(name), name, says, scores
@@ -171,8 +172,8 @@ def test_patterns_decide_exactly_as_pixels(data, members):
 
 
 def test_a_last_group_of_one_and_an_unusable_expression(tmp_path):
-    """Leftovers keep their own rule, and a sentence that cannot be used keeps its place in the
-    pairing."""
+    """Leftovers keep their own rule,
+    and a sentence that cannot be used keeps its place in the pairing."""
     refshapes.write(tmp_path / "data", "valid", "easy", videos=1, seed=3, frames=2, size=SIZE)
     path = tmp_path / "data/meta_expressions/valid/meta_expressions.json"
     listing = json.loads(path.read_text())
@@ -217,53 +218,47 @@ def test_the_enemy_is_silenced_and_the_gain_is_clear(ballots):
 
 
 def test_every_video_is_scored_by_a_setting_that_never_saw_it(data, ballots):
-    """In the videos of one fold the best member becomes an enemy: what is chosen for that fold
-    stays, what is chosen for others does not."""
+    """In the videos of one fold the best member becomes an enemy:
+    what is chosen for that fold stays, what is chosen for others does not."""
     found, videos = search(ballots), ballots.videos()[0]
     fold = dict(zip(videos, deal(videos, 5)))
+
+    def poison(m, k):
+        return lambda v, i: ~m.says(v, i) if fold[v] == k else m.says(v, i)
+
     for k in range(5):
-
-        def poisoned(m):
-            return lambda v, i: ~m.says(v, i) if fold[v] == k else m.says(v, i)
-
-        spoilt = search(ballots_of(data.root, [Member(m.name, poisoned(m)) for m in five(data)]))
+        members = [Member(m.name, poison(m, k)) for m in five(data)]
+        spoilt = search(ballots_of(data.root, members))
         assert spoilt.chosen[k] == found.chosen[k] and spoilt.best[k] == found.best[k]
         assert (
             spoilt.scores["tuned"][found.fold == k].mean()
             < 0.5
             < found.scores["tuned"][found.fold == k].mean()
         )  # the poison did reach the score
-    other = search(
-        ballots_of(
-            data.root,
-            [
-                Member(
-                    m.name,
-                    lambda v, i, m=m: (
-                        ~m.says(v, i) if fold[v] != 0 and m.name == "good" else m.says(v, i)
-                    ),
-                )
-                for m in five(data)
-            ],
-        )
-    )
+
+    def poison_the_good(m):
+        return lambda v, i: ~m.says(v, i) if fold[v] != 0 and m.name == "good" else m.says(v, i)
+
+    members = [Member(m.name, poison_the_good(m)) for m in five(data)]
+    other = search(ballots_of(data.root, members))
     assert other.chosen[0] != found.chosen[0]
 
 
 def test_luck_is_not_called_a_gain(data):
-    """Members that change their seats in every video: nothing can be learnt, and held out nothing
-    is gained on average."""
+    """Members that change their seats in every video:
+    nothing can be learnt, and held out nothing is gained on average."""
     gains = []
+
+    def seat(m, seed):
+        def says(v, i):
+            order = seeded(seed, v).permutation(5)
+            return five(data)[order[m]].says(v, i)
+
+        return Member(f"seat{m}", says)
+
     for seed in range(6):
-
-        def seat(m):
-            def who(v):
-                return five(data)[seeded(seed, v).permutation(5)[m]]
-
-            return Member(f"seat{m}", lambda v, i: who(v).says(v, i))
-
         found = search(
-            ballots_of(data.root, [seat(m) for m in range(5)]),
+            ballots_of(data.root, [seat(m, seed) for m in range(5)]),
             Setting((1,) * 5, rule=Rule(groups="objects")),
         )
         gains.append(found.gain().mean)
@@ -272,8 +267,8 @@ def test_luck_is_not_called_a_gain(data):
 
 
 def test_masks_of_other_videos_are_worth_nothing(data):
-    """True masks under wrong names: whatever is chosen stays near nothing, and no member is better
-    than another."""
+    """True masks under wrong names: whatever is chosen stays near nothing,
+    and no member is better than another."""
     names = [(e.video, e.id) for e in data]
     by_id = {(e.video, e.id): e for e in data}
 

@@ -1,4 +1,5 @@
-"""The stage contract on real runs: what one bad file costs, and a run killed in the middle ends in the bytes of an undisturbed one."""
+"""The stage contract on real runs:
+what one bad file costs, and a run killed in the middle ends in the bytes of an undisturbed one."""
 
 import errno
 import json
@@ -81,7 +82,7 @@ def empty_sentence(data):
 
 
 def climbing_id(data):
-    edit(data, lambda v: v.update({"../x": v[list(v)[0]]}))
+    edit(data, lambda v: v.update({"../x": v[next(iter(v))]}))
     return "meta_expressions.json", "../x"
 
 
@@ -184,9 +185,18 @@ def test_results_of_another_run_are_not_taken_for_done(clean, tmp_path):
 
 
 RUNS = {
-    "predict": "from rvos_nb.predict import predict; predict({data!r}, {out!r}).check()",
-    "propagate": "from rvos_nb.propagate import propagate; propagate({data!r}, {pred!r}, {out!r}).check()",
-    "fuse": "from rvos_nb.fuse import fuse; fuse({data!r}, [{pred!r}, {pred!r}], {out!r}).check()",
+    "predict": """
+from rvos_nb.predict import predict
+predict({data!r}, {out!r}).check()
+""",
+    "propagate": """
+from rvos_nb.propagate import propagate
+propagate({data!r}, {pred!r}, {out!r}).check()
+""",
+    "fuse": """
+from rvos_nb.fuse import fuse
+fuse({data!r}, [{pred!r}, {pred!r}], {out!r}).check()
+""",
 }
 
 
@@ -197,7 +207,9 @@ from pathlib import Path
 from rvos_nb import files
 flush = files._flush
 def die(p):
-    if p.parent.name.startswith('.tmp-') and list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*')): os.kill(os.getpid(), signal.SIGKILL)
+    whole_units = list(Path({out!r}, 'Annotations').glob('[!.]*/[!.]*'))
+    if p.parent.name.startswith('.tmp-') and whole_units:
+        os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
 files._flush = die
 """

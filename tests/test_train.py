@@ -113,8 +113,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_learning_rates(name):
-    """Rates of encoder, transformer and identity bank as recorded at ten steps; a rate of 0 is a
-    bank that gets no gradient."""
+    """Rates of encoder, transformer and identity bank as recorded at ten steps;
+    a rate of 0 is a bank that gets no gradient."""
     from torch import nn
 
     from rvos_nb.train.recipe import read_recipe
@@ -142,12 +142,12 @@ def test_published_learning_rates(name):
 def test_published_weight_decay():
     from rvos_nb.train.recipe import read_recipe
     from rvos_nb.train.schedule import optimizer_for
-    from rvos_nb.vos.aot import AOT, VARIANTS
+    from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 
     wanted = json.loads(
         str(np.load(GOLDEN / "vos" / "train_loss_aotl.npz", allow_pickle=False)["meta"])
     )["weight_decay"]
-    model = AOT(VARIANTS["r50_aotl"])
+    model = AOT(AOT_VARIANTS["r50_aotl"])
     optimizer = optimizer_for(model, read_recipe("train-aot-ytb-dav").tuning)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {n: decay[id(model.get_parameter(n))] for n in wanted} == wanted
@@ -353,7 +353,7 @@ def test_sequences_of_odd_footage(seed, tmp_path):
                 y, x = (int(rng.integers(m)) for m in (h, w))
                 labels[max(y - 12, 0) : y + 12, max(x - 12, 0) : x + 12] = k
             labels[:2] = 255
-            for name, ext in (("JPEGImages", "jpg"), ("Annotations", "png")):
+            for name in ("JPEGImages", "Annotations"):
                 (tmp_path / name / str(v)).mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).convert(
                 "L" if v else "RGB"
@@ -400,7 +400,7 @@ def test_damaged_training_pictures_are_named(tmp_path):
     for name in ("0", "2"):
         for ext in ("jpg", "png"):
             (tmp_path / f"pictures/{name}.{ext}").unlink()
-    with pytest.raises(Problem, match="1.jpg"):
+    with pytest.raises(Problem, match=r"1\.jpg"):
         Stills(1, [str(tmp_path / "pictures")], size=(32, 48)).batch(0, 0)
 
 
@@ -436,12 +436,12 @@ def test_resume_equals_undisturbed(recipe, tmp_path):
 
 def test_workers_change_nothing():
     from rvos_nb.data.clips import Draw, Stream
-    from rvos_nb.train.loop import batches_from
+    from rvos_nb.train.loop import draw_batches
 
     stream = Stream(
         "refer", 3, [Draw(3, clips=2, size=(32, 48)), Draw(2, frames=2, clips=1, size=(32, 48))]
     )
-    here, there = list(batches_from(stream, 1)), list(batches_from(stream, 1, workers=1))
+    here, there = list(draw_batches(stream, 1)), list(draw_batches(stream, 1, workers=1))
     assert len(here) == len(there) == 4
     for a, b in zip(here, there):
         assert a.texts == b.texts and (a.frames == b.frames).all() and (a.masks == b.masks).all()
@@ -465,14 +465,14 @@ def test_damaged_or_foreign_checkpoint(tmp_path):
 
 def test_loss_that_explodes_is_named(tmp_path):
     from rvos_nb.data.clips import Stream
-    from rvos_nb.train.loop import Trainer, batches_from
+    from rvos_nb.train.loop import Trainer, draw_batches
     from rvos_nb.train.recipe import read_recipe
 
     trainer = Trainer(read_recipe(AOT), "cpu")
     with torch.no_grad():
         next(trainer.task.model.parameters()).fill_(float("nan"))
     with pytest.raises(Problem, match="finite"):
-        trainer.one_step(next(batches_from(Stream("sequence", 0, trainer.recipe.stages), 0)))
+        trainer.one_step(next(draw_batches(Stream("sequence", 0, trainer.recipe.stages), 0)))
 
 
 @pytest.mark.parametrize(

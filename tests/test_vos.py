@@ -14,7 +14,7 @@ from rvos_nb.vos.attention import NearbySearch, attend, attend_wide
 from rvos_nb.vos.deaot import DeAOT
 from rvos_nb.vos.memory import AOTEngine, Memory, forward_sequence
 
-FAMILIES = [(AOT, aot.VARIANTS["aot-tiny"]), (DeAOT, deaot.VARIANTS["deaot-tiny"])]
+FAMILIES = [(AOT, aot.AOT_VARIANTS["aot-tiny"]), (DeAOT, deaot.DEAOT_VARIANTS["deaot-tiny"])]
 both = pytest.mark.parametrize("cls, config", FAMILIES, ids=["aot", "deaot"])
 
 
@@ -199,11 +199,11 @@ def test_a_checkpoint_comes_back(cls, config, tmp_path):
 
 @pytest.mark.parametrize(
     "cls, name",
-    [(AOT, n) for n in aot.VARIANTS if "swin" not in n]
-    + [(DeAOT, n) for n in deaot.VARIANTS if "swin" not in n],
+    [(AOT, n) for n in aot.AOT_VARIANTS if "swin" not in n]
+    + [(DeAOT, n) for n in deaot.DEAOT_VARIANTS if "swin" not in n],
 )
 def test_every_variant_can_be_built(cls, name):
-    config = (aot.VARIANTS | deaot.VARIANTS)[name]
+    config = (aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name]
     with torch.device("meta"):
         model = cls(config)
     model.load_state_dict(

@@ -1,4 +1,5 @@
-"""Checkpoints that are wrong in every way we could think of: each is refused with one line that names the fault."""
+"""Checkpoints that are wrong in every way we could think of:
+each is refused with one line that names the fault."""
 
 import json
 import shutil
@@ -242,8 +243,8 @@ def test_propagators_have_them_too(tmp_path):
     from rvos_nb.vos import aot, deaot
 
     for cls, config in (
-        (aot.AOT, aot.VARIANTS["aot-tiny"]),
-        (deaot.DeAOT, deaot.VARIANTS["deaot-tiny"]),
+        (aot.AOT, aot.AOT_VARIANTS["aot-tiny"]),
+        (deaot.DeAOT, deaot.DEAOT_VARIANTS["deaot-tiny"]),
     ):
         model = cls(config)
         model.save_pretrained(tmp_path / cls.__name__)
@@ -316,11 +317,7 @@ def test_asked_and_not_given(cache, monkeypatch):
         (RepositoryNotFoundError("404", response=MagicMock(headers={})), "check the name"),
         (ConnectionError("no route"), "no route"),
     ):
-
-        def fail(*a, **k):
-            raise error
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", MagicMock(side_effect=error))
         refused("somebody/tiny", "somebody/tiny", said, online=True)
 
 
@@ -396,5 +393,5 @@ def test_parameters_are_those_of_the_table(name):
 def test_listing_of_one_family():
     text = zoo.list_published(zoo.published_models("AOT"))
     assert "r50-aotl" in text and "deaott" not in text and "BSD-3-Clause" in text
-    with pytest.raises(Problem, match="one of .*mutr"):
+    with pytest.raises(Problem, match=r"one of .*mutr"):
         zoo.published_models("yolo")

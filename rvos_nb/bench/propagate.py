@@ -226,7 +226,7 @@ def walker(
 ) -> AOTPropagator:
     "A propagator with drawn weights."
     torch.manual_seed(0)
-    model = cls(replace((aot.VARIANTS | deaot.VARIANTS)[name], **changes)).eval()
+    model = cls(replace((aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name], **changes)).eval()
     return AOTPropagator(
         as_published(model) if published else model, max_memory_frames=max_memory_frames
     )
@@ -344,7 +344,7 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
     found = []
     for title, (cls, name, _) in MODELS.items():
         torch.manual_seed(0)
-        model, memories = cls((aot.VARIANTS | deaot.VARIANTS)[name]).LSTT.eval(), {}
+        model, memories = cls((aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name]).LSTT.eval(), {}
         f, e = torch.randn(1, 256, 31, 54), torch.randn(1, 31 * 54, 256)
         with torch.inference_mode():
             own = [layer.remember(s, e) for layer, s in zip(model.layers, model(f, identity=e)[1])]

@@ -92,7 +92,7 @@ def windows(x: Tensor, window: tuple) -> Tensor:
 
 
 def naive_block(
-    self: video_swin.Block,
+    self: video_swin.SwinBlock,
     x: Tensor,  # (B, T, h, w, C)
 ) -> Tensor:  # the same
     "`Block.forward` with all weights of all windows at once."
@@ -194,7 +194,7 @@ def naive(model: ReferFormer):
     with ExitStack() as stack:
         for where, name, new in (
             (attention.Attention, "forward", naive_attention),
-            (video_swin.Block, "forward", naive_block),
+            (video_swin.SwinBlock, "forward", naive_block),
             (deform_attn, "ms_deform_attn", naive_deform_attn),
             (referring, "dynamic_mask_head", naive_mask_head),
             (pieces, "piece_size", lambda device: 1 << 40),

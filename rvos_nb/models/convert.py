@@ -20,7 +20,7 @@ from ..files import whole_folder
 from . import zoo
 from .backbones import recognise_backbone
 from .family import all_facts, available_families, find_family, recognise_family
-from .files import Published, read_pickle, sort_out
+from .files import Published, read_pickle, split_published
 from .text import ROBERTA_BASE, tokenizer_from
 
 # %% ../../nbs/03t_models.convert.ipynb #493629b0
@@ -221,7 +221,7 @@ def check_output(
 # %% ../../nbs/03t_models.convert.ipynb #d360f315
 def describe(
     file: Path,
-    published: Published,  # of `files.sort_out`
+    published: Published,  # of `files.split_published`
     found: Recognised,
 ) -> dict:
     "What the card of a converted checkpoint says of where it comes from."
@@ -243,7 +243,7 @@ def convert(
 ) -> Converted:
     """Turn a published checkpoint into a folder that `zoo.load` reads; every fault is a Problem,
     and then no folder appears."""
-    out, published = check_output(out, force), sort_out(read_pickle(file), file)
+    out, published = check_output(out, force), split_published(read_pickle(file), file)
     found = recognise(published.tensors, published.options, model, file)
     record = find_family(found.family)
     config = zoo.read_config(record.config, found.config, file)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'KEYS', 'AVERAGES', 'NOISE', 'NumberKind', 'number', 'only_allowed', 'strange', 'refusal', 'read_pickle',
-           'noise', 'Published', 'sort_out', 'read_published']
+           'noise', 'Published', 'split_published', 'read_published']
 
 # %% ../../nbs/03a_models.files.ipynb #57213f55
 import re
@@ -179,7 +179,7 @@ class Published:
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
 
 
-def sort_out(
+def split_published(
     file,  # of `read_pickle`
     where="file",  # what to name in an error
 ) -> Published:
@@ -222,4 +222,4 @@ def sort_out(
 def read_published(path) -> dict[str, Tensor]:
     """The tensors of a published `.pth` file by their published names, without running code; raises
     `Problem`."""
-    return sort_out(read_pickle(path), path).tensors
+    return split_published(read_pickle(path), path).tensors

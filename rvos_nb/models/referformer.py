@@ -35,7 +35,7 @@ from rvos_nb.models.text import (
     TextEncoder,
     roberta_options,
     sine_position_1d,
-    small_config,
+    small_text_config,
 )
 
 # %% ../../nbs/03f_models.referformer.ipynb #c863a086
@@ -99,7 +99,7 @@ def tiny_config(
     return ReferFormerConfig(
         **{
             "backbone": "conv_tiny",
-            "text": small_config(vocab_size, positions=38),
+            "text": small_text_config(vocab_size, positions=38),
             "num_feature_levels": 3,
             "enc_layers": 2,
             "dec_layers": 2,

@@ -33,7 +33,7 @@ from ..vos.propagator import Augmented, Propagator
 # %% ../../nbs/07h_verify.vos.ipynb #362162c4
 FAMILIES = {"aot": (AOT, AOTConfig), "deaot": (DeAOT, DeAOTConfig)}
 ENCODERS = {"swin_base": "swin_b", "swin_large": "swin_l"}  # published names that are not ours
-VARIANTS = aot.VARIANTS | deaot.VARIANTS
+VARIANTS = aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS
 
 
 def published_model(
@@ -359,7 +359,7 @@ def training(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
     )
 
     c, about = meta["config"], meta["inputs"]
-    cls = DeAOT if meta["model"] in deaot.VARIANTS else AOT
+    cls = DeAOT if meta["model"] in deaot.DEAOT_VARIANTS else AOT
     model = cls(replace(VARIANTS[meta["model"]], train_gap=c["TRAIN_LONG_TERM_MEM_GAP"])).eval()
     with torch.no_grad():
         load_filled(

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .candidates import full_masks, full_size, load_candidates, save_candidates
+from .candidates import draw_masks, resize_logits, load_candidates, save_candidates
 from .core import Problem, check_id, natural_key, resolve
 from .data.datasets import open_dataset
 from .data.masks import mask_box, write_tree
@@ -111,14 +111,14 @@ def votes(
     size: tuple[int, int],  # (H, W) of the frames
     kind: str = "logit",
 ) -> np.ndarray:  # (T, H, W) bool
-    "`predict.full_masks`, the same to the pixel, sooner."
+    "`candidates.draw_masks`, the same to the pixel, sooner."
     (h, w), (H, W) = values.shape[1:], size
     if kind != "logit" or H % h or H // h not in TIMES or W % w or W // w not in TIMES:
-        return full_masks(values, size, kind)
+        return draw_masks(values, size, kind)
     found = np.zeros((len(values), H, W), bool)
     for x, mask in zip(values, found):
         if not _vote(x, mask):
-            mask[:] = full_masks(x[None], size)[0]
+            mask[:] = draw_masks(x[None], size)[0]
     return found
 
 # %% ../nbs/05g_members.ipynb #f6c67579
@@ -223,7 +223,7 @@ class Candidates:
             return values >= 128 if mode == "vote" else (values + np.float32(0.5)) / np.float32(256)
         if mode == "vote":
             return votes(values, about["size"], about["kind"])
-        return probability(full_size(values, about["size"], about["kind"]), about["kind"])
+        return probability(resize_logits(values, about["size"], about["kind"]), about["kind"])
 
     def scores(self, video: str, expression: str, frames: Sequence[str] | None) -> np.ndarray:
         return self.read("scores", video, expression, frames)[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .core import resolve, shipped
 from .files import read_json
-from .stage import contents, fingerprint, fingerprints
+from .stage import digest_file, fingerprint, fingerprints
 from .workflow import Stage, related, why_skipped
 
 # %% ../nbs/09b_run_state.ipynb #b02fe40b
@@ -48,7 +48,7 @@ def extent(
     "How many files results have, and a digest of their names and sizes: of a run its masks."
     p = Path(path)
     if not p.is_dir():
-        return (1, contents(p)) if p.exists() else (0, "")
+        return (1, digest_file(p)) if p.exists() else (0, "")
     tree = p / "Annotations" if (p / "Annotations").is_dir() else p
     files = sorted(
         (os.path.relpath(e.path, tree), e.stat().st_size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StageFailed', 'BatchFailed', 'Report', 'locked', 'digest_file', 'fingerprint', 'name_inputs', 'write_with_record',
-           'fingerprints', 'clear', 'StageWork', 'Execution', 'ModelPlace', 'run_stage']
+           'fingerprints', 'clear', 'StageWork', 'Execution', 'ModelPlace', 'model_name', 'run_stage']
 
 # %% ../nbs/00d_stage.ipynb #6e5c3caf
 import fcntl
@@ -287,7 +287,7 @@ class Execution:
     "How a stage is run."
 
     executor: str = option(
-        "local", "local: this process; processes:4: four of this machine; ray: a Ray cluster."
+        "local", "local: this process; processes:4: four of them; ray: a Ray cluster."
     )
     force: bool = option(False, "Replace results that were made with other parameters.")
 
@@ -298,6 +298,13 @@ class ModelPlace:
 
     device: str = option("", "cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
     online: bool = option(False, "The model's name may be looked up on the Hugging Face Hub.")
+
+# %% ../nbs/00d_stage.ipynb #b8ba3057
+def model_name(
+    model,  # a name of the zoo, a checkpoint folder, or a model
+) -> str:
+    "What a run's record calls a model."
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
 
 # %% ../nbs/00d_stage.ipynb #e7d1a64c
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..candidates import full_masks
+from ..candidates import draw_masks
 from ..data.masks import rle_encode
 from ..label_maps import merge_labels
 from ..metrics import average_precision, chosen, frame_scores, overlaps
@@ -381,7 +381,7 @@ def run_video(meta: dict) -> Iterator[tuple[str, np.ndarray]]:
         yield f"video/query_{k}", np.array(q)
         yield (
             f"video/masks_{k}",
-            full_masks(
+            draw_masks(
                 masks[:, q],
                 meta["outputs"][f"video/masks_{k}"]["shape"][1:],
                 threshold=meta["config"]["threshold"],

@@ -654,9 +654,9 @@ def test_annotations_given_twice_or_cut_off(mevis):
 
 
 def test_predicting_on_mevis(mevis, tmp_path):
-    from rvos_nb.protocols import run
+    from rvos_nb.protocols import run_protocol
 
-    report, _ = run(mevis, tmp_path / "out", "referformer-tiny")
+    report, _ = run_protocol(mevis, tmp_path / "out", "referformer-tiny")
     data = open_dataset(mevis, "")
     assert not report.failed and all(
         len(list((tmp_path / f"out/Annotations/{e.video}/{e.id}").glob("*.png"))) == 3 for e in data

@@ -30,15 +30,15 @@ from rvos_nb.data.masks import (
     write_tree,
 )
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import evaluate, evaluate_vos, findings, score_rows
+from rvos_nb.evaluate import evaluate, evaluate_vos, list_findings, score_rows
 from rvos_nb.explore import overlays, report
 from rvos_nb.files import read_json, write_json
-from rvos_nb.keyframe import choose, from_json
-from rvos_nb.label_maps import merge, score_maps
+from rvos_nb.keyframe import choose_key_frames, from_json
+from rvos_nb.label_maps import merge_annotators, score_maps
 from rvos_nb.metrics import contour_f, jaccard, statistics
 from rvos_nb.results import MEMBER_BYTES, check_code, open_results
 from rvos_nb.stage import StageFailed
-from rvos_nb.submit import Incomplete, submission
+from rvos_nb.submit import IncompleteSubmission, submission
 from rvos_nb.verify.cases import load_case
 
 GOLDEN = Path(__file__).parent / "golden/pipeline"
@@ -203,11 +203,11 @@ def test_every_unusable_mask_has_a_line(made):
         == [True] * 5
     )
     assert (
-        len(findings(result)) == 2
-        and "3 of 3" in findings(result)[0]
+        len(list_findings(result)) == 2
+        and "3 of 3" in list_findings(result)[0]
         and np.isclose(result["J"], 100 * (len(data) - 1 - 2 / 3) / len(data), atol=1e-3)
     )
-    with pytest.raises(Incomplete) as e:
+    with pytest.raises(IncompleteSubmission) as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert len(e.value.faults) == 5
 
@@ -222,7 +222,7 @@ def test_a_mask_that_strict_readers_refuse_is_not_packed(made):
     sound = path.read_bytes()
     path.write_bytes(sound[:-16] + b"sums" + sound[-12:])
     assert evaluate(tmp / "data", tmp / "run")["J"] == 100
-    with pytest.raises(Incomplete, match="check sums") as e:
+    with pytest.raises(IncompleteSubmission, match="check sums") as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert len(e.value.faults) == 1
 
@@ -511,7 +511,7 @@ def test_masks_of_odd_forms_are_scored_and_named(made):
     p = Image.fromarray(data.masks(first)[0].astype(np.uint8))
     p.putpalette([255] * 3 + [0] * 3)
     p.save(at(first))
-    with pytest.raises(Incomplete, match="not black") as e:
+    with pytest.raises(IncompleteSubmission, match="not black") as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert (
         len(e.value.faults) == 2
@@ -526,7 +526,7 @@ def test_zip_of_ref_davis17(tmp_path):
         folder = tmp_path / "run/Annotations" / e.video / e.id
         folder.mkdir(parents=True)
         write_tree(folder, data.videos[e.video].frames, data.masks(e))
-    merge(data, tmp_path / "run", tmp_path / "run" / "valid")
+    merge_annotators(data, tmp_path / "run", tmp_path / "run" / "valid")
     with zipfile.ZipFile(submission(root, tmp_path / "run", tmp_path / "s.zip")) as box:
         assert box.namelist() == [
             f"anno_{a}/{v}/{t:05d}.png" for v in data.videos for a in range(4) for t in range(5)
@@ -535,7 +535,7 @@ def test_zip_of_ref_davis17(tmp_path):
         with Image.open(io.BytesIO(box.read(f"anno_3/{v}/00001.png"))) as im:
             assert im.mode == "P" and (np.array(im) == data.labels(v)[1]).all()
     shutil.rmtree(tmp_path / "run/valid/anno_2" / v)
-    with pytest.raises(Incomplete, match="none of its 5") as e:
+    with pytest.raises(IncompleteSubmission, match="none of its 5") as e:
         submission(root, tmp_path / "run", tmp_path / "t.zip")
     assert (
         len(e.value.faults) == 1
@@ -591,7 +591,7 @@ def test_label_maps_of_a_zip_and_what_is_wrong_with_them(tmp_path):
         and len(notes["left out of the mean"]) == 1
         and path.name in notes["left out of the mean"][0]
     )
-    with pytest.raises(Incomplete) as e:
+    with pytest.raises(IncompleteSubmission) as e:
         submission(root, tmp_path / "maps", tmp_path / "u.zip")
     assert len(e.value.faults) == 4 and not (tmp_path / "u.zip").exists()
 
@@ -855,17 +855,17 @@ def test_key_frames(made):
             [0.2, 0.9, 0.9] if i % 2 else [0.1, 0.2, 0.3],
             data.videos[e.video].frames,
         )
-    keys = from_json(choose(tmp / "run"))
+    keys = from_json(choose_key_frames(tmp / "run"))
     assert [keys[e.video][e.id] for e in data][:4] == [2, 1, 2, 1]
     first = (tmp / "run/key_frame.json").read_bytes()
-    choose(tmp / "run")
+    choose_key_frames(tmp / "run")
     assert (tmp / "run/key_frame.json").read_bytes() == first
     e = list(data)[1]
     write_mask(
         tmp / "run/Annotations" / e.video / e.id / f"{data.videos[e.video].frames[1]}.png",
         np.zeros((64, 96), bool),
     )
-    other = from_json(choose(tmp / "run", "best_nonempty"))[e.video][e.id]
+    other = from_json(choose_key_frames(tmp / "run", "best_nonempty"))[e.video][e.id]
     assert other == (2 if data.masks(e)[2].any() else 0)
 
 
@@ -882,13 +882,13 @@ def test_key_frames_of_broken_candidates(made):
     path = tmp / "run/candidates" / cut.video / f"{cut.id}.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(StageFailed) as e:
-        choose(tmp / "run")
+        choose_key_frames(tmp / "run")
     assert f"{cut.video}/{cut.id}" in str(e.value) and f"{nan.video}/{nan.id}" in str(e.value)
     assert from_json(read_json(tmp / "run/key_frame.json")) == {good.video: {good.id: 2}}
     with pytest.raises(Problem, match="no candidates"):
-        choose(tmp / "data")
+        choose_key_frames(tmp / "data")
     with pytest.raises(Problem, match="policy"):
-        choose(tmp / "run", "luck")
+        choose_key_frames(tmp / "run", "luck")
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from rvos_nb.members import (
     HALF,
     convert_predictions,
     foreground,
-    levels,
+    quantise,
     open_member,
     probability,
-    votes,
+    draw_votes,
 )
 from rvos_nb.units import map_units
 
@@ -395,10 +395,10 @@ def test_votes_are_the_published_rule(seed):
         full = torch.nn.functional.interpolate(
             torch.from_numpy(x)[None], size=size, mode="bilinear", align_corners=False
         )[0]
-        assert (votes(x, size) == (full.sigmoid() > 0.5).numpy()).all(), (x.shape, size)
+        assert (draw_votes(x, size) == (full.sigmoid() > 0.5).numpy()).all(), (x.shape, size)
         p = full.sigmoid().numpy()
-        assert ((levels(p, "probability") >= 128) == (p > 0.5)).all() and (
-            (levels(full.numpy(), "logit") >= 128) == foreground(full.numpy(), "logit")
+        assert ((quantise(p, "probability") >= 128) == (p > 0.5)).all() and (
+            (quantise(full.numpy(), "logit") >= 128) == foreground(full.numpy(), "logit")
         ).all()
 
 

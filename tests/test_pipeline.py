@@ -604,7 +604,7 @@ def test_key_frames_after_their_reader(small):
             *SMALL["stages"],
             {
                 "name": "keys",
-                "function": "rvos_nb.keyframe:choose",
+                "function": "rvos_nb.keyframe:choose_key_frames",
                 "writes": ["{out}/swap/key_frame.json"],
                 "parameters": {"pred_dir": "{out}/swap"},
             },

@@ -30,7 +30,7 @@ from ..candidates import draw_masks, resize_logits, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
 from ..files import read_json, whole_folder, write_json
 from ..fuse import fuse
-from ..members import foreground, levels, votes
+from ..members import draw_votes, foreground, quantise
 
 # %% ../../nbs/10d_bench.fuse.ipynb #a71774de
 SIZE, FRAMES, EXPRESSIONS = (360, 640), 25, 4
@@ -408,7 +408,7 @@ def store_forms(
     size: tuple[int, int],  # (H, W) of the frames
 ) -> dict[str, tuple[Callable, Callable]]:  # name -> () -> bytes, and bytes -> (H, W) bool
     "How to write and to read one mask in every form."
-    full, mask = resize_logits(x[None], size)[0], votes(x[None], size)[0]
+    full, mask = resize_logits(x[None], size)[0], draw_votes(x[None], size)[0]
 
     def array(b, kind, shape):
         return np.frombuffer(b, kind).reshape(shape)
@@ -431,7 +431,7 @@ def store_forms(
             lambda b: foreground(array(b, np.float16, size).astype(np.float32), "logit"),
         ),
         "8-bit probability": (
-            lambda: levels(full, "logit").tobytes(),
+            lambda: quantise(full, "logit").tobytes(),
             lambda b: array(b, np.uint8, size) >= 128,
         ),
         "packed bits": (lambda: np.packbits(mask).tobytes(), bits),
@@ -447,11 +447,11 @@ def store_forms(
         ),
         "float32, model size": (
             x.tobytes,
-            lambda b: votes(array(b, np.float32, (1, *x.shape)), size)[0],
+            lambda b: draw_votes(array(b, np.float32, (1, *x.shape)), size)[0],
         ),
         "float16, model size": (
             lambda: x.astype(np.float16).tobytes(),
-            lambda b: votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0],
+            lambda b: draw_votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0],
         ),
     }
 
@@ -519,7 +519,7 @@ def exactness(frames: int = 2000) -> list[Figure]:
         full = torch.nn.functional.interpolate(
             torch.from_numpy(x)[None], size=size, mode="bilinear", align_corners=False
         )[0]
-        wrong += int((votes(x, size) != (full.sigmoid() > 0.5).numpy()).sum())
+        wrong += int((draw_votes(x, size) != (full.sigmoid() > 0.5).numpy()).sum())
     return [Figure("fuse.exact", wrong, 0, f" pixels of {frames} frames")]
 
 # %% ../../nbs/10d_bench.fuse.ipynb #260ef743

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import Problem
 from ..data.video import Expression
-from ..fuse import RULES, grouped
+from ..fuse import RULES, group_expressions
 from ..keyframe import as_json, key_frame
 from ..members import foreground
 from rvos_nb.metrics import (
@@ -35,7 +35,7 @@ def _layout(arrays: Mapping[str, np.ndarray]) -> dict[str, list[list[str]]]:
     "The consecutive pairs of every video of a case."
     videos = json.loads(str(arrays["in/meta_expressions"]))["videos"]
     return {
-        v: grouped([Expression(v, e, d["exp"]) for e, d in about["expressions"].items()])
+        v: group_expressions([Expression(v, e, d["exp"]) for e, d in about["expressions"].items()])
         for v, about in videos.items()
     }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core import Problem
 from ..data.masks import write_mask
 from ..data.video import Video
-from ..propagate import Sentence, propagate_sentences, walk
+from ..propagate import SentenceMasks, propagate_sentences, walk
 from .cases import image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position
@@ -296,7 +296,7 @@ def bidirectional(meta: dict, arrays: dict) -> Iterator[tuple[str, np.ndarray]]:
                 write_mask(source / f"{n}.png", m > 0)
             stub = Stub()
             propagate_sentences(
-                stub, Video(name, names, frames), [Sentence(k, source, out)], restart=False
+                stub, Video(name, names, frames), [SentenceMasks(k, source, out)], restart=False
             )
             same(f"calls of {name}", stub.events, [e[:2] for e in about["events"]])
             if (source / f"{names[k]}.png").read_bytes() != (out / f"{names[k]}.png").read_bytes():

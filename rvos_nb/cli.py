@@ -223,21 +223,21 @@ def predict(
         "channels_last": channels_last,
     }
     if data:
-        from rvos_nb.protocols import run
+        from rvos_nb.protocols import run_protocol
 
-        report, scores = run(
+        report, scores = run_protocol(
             _here(data),
             _here(out),
             _model(model),
             split,
             layout,
             protocol,
-            short_side,
-            clip_length,
-            threshold,
-            memory,
-            executor,
-            force,
+            short_side=short_side,
+            clip_length=clip_length,
+            threshold=threshold,
+            memory=memory,
+            executor=executor,
+            force=force,
             device=device,
             **speed,
         )
@@ -249,9 +249,20 @@ def predict(
     from rvos_nb.predict import load_referring, predict_clip, unknown_words
 
     opened = open_clip(_here(clip))  # before the model is loaded, which takes longer
-    asked = load_referring(_model(model), device_name(device), **speed)
+    asked = load_referring(_model(model), device_name(device), online)
     path = predict_clip(
-        opened, sentences, _here(out), asked, short_side, clip_length or 36, fps, threshold, memory
+        opened,
+        sentences,
+        _here(out),
+        asked,
+        fps,
+        short_side=short_side,
+        clip_length=clip_length,
+        threshold=threshold,
+        memory=memory,
+        precision=precision,
+        compile=compile,
+        channels_last=channels_last,
     )
     if words := unknown_words(asked, sentences):
         print(
@@ -274,9 +285,9 @@ def keyframe(
     \b
     rvos keyframe runs/tiny
     """
-    from rvos_nb.keyframe import choose
+    from rvos_nb.keyframe import choose_key_frames
 
-    chosen = choose(_here(run), policy)
+    chosen = choose_key_frames(_here(run), policy)
     print(
         f"{sum(len(v) for v in chosen.values())} key frames of {len(chosen)} videos in {_here(run) / 'key_frame.json'}"
     )
@@ -408,6 +419,8 @@ def propagate(
     from rvos_nb import propagate as stage
 
     options = {
+        "version": version,
+        "restart": restart,
         "scales": scales,
         "flip": flip,
         "feedback": feedback,
@@ -423,11 +436,11 @@ def propagate(
                 _here(out),
                 _model(model),
                 split,
-                stage.How(version, "forward", restart, **options),
-                device,
-                executor,
-                force,
-                online,
+                device=device,
+                executor=executor,
+                force=force,
+                online=online,
+                **options,
             )
         )
     if mask is None:
@@ -439,8 +452,6 @@ def propagate(
                 model=_model(model),
                 split=split,
                 direction=direction,
-                restart=restart,
-                version=version,
                 device=device,
                 executor=executor,
                 force=force,
@@ -456,9 +467,10 @@ def propagate(
         dict(zip(frame or [0], map(_here, mask))),
         _here(out),
         _model(model),
-        stage.How(version, direction, restart, **options),
-        device,
-        online,
+        direction=direction,
+        device=device,
+        online=online,
+        **options,
     )
     print(f"overlay: {path}\nmasks:   {_here(out) / 'Annotations'}")
 
@@ -610,8 +622,8 @@ def fuse(
                 _here(out),
                 split,
                 rule,
-                executor,
-                force,
+                executor=executor,
+                force=force,
                 **asked,
             )
         )
@@ -692,8 +704,8 @@ def evaluate(
     from rvos_nb.data.datasets import open_dataset
     from rvos_nb.data.index import NoTruth
     from rvos_nb.evaluate import evaluate as stage
-    from rvos_nb.evaluate import findings, write_samples
-    from rvos_nb.explore import report, samples_report
+    from rvos_nb.evaluate import list_findings, write_samples
+    from rvos_nb.explore import write_report, write_samples_report
     from rvos_nb.files import write_json
     from rvos_nb.label_maps import maps_table, score_maps
     from rvos_nb.single_frames import score_file, score_table
@@ -702,7 +714,7 @@ def evaluate(
     if known.truth is not None:
         write_json(_here(out) / "metrics.json", score := score_file(known, _here(run), rows.extend))
         write_samples(_here(out), rows)
-        samples_report(known, score, rows, _here(out) / "report.html")
+        write_samples_report(known, score, rows, _here(out) / "report.html")
         print(f"{score_table(score)}\ntables and report.html in {_here(out)}")
         return
     if known.layout == "ref-davis17":
@@ -718,7 +730,7 @@ def evaluate(
     except NoTruth as e:
         print(f"not scored: {e}")
         return
-    report(
+    write_report(
         _here(data),
         {_here(run).name: _here(run)},
         _here(out) / "report.html",
@@ -726,7 +738,7 @@ def evaluate(
         20,
         {_here(run).name: rows},
     )
-    for line in findings(score):
+    for line in list_findings(score):
         print(f"  {line}")
     print(
         "   ".join(f"{k} {score[k]:.1f}" for k in ("J", "F", "J&F"))
@@ -755,11 +767,11 @@ def submit(
     rvos submit runs/fused submission.zip --data data/ref-youtube-vos
     rvos submit runs/mevis submission.zip --data data/mevis --split valid
     """
-    from rvos_nb.submit import Incomplete, submission
+    from rvos_nb.submit import IncompleteSubmission, submission
 
     try:
         submission(_here(data), _here(run), _here(zip), split)
-    except Incomplete as e:
+    except IncompleteSubmission as e:
         for line in e.faults:
             print(f"  {line}")
         raise Problem(

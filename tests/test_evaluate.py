@@ -31,7 +31,7 @@ from rvos_nb.data.masks import (
 )
 from rvos_nb.data.video import open_clip
 from rvos_nb.evaluate import evaluate, evaluate_vos, list_findings, score_rows
-from rvos_nb.explore import overlays, report
+from rvos_nb.explore import write_overlays, write_report
 from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import choose_key_frames, from_json
 from rvos_nb.label_maps import merge_annotators, score_maps
@@ -131,7 +131,7 @@ def test_a_split_without_masks_cannot_be_scored_but_looked_at_and_packed(made):
     with pytest.raises(NoTruth, match="cannot be scored"):
         evaluate(tmp / "data", tmp / "run", tmp / "scores")
     assert not (tmp / "scores").exists()
-    page = report(tmp / "data", {"run": tmp / "run"}, tmp / "r.html", examples=1).read_text()
+    page = write_report(tmp / "data", {"run": tmp / "run"}, tmp / "r.html", examples=1).read_text()
     assert "no true masks" in page and page.count("<figure>") == 2
     assert len(
         zipfile.ZipFile(submission(tmp / "data", tmp / "run", tmp / "s.zip")).namelist()
@@ -231,8 +231,8 @@ def test_no_run(made):
     for call in (
         lambda: evaluate(made[0] / "data", made[0] / "nothing"),
         lambda: submission(made[0] / "data", made[0] / "nothing", made[0] / "x.zip"),
-        lambda: report(made[0] / "data", {}, made[0] / "x.html"),
-        lambda: overlays(
+        lambda: write_report(made[0] / "data", {}, made[0] / "x.html"),
+        lambda: write_overlays(
             made[0] / "data", {"run": made[0] / "run"}, made[0] / "x.mp4", videos=["nobody"]
         ),
     ):
@@ -810,7 +810,7 @@ def test_report_is_self_contained_and_escapes(made):
     write_json(path, listing)
     shutil.rmtree(tmp / "run/Annotations" / next(iter(data.videos)))
     pages = [
-        report(
+        write_report(
             tmp / "data",
             {"first & best": tmp / "run", "again": tmp / "run"},
             tmp / f"{i}.html",
@@ -832,7 +832,7 @@ def test_overlays_show_a_run_with_holes(made):
     tmp, data = made
     v = next(iter(data.videos))
     shutil.rmtree(tmp / "run/Annotations" / v)
-    film = open_clip(overlays(tmp / "data", {"run": tmp / "run"}, tmp / "o.mp4", videos=[v]))
+    film = open_clip(write_overlays(tmp / "data", {"run": tmp / "run"}, tmp / "o.mp4", videos=[v]))
     assert len(film.frames) == 3 * len(data.expressions[v])
 
 

@@ -789,9 +789,9 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import rvos_nb.fuse as f
-write = f._write
+write = f._write_group
 def slowly(*a): time.sleep(.05); write(*a); print('.', flush=True)
-f._write = slowly
+f._write_group = slowly
 tmp = Path(sys.argv[1]); f.fuse(tmp/'data', [tmp/'m0', tmp/'m1'], tmp/'killed'/'out')
 """
 

@@ -172,7 +172,7 @@ def propagator_jf(
 
     from rvos_nb.data.video import read_video
     from rvos_nb.metrics import j_and_f
-    from rvos_nb.propagate import walk
+    from rvos_nb.propagation import walk
 
     scores = []
     for name, video in data.videos.items():

@@ -416,7 +416,8 @@ def propagate(
         scales = tuple(float(s) for s in ms.split(","))
     except ValueError:
         raise Problem("--ms", ms, "numbers, such as 0.8 1.0 1.2", "correct the scales") from None
-    from rvos_nb import propagate as stage
+    from rvos_nb.propagate import propagate as stage
+    from rvos_nb.propagation import propagate_clip, propagate_vos
 
     options = {
         "version": version,
@@ -431,7 +432,7 @@ def propagate(
     }
     if vos:
         return _end(
-            stage.propagate_vos(
+            propagate_vos(
                 _here(data),
                 _here(out),
                 _model(model),
@@ -445,7 +446,7 @@ def propagate(
         )
     if mask is None:
         return _end(
-            stage.propagate(
+            stage(
                 _here(data),
                 _here(run),
                 _here(out),
@@ -462,7 +463,7 @@ def propagate(
         )
     from rvos_nb.data.video import open_clip
 
-    path = stage.propagate_clip(
+    path = propagate_clip(
         open_clip(_here(data)),
         dict(zip(frame or [0], map(_here, mask))),
         _here(out),

@@ -19,7 +19,8 @@ from rvos_nb.evaluate import evaluate_vos
 from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
-from rvos_nb.propagate import Propagation, propagate, propagate_clip, propagate_vos, walk
+from rvos_nb.propagate import propagate
+from rvos_nb.propagation import propagate_clip, propagate_vos, walk
 from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 from rvos_nb.vos.memory import AOTPropagator
 from rvos_nb.vos.propagator import Augmented, Propagator, Track, walk_tracks

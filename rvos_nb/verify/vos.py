@@ -22,7 +22,8 @@ from torch import Tensor
 from ..core import Problem
 from ..data.masks import write_mask
 from ..data.video import Video
-from ..propagate import SentenceMasks, propagate_sentences, walk
+from ..propagate import SentenceMasks, propagate_sentences
+from ..propagation import walk
 from .cases import image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position

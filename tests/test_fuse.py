@@ -22,18 +22,18 @@ from rvos_nb.data.masks import read_mask, write_mask, write_tree
 from rvos_nb.data.video import Expression
 from rvos_nb.files import read_json, write_json
 from rvos_nb.fuse import (
-    SAME_OBJECT,
     RULES,
+    SAME_OBJECT,
     Rule,
+    average,
+    count_votes,
     find_clusters,
     fuse,
     group_expressions,
-    average,
+    member_confidence,
     overlap,
     pack_bits,
     pool_scores,
-    member_confidence,
-    count_votes,
     unite_clusters,
     vote,
 )
@@ -202,7 +202,9 @@ def test_mean_against_its_definition(seed):
     members = int(rng.integers(1, 6))
     w = (rng.integers(1, 5, members) / 2).tolist()
     p = {(m, e): rng.random((2, 3, 4), np.float32) for m in range(members) for e in "abc"}
-    for g, x in Rule(weights=w, mode="mean").fuse(lambda m, e: p[m, e], [["a", "b"], ["c"]], members):
+    for g, x in Rule(weights=w, mode="mean").fuse(
+        lambda m, e: p[m, e], [["a", "b"], ["c"]], members
+    ):
         want = sum(w[m] * p[m, e].astype(float) for m in range(members) for e in g) / (
             sum(w) * len(g)
         )
@@ -282,7 +284,9 @@ def test_matched_pairs(n):
         def never(a, b):
             raise AssertionError("asked")
 
-        assert group_expressions(expressions, "matched", alike=never) == group_expressions(expressions)
+        assert group_expressions(expressions, "matched", alike=never) == group_expressions(
+            expressions
+        )
         return
     for lone in range(0, n, 2):
         order = [str(i) for i in range(n)]
@@ -301,7 +305,9 @@ def test_matched_pairs(n):
 def test_matched_pairs_beside_an_unusable_sentence():
     "Sentence 1 of five cannot be used; 0 was its partner, and 2 is alone."
     usable = [Expression("v", i, "it") for i in ("0", "2", "3", "4")]
-    assert group_expressions(usable, "matched", ["1"], lambda a, b: 0.9 if (a, b) == ("3", "4") else 0.0) == [
+    assert group_expressions(
+        usable, "matched", ["1"], lambda a, b: 0.9 if (a, b) == ("3", "4") else 0.0
+    ) == [
         ["0"],
         ["2"],
         ["3", "4"],

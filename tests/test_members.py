@@ -24,11 +24,11 @@ from rvos_nb.keyframe import as_json
 from rvos_nb.members import (
     HALF,
     convert_predictions,
+    draw_votes,
     foreground,
-    quantise,
     open_member,
     probability,
-    draw_votes,
+    quantise,
 )
 from rvos_nb.units import map_units
 
@@ -104,7 +104,9 @@ def test_one_opinion_in_every_form(made, form):
             soft = m.opinion(v, e, NAMES, "mean")
             assert soft.dtype == np.float32 and np.allclose(
                 soft,
-                want if "nn" in form or "zip" in form else probability(resize_logits(x, SIZE), "logit"),
+                want
+                if "nn" in form or "zip" in form
+                else probability(resize_logits(x, SIZE), "logit"),
                 atol=1e-6,
             )
             assert (soft > 0.5).astype(bool).tolist() == want.tolist()
@@ -415,7 +417,9 @@ def test_conversion(made, tmp_path, name):
                 m.scores(*k, NAMES), scores[k]
             )
             assert (
-                abs(m.opinion(*k, NAMES, "mean") - probability(resize_logits(x, SIZE), "logit")).max()
+                abs(
+                    m.opinion(*k, NAMES, "mean") - probability(resize_logits(x, SIZE), "logit")
+                ).max()
                 < 1 / 500
             )
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}

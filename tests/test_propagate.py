@@ -314,7 +314,12 @@ def test_together_is_one_by_one(root, options):
     for most in (1, 3, 99):
         Eye.seen = 0
         assert not propagate(
-            root / "data", root / "run", root / f"out-{most}", model, sentences_at_once=most, **options
+            root / "data",
+            root / "run",
+            root / f"out-{most}",
+            model,
+            sentences_at_once=most,
+            **options,
         ).failed
         seen[most] = Eye.seen
     assert tree(root / "out-1") == tree(root / "out-3") == tree(root / "out-99")
@@ -437,7 +442,8 @@ def test_a_clip_with_any_ids(clip, tmp_path, tiny):
         {2: clip / "mask.png"},
         tmp_path,
         tiny,
-        max_memory_frames=2, gap=1,
+        max_memory_frames=2,
+        gap=1,
     )
     found = [
         read_labels(tmp_path / "Annotations" / "clip" / f"img{t}.png", (61, 83)) for t in range(7)

@@ -26,10 +26,10 @@ from rvos_nb.protocols import run_protocol
 from rvos_nb.single_frames import (
     frame_window,
     query_masks,
+    read_windows,
     score_file,
     score_frames,
     score_table,
-    read_windows,
 )
 from rvos_nb.verify.cases import load_case
 

@@ -10,12 +10,12 @@ import pytest
 
 from rvos_nb.ballots import (
     Setting,
-    is_pixelwise,
     fuse_settings,
     group_ballots,
+    group_video,
+    is_pixelwise,
     measure,
     open_ballots,
-    group_video,
     read_ballots,
     region_similarity,
     usual_group_size,
@@ -108,7 +108,7 @@ def plainly(b, setting, video):
     def opinion(m, e):
         return b.members[kept[m]].opinion(video, e, frames, rule.mode, SIZE)
 
-    def confidence_in(m, e):
+    def sure(m, e):
         return member_confidence([b.members[k].scores(video, e, frames) for k in kept])[m]
 
     return {
@@ -184,9 +184,9 @@ def test_a_last_group_of_one_and_an_unusable_expression(tmp_path):
     data = open_dataset(tmp_path / "data")
     v = next(iter(data.videos))
     b = ballots_of(tmp_path / "data", [noisy(data, m) for m in range(4)])
-    assert [f.split("/")[1] for f in b.faults] == ["0"] and group_ballots(b, Setting((1,) * 4))[v][0] == [
-        "1"
-    ]
+    assert [f.split("/")[1] for f in b.faults] == ["0"] and group_ballots(b, Setting((1,) * 4))[v][
+        0
+    ] == ["1"]
     for leftover in ("majority", "first", 3.0):
         s = Setting((1,) * 4, rule=Rule(leftover=leftover))
         for _, group, mask in fuse_settings(b, v, [s]):
@@ -387,7 +387,9 @@ def test_bad_input(data, tmp_path):
     b = ballots_of(tmp_path / "mevis", [noisy(mevis, m) for m in range(2)], "valid_u")
     with pytest.raises(Problem, match="MeViS"):
         search(b)
-    assert {s.rule.groups for s in search(b, start_setting(b, groups="none"), folds=2).chosen} == {"none"}
+    assert {s.rule.groups for s in search(b, start_setting(b, groups="none"), folds=2).chosen} == {
+        "none"
+    }
     refshapes.write(
         tmp_path / "a2d",
         "test",

@@ -35,8 +35,8 @@ def test_there_are_cases():
 
 
 class Recorded:
-    """A golden case whose record can be changed and compared again. Its outputs agree with the record
-    to the bit on any machine: ours, with margins, and the published answers put over them."""
+    """A golden case whose record can be changed and compared again. Its outputs agree with the
+    record to the bit on any machine: ours, with margins, and published answers put over them."""
 
     def __init__(self, name: str):
         self.case = load_case(GOLDEN / f"{name}.npz")

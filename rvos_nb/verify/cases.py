@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'SHARE', 'RUNNER_MODULES', 'image', 'fill', 'Case', 'read_archive', 'load_case', 'integer_tensors',
            'published_tensors', 'list_misfits', 'load_filled', 'matches', 'tolerance', 'sample', 'largest_error',
            'is_number', 'number_pairs', 'text_error', 'LabelMap', 'read_margins', 'label_error', 'sum_error', 'Verdict',
-           'value_error', 'compare', 'find_runner', 'judge', 'find_cases', 'verify']
+           'value_error', 'compare', 'model_is', 'find_runner', 'judge', 'find_cases', 'verify']
 
 # %% ../../nbs/07c_verify.cases.ipynb #dbbf02c6
 import importlib
@@ -414,6 +414,11 @@ def compare(
     return verdict
 
 # %% ../../nbs/07c_verify.cases.ipynb #29a61674
+def model_is(name: str) -> Callable[[dict], bool]:
+    "A test of a case's meta: whether its model is `name`."
+    return lambda meta: meta.get("model") == name
+
+
 RUNNER_MODULES = (
     "rvos_nb.verify.referformer",
     "rvos_nb.verify.vos",

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUNNERS', 'read_groups', 'to_grey', 'key_frames_text', 'fuse_predictions', 'fusion_round1', 'fusion_round2',
-           'unpack_clip', 'jf_metrics', 'score_annotator', 'davis17_eval', 'a2d_metrics', 'mevis_eval', 'model_is']
+           'unpack_clip', 'jf_metrics', 'score_annotator', 'davis17_eval', 'a2d_metrics', 'mevis_eval']
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #fdc8befd
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from rvos_nb.metrics import (
     sentence_scores,
     statistics,
 )
+from .cases import model_is
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #afb99126
 def read_groups(
@@ -247,11 +248,6 @@ def mevis_eval(
     yield "J_F_JF", np.array([j, f, (j + f) / 2])
 
 # %% ../../nbs/07f_verify.pipeline.ipynb #6bdfc616
-def model_is(name: str) -> Callable[[dict], bool]:
-    "A test of a case's meta: whether its model is `name`."
-    return lambda meta: meta["model"] == name
-
-
 RUNNERS = [
     (model_is("fusion_round1"), fusion_round1),
     (model_is("fusion_round2"), fusion_round2),

@@ -7,13 +7,13 @@ __all__ = ['RUNNERS', 'pad_clips', 'record_outputs', 'recorded_modules', 'name_b
            'run_model', 'list_text_layers', 'run_text', 'read_shapes', 'run_attention_function',
            'attend_with_gradients', 'run_attention', 'run_mask_head', 'read_targets', 'draw_predictions',
            'build_criterion', 'run_formulas', 'run_criterion', 'read_numbers', 'run_frames', 'run_video',
-           'run_label_map', 'run_metrics', 'run_postprocess', 'model_is', 'is_whole_model']
+           'run_label_map', 'run_metrics', 'run_postprocess', 'is_whole_model']
 
 # %% ../../nbs/07d_verify.referformer.ipynb #cd26f5fc
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..ops.deform_attn import MSDeformAttn, ms_deform_attn
 from ..predict import full_masks
 from ..protocols import merge_labels, query_boxes, query_masks
 from ..train.losses import MATCH, Criterion, dice, focal, giou, pad_masks
-from .cases import image, load_filled
+from .cases import image, load_filled, model_is
 
 # %% ../../nbs/07d_verify.referformer.ipynb #76505359
 def pad_clips(
@@ -478,11 +478,6 @@ def run_postprocess(
     yield from run_metrics(arrays, frames)
 
 # %% ../../nbs/07d_verify.referformer.ipynb #3fa0c560
-def model_is(name: str) -> Callable[[dict], bool]:
-    "A test of a case's meta: whether its model is `name`."
-    return lambda meta: meta.get("model") == name
-
-
 def is_whole_model(meta: dict) -> bool:
     "Whether a case is of a whole ReferFormer, with a checkpoint."
     return meta.get("model") == "ReferFormer" and bool(meta.get("keys"))

@@ -189,7 +189,7 @@ def tolerance(
         spec = next((s for pattern, s in specs.items() if matches(name, pattern)), {})
     return default | {key: value for key, value in spec.items() if key in default}
 
-
+# %% ../../nbs/07c_verify.cases.ipynb #24a80e60
 def sample(
     array: np.ndarray,
     stride: list[int] | None,  # one for each axis
@@ -310,7 +310,7 @@ def label_error(
         return float(clear.mean() / SHARE), int(differs.sum())
     return np.inf if clear.any() else 0.0, int(differs.sum())
 
-
+# %% ../../nbs/07c_verify.cases.ipynb #5c5df2c4
 def sum_error(
     ours: np.ndarray,  # sampled like `published`
     published: np.ndarray,

@@ -411,7 +411,7 @@ def run_frames(
         yield f"refcoco/scores_{i}", scores[i][order]
         yield f"refcoco/boxes_{i}", query_boxes(boxes[i], size)[order]
 
-
+# %% ../../nbs/07d_verify.referformer.ipynb #6660e993
 def run_video(
     meta: dict,  # of the case
 ) -> Iterator[tuple[str, np.ndarray]]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'ENCODERS', 'VARIANTS', 'RUNNERS', 'build_published', 'sequence_first', 'name_memory', 'reference_outputs',
-           'lead_of_best', 'step_outputs', 'memory_outputs', 'PropagationCase', 'run_propagation', 'require_equal',
-           'frame_number', 'StubPropagator', 'MemoryRecorder', 'check_memory', 'propagate_with_stub',
+           'lead_of_best', 'record_stages', 'step_outputs', 'memory_outputs', 'PropagationCase', 'run_propagation',
+           'require_equal', 'frame_number', 'StubPropagator', 'MemoryRecorder', 'check_memory', 'propagate_with_stub',
            'run_bidirectional', 'AnswerRecorder', 'build_views', 'run_augmented', 'build_training', 'hard_pixels',
            'run_training', 'check_gradients', 'option_names', 'is_augmented', 'is_propagation', 'is_bidirectional',
            'is_training']
@@ -112,6 +112,20 @@ def lead_of_best(
     return (best - second).numpy()
 
 
+def record_stages(
+    decoder: torch.nn.Module,  # of AOT
+) -> dict[str, Tensor]:  # published name -> what it answered last
+    "From now on, keep the last output of every stage of the decoder."
+    stages = {}
+
+    def hook_for(name):
+        return lambda module, inputs, output: stages.__setitem__(name, output)
+
+    for name in ("conv_in", "conv_16x", "conv_8x", "conv_4x"):
+        getattr(decoder, name).register_forward_hook(hook_for(name))
+    return stages
+
+
 def step_outputs(
     engine: AOTEngine,
     maps: list[Tensor],  # of the encoder
@@ -165,17 +179,7 @@ class PropagationCase:
             load_filled(model, meta, arrays)
             self.maps = [model.encode(torch.from_numpy(frame[None])) for frame in frames]
         self.engine = AOTEngine(model, challenge="challenge" in meta["code"])
-        self.stages = {}  # name -> what the decoder answered last
-        for name in ("conv_in", "conv_16x", "conv_8x", "conv_4x"):
-            self.record_stage(name, getattr(model.decoder, name))
-
-    def record_stage(self, name: str, module: torch.nn.Module):
-        "Keep the last output of a decoder stage in `stages`."
-
-        def keep(module, inputs, output):
-            self.stages[name] = output
-
-        module.register_forward_hook(keep)
+        self.stages = record_stages(model.decoder)
 
     def refer(self) -> Tensor:  # (H, W) the labels given
         "Give the key frame as reference, without an object that comes late."
@@ -444,7 +448,7 @@ def hard_pixels(
     share, stop = config["TRAIN_TOP_K_PERCENT_PIXELS"], config["TRAIN_HARD_MINING_RATIO"]
     return hard_share(progress, share, stop=stop)
 
-
+# %% ../../nbs/07e_verify.vos.ipynb #87dd88f7
 def run_training(
     meta: dict,  # of the case
     arrays: dict,  # its stored inputs

@@ -424,9 +424,9 @@ NO_FAMILY = "rvos_nb.verify.pipeline:RUNNERS"  # of fusion and metrics
 
 def all_runners() -> Iterator[tuple[Callable, Callable]]:
     "Every runner with its test: those of the families, then the rest."
-    for name in available_families():
-        yield from find_object(find_family(name).runners) or ()
-    yield from find_object(NO_FAMILY)
+    families = [find_family(name) for name in available_families()]
+    for reference in [f.runners for f in families if f.runners] + [NO_FAMILY]:
+        yield from find_object(reference)
 
 
 def find_runner(

@@ -107,12 +107,12 @@ def plane_reader(
         ).astype(np.float32)
     import torch
 
-    from rvos_nb.candidates import full_size, load_candidates
+    from rvos_nb.candidates import load_candidates, resize_logits
 
     arrays, info = load_candidates(path, ["logits"])
 
     def plane(t):
-        x = full_size(arrays["logits"][t : t + 1], info["size"], info["kind"])[0]
+        x = resize_logits(arrays["logits"][t : t + 1], info["size"], info["kind"])[0]
         return torch.from_numpy(x).sigmoid().numpy() if info["kind"] == "logit" else x
 
     return plane

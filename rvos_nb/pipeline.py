@@ -359,7 +359,16 @@ def take_member(
         return fuse(data_dir, [resolve(source)], out_dir, split, groups="none")
     from rvos_nb.predict import predict
 
-    return predict(data_dir, out_dir, source, split, short_side, clip_length, device, memory=memory)
+    return predict(
+        data_dir,
+        out_dir,
+        source,
+        split,
+        short_side=short_side,
+        clip_length=clip_length,
+        device=device,
+        memory=memory,
+    )
 
 
 def score_runs(

@@ -328,7 +328,9 @@ def started(ends):
 
 def in_process(given, before=""):
     "The recipe in a process of its own, after some Python."
-    code = f"{before}\nfrom rvos_nb.pipeline import run_workflow\nrun_workflow({SMALL!r}, {given!r})"
+    code = (
+        f"{before}\nfrom rvos_nb.pipeline import run_workflow\nrun_workflow({SMALL!r}, {given!r})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ..benchmarks import Figure, peak_memory, seconds
-from ..candidates import full_masks, full_size, save_candidates
+from ..candidates import draw_masks, resize_logits, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
 from ..files import read_json, whole_folder, write_json
 from ..fuse import fuse
@@ -116,10 +116,10 @@ def write_members(
                 {"kind": "logit", "size": list(size), "model": "made up", "frames": names},
             )
             with whole_folder(run / "Annotations" / listed[v] / str(e)) as folder:
-                write_tree(folder, names, full_masks(small, size))
+                write_tree(folder, names, draw_masks(small, size))
             if shards:
                 shard.setdefault(listed[v], {})[str(e)] = {
-                    "mask_logits": torch.from_numpy(full_size(small, size)),
+                    "mask_logits": torch.from_numpy(resize_logits(small, size)),
                     "class_info": scores.tolist(),
                 }
         for i in range(4, videos):
@@ -408,7 +408,7 @@ def store_forms(
     size: tuple[int, int],  # (H, W) of the frames
 ) -> dict[str, tuple[Callable, Callable]]:  # name -> () -> bytes, and bytes -> (H, W) bool
     "How to write and to read one mask in every form."
-    full, mask = full_size(x[None], size)[0], votes(x[None], size)[0]
+    full, mask = resize_logits(x[None], size)[0], votes(x[None], size)[0]
 
     def array(b, kind, shape):
         return np.frombuffer(b, kind).reshape(shape)
@@ -464,7 +464,7 @@ def store(
     clip, rows = logits(0, 0, 0, frames, SIZE), {}
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         for x in clip:
-            true, path = full_masks(x[None], size)[0], Path(folder) / "mask"
+            true, path = draw_masks(x[None], size)[0], Path(folder) / "mask"
             for name, (write, read) in store_forms(x, size).items():
                 start = time.process_time()
                 path.write_bytes(write())

@@ -137,7 +137,7 @@ def peak_memory(
 
 # %% ../nbs/10_benchmarks.ipynb #7aac22ad
 def demo_figures(
-    ends: list,  # what `pipeline.run` returned
+    ends: list,  # what `pipeline.run_workflow` returned
 ) -> list[Figure]:
     """Total time, and time and peak memory of every stage that ran; a stage may take what the total
     may."""
@@ -155,11 +155,13 @@ def demo_figures(
 
 def demo() -> list[Figure]:
     "Run the demo from nothing in a temporary folder and measure it."
-    from rvos_nb.pipeline import run
+    from rvos_nb.pipeline import run_workflow
 
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         return demo_figures(
-            run("demo", {"data": str(Path(folder) / "data"), "out": str(Path(folder) / "out")})
+            run_workflow(
+                "demo", {"data": str(Path(folder) / "data"), "out": str(Path(folder) / "out")}
+            )
         )
 
 # %% ../nbs/10_benchmarks.ipynb #52631e25

@@ -831,9 +831,9 @@ def train(
 # %% ../nbs/09d_cli.ipynb #a2418118
 def _given(recipe, pairs) -> dict:
     "The `NAME=VALUE` pairs of a pipeline's recipe."
-    from rvos_nb.workflow import load_recipe
+    from rvos_nb.workflow import load_workflow
 
-    return _typed(pairs, load_recipe(recipe).paths)
+    return _typed(pairs, load_workflow(recipe).paths)
 
 
 def _run(recipe: str, pairs, only=None, dry: bool = False):
@@ -842,11 +842,11 @@ def _run(recipe: str, pairs, only=None, dry: bool = False):
 
     given = _given(recipe, pairs)
     try:
-        pipeline.run(recipe, given, only, dry)
+        pipeline.run_workflow(recipe, given, only, dry)
     except StageFailed:
-        print("\n" + pipeline.summary(recipe, given), flush=True)
+        print("\n" + pipeline.summarise_scores(recipe, given), flush=True)
         raise
-    if not dry and (table := pipeline.summary(recipe, given)):
+    if not dry and (table := pipeline.summarise_scores(recipe, given)):
         print("\n" + table)
 
 # %% ../nbs/09d_cli.ipynb #10e3cb3e
@@ -877,8 +877,8 @@ def run(
     from rvos_nb import workflow
 
     if recipe is None:
-        for name in workflow.recipes():
-            print(f"{name:15} {workflow.load_recipe(name).about}")
+        for name in workflow.list_workflows():
+            print(f"{name:15} {workflow.load_workflow(name).about}")
         return
     data = next((p.partition("=")[2] for p in parameter or () if p.startswith("data=")), None)
     if data and not _here(data).exists():

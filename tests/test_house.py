@@ -351,8 +351,8 @@ def test_recipes_are_sound():
     "Every shipped pipeline names notebooks and parameters that exist."
     from rvos_nb import pipeline, workflow
 
-    for r in workflow.recipes():
-        asked = [k for k, v in workflow.load_recipe(r).parameters.items() if v is None]
+    for r in workflow.list_workflows():
+        asked = [k for k, v in workflow.load_workflow(r).parameters.items() if v is None]
         given = {
             k: str(ROOT / "nbs")
             if k == "data"
@@ -361,7 +361,7 @@ def test_recipes_are_sound():
             else "referformer-tiny"
             for k in asked
         }
-        assert pipeline.plan(r, given)[1]
+        assert pipeline.plan_workflow(r, given)[1]
 
 
 def test_settings_reach_the_metadata(tmp_path):
@@ -476,11 +476,11 @@ def test_a_mistake_is_one_line(argv, tmp_path):
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(text, says, tmp_path):
     from rvos_nb.core import Problem
-    from rvos_nb.pipeline import run
+    from rvos_nb.pipeline import run_workflow
 
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(Problem) as e:
-        run(tmp_path / "r.yaml")
+        run_workflow(tmp_path / "r.yaml")
     assert says in str(e.value) and "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
@@ -529,7 +529,7 @@ def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
             "-c",
             # a background job ignores Ctrl-C
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"from rvos_nb.pipeline import run; run({recipe!r})",
+            f"from rvos_nb.pipeline import run_workflow; run_workflow({recipe!r})",
         ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,

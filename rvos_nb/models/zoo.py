@@ -152,7 +152,7 @@ def unfilled() -> Iterator[None]:
 # %% ../../nbs/03c_models.zoo.ipynb #f135bb45
 def write_files(
     folder,  # an existing folder
-    about: dict,  # family, config (a dataclass), card, and the tokenizer's name where it does not lie beside
+    about: dict,  # family, config (a dataclass), card; the tokenizer's name, if not beside
     tensors: Mapping[str, Tensor],  # of `unique_tensors`
     tokenizer=None,  # a Hugging Face tokenizer
 ):
@@ -167,7 +167,7 @@ def write_files(
 
 
 def write_model(
-    model: nn.Module,  # of a family, with `config`, and `tokenizer` (None where it reads no sentences)
+    model: nn.Module,  # of a family, with `config` and `tokenizer` (or None)
     folder,  # an existing folder
     card: dict,  # JSON-able
 ):
@@ -251,7 +251,8 @@ def where_to_get(
     "What to do for the weights of a published model."
     if row.get("weights") == "none":
         return "its authors give no weights: train it"
-    return f"download them as the README of {row['page']} says, and run: rvos convert FILE.pth {row['name']}"
+    command = f"rvos convert FILE.pth {row['name']}"
+    return f"download them as the README of {row['page']} says, and run: {command}"
 
 # %% ../../nbs/03c_models.zoo.ipynb #10a0ed04
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -305,8 +306,8 @@ def read_tokenizer(
         return tokenizer_from(name, online)
     except Problem as p:
         remedy = (
-            f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {own}, fetch it once "
-            f"with `hf download {name}`, or allow the Hub (--online, online=True)"
+            f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {own}, fetch it "
+            f"once with `hf download {name}`, or allow the Hub (--online, online=True)"
         )
         found = f"its tokenizer {name!r} is not at hand"
         raise Problem(folder, found, p.expected, remedy) from p
@@ -326,7 +327,7 @@ def foreign_family(
 
 
 def load(
-    name,  # a folder, a shipped name ('referformer-tiny'), or a repository on the Hub ('user/model')
+    name,  # a folder, a shipped name ('referformer-tiny'), or 'user/model' on the Hub
     family: str | None = None,  # refuse another family
     device="cpu",
     online: bool = False,  # the Hub may be asked

@@ -462,8 +462,8 @@ def write_report(
         body += gallery(worst) + "<h2>Best</h2>" + gallery(best)
     else:
         note = "<p>This split has no true masks, so nothing could be scored here.</p>"
-        some = pick_evenly(next(iter(rows.values())), 2 * examples)
-        body = f"{note}<h2>Examples</h2>{gallery(some)}"
+        examples_shown = pick_evenly(next(iter(rows.values())), 2 * examples)
+        body = f"{note}<h2>Examples</h2>{gallery(examples_shown)}"
     write_bytes(out, _page(data, body))
     return out
 

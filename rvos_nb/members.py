@@ -207,10 +207,10 @@ class CandidateSource:
         if frames is None or not names or about.get("positions") or list(frames) == names:
             return values, about
         at = {f: t for t, f in enumerate(names)}
-        if lost := [f for f in frames if f not in at]:
+        if absent := [f for f in frames if f not in at]:
             raise Problem(
                 path,
-                f"no frame {lost[0]}",
+                f"no frame {absent[0]}",
                 f"the {len(frames)} frames that the data set lists",
                 "predict this video again",
             )

@@ -314,9 +314,9 @@ def predict(
             "use `rvos predict --data`, or `protocols.run_protocol`",
         )
     out, name = Path(out_dir), model_name(model)
-    asked = ("threshold", "short_side", "clip_length", "memory")
+    named = ("threshold", "short_side", "clip_length", "memory")
     params = {"split": data.split, "model": name}
-    params |= {option: getattr(how, option) for option in asked} | how.speed()
+    params |= {option: getattr(how, option) for option in named} | how.speed()
     model = load_referring(model, device, place.online, **how.speed())
     data = keep_readable(data, model)
     work = PredictWork(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'EXACT_SCALES', 'foreground', 'probability', 'draw_votes', 'MaskSource', 'CandidateSource', 'PublishedSource',
-           'member_name', 'Member', 'open_member', 'quantise', 'centred_boxes', 'ConvertWork', 'convert_predictions']
+           'member_name', 'MemberSources', 'Member', 'open_member', 'quantise', 'centred_boxes', 'ConvertWork',
+           'convert_predictions']
 
 # %% ../nbs/05h_members.ipynb #d00aad52
 import logging
@@ -156,7 +157,7 @@ class MaskSource:
             stack[t] = mask
         return stack
 
-# %% ../nbs/05h_members.ipynb #3443adb3
+# %% ../nbs/05h_members.ipynb #671e5ad0
 def _check_shape(path, found: int, frames: Sequence[str], size, own) -> None:
     "Raise where an opinion has another number of frames or another size than is asked for."
     if found != len(frames):
@@ -174,7 +175,7 @@ def _check_shape(path, found: int, frames: Sequence[str], size, own) -> None:
             "predict this member at the size of the frames",
         )
 
-
+# %% ../nbs/05h_members.ipynb #3443adb3
 class CandidateSource:
     "Opinions out of candidates/VIDEO/EXP.safetensors."
 
@@ -306,8 +307,8 @@ def member_name(where: Path) -> str:
     return where.name
 
 
-class Member:
-    "One source of opinions. Safe to use from threads, usable in `with`, picklable by its path."
+class MemberSources:
+    "What lies at a member's path: masks, or candidates, or predictions that were published."
 
     def __init__(self, where: Path, kind: str, masks: bool, candidates: bool):
         self.where, self.name, self.notes = where, member_name(where), {}
@@ -320,9 +321,6 @@ class Member:
         record = read_json(where / "run.json") if (where / "run.json").is_file() else {}
         converted = isinstance(record, dict) and record.get("stage") == "convert"
         self.positional = converted and not record["params"]["data"]  # masks named by position
-
-    def __reduce__(self):
-        return open_member, (self.where, getattr(self.soft, "kind", ""))
 
     def __enter__(self):
         return self
@@ -354,6 +352,13 @@ class Member:
             "masks or candidates of every expression",
             "run this member for the video again, or leave the member out",
         )
+
+# %% ../nbs/05h_members.ipynb #76bb9cec
+class Member(MemberSources):
+    "One source of opinions. Safe to use from threads, usable in `with`, picklable by its path."
+
+    def __reduce__(self):
+        return open_member, (self.where, getattr(self.soft, "kind", ""))
 
     def opinion(
         self,
@@ -390,13 +395,11 @@ class Member:
             return from_json(read_json(path), path)
         if not self.soft:
             return {}
-        each = {
-            v: {e: self.soft.scores(v, e, None) for e in es}
-            for v, es in self.soft.expressions().items()
-        }
-        return {
-            v: {e: key_frame(s) for e, s in es.items() if s is not None} for v, es in each.items()
-        }
+        key_frames = {}
+        for v, expressions in self.soft.expressions().items():
+            scores = {e: self.soft.scores(v, e, None) for e in expressions}
+            key_frames[v] = {e: key_frame(own) for e, own in scores.items() if own is not None}
+        return key_frames
 
 # %% ../nbs/05h_members.ipynb #3de7cadd
 def open_member(

@@ -171,6 +171,29 @@ def _structure(path: Path) -> tuple[object, object, str, Places]:  # the open fi
             path, strange(path) or why.found, "predictions as torch.save writes them", why.remedy
         ) from None
 
+# %% ../nbs/05g_predictions.ipynb #76d3c886
+def _is_place(x: TensorPlace) -> bool:
+    "Whether it is the place of (T, H, W) numbers, by its form alone."
+
+    def whole(numbers, least):
+        return all(isinstance(n, int) and n >= least for n in numbers)
+
+    three = len(x.shape) == len(x.strides) == 3
+    return three and whole(x.shape, 1) and whole((x.offset, *x.strides), 0)
+
+
+def _fits(x: TensorPlace, size: int) -> bool:
+    "Whether a tensor lies in its storage, and the storage in `size` bytes."
+    last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides))
+    count = x.storage.count
+    itemsize = np.dtype(NUMBER_CODES[x.storage.type]).itemsize
+    return last < count and math.prod(x.shape) <= count and count * itemsize <= size
+
+
+def _read_plane(file, at: int, flat: np.ndarray) -> bool:
+    "Fill `flat` with the bytes from `at` on; False where the file ends before."
+    return os.preadv(file.fileno(), [flat.view(np.uint8)], at) == flat.nbytes
+
 # %% ../nbs/05g_predictions.ipynb #960739eb
 class Predictions:
     """A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame;
@@ -179,15 +202,7 @@ class Predictions:
     def __init__(self, path: Path):
         self.path = path
         self.file, obj, self.order, self.places = _structure(path)
-        good = isinstance(obj, dict) and all(
-            isinstance(es, dict)
-            and all(
-                isinstance(d, dict) and isinstance(d.get("mask_logits"), TensorPlace)
-                for d in es.values()
-            )
-            for es in obj.values()
-        )
-        if not good:
+        if not _is_predictions(obj):
             raise Problem(
                 path,
                 "another structure",
@@ -202,32 +217,12 @@ class Predictions:
 
     def place(self, video: str, expression: str) -> TensorPlace:
         "Where its logits lie; `Problem` where they cannot lie there."
-        x, where = (
-            self.entries[video][expression]["mask_logits"],
-            f"{self.path}, {video}/{expression}",
-        )
-
-        def whole(numbers, least):
-            return all(isinstance(n, int) and n >= least for n in numbers)
-
-        if (
-            len(x.shape) != 3
-            or len(x.strides) != 3
-            or not whole(x.shape, 1)
-            or not whole((x.offset, *x.strides), 0)
-        ):
-            raise Problem(
-                where, f"mask_logits of shape {x.shape}", "(T, H, W)", "save the predictions again"
-            )
-        last, size = (
-            x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides)),
-            self.places.get(x.storage.key, (0, -1))[1],
-        )
-        if (
-            last >= x.storage.count
-            or math.prod(x.shape) > x.storage.count
-            or x.storage.count * np.dtype(NUMBER_CODES[x.storage.type]).itemsize > size
-        ):
+        x = self.entries[video][expression]["mask_logits"]
+        where = f"{self.path}, {video}/{expression}"
+        if not _is_place(x):
+            found = f"mask_logits of shape {x.shape}"
+            raise Problem(where, found, "(T, H, W)", "save the predictions again")
+        if not _fits(x, self.places.get(x.storage.key, (0, -1))[1]):
             raise Problem(
                 where,
                 "a tensor that reaches out of its storage",
@@ -236,46 +231,14 @@ class Predictions:
             )
         return x
 
-    def frames(
-        self, video: str, expression: str
-    ) -> Iterator[np.ndarray]:  # (H, W) float32, each good until the next is asked for
-        "The frames of one expression."
-        x = self.place(video, expression)
-        (count, h, w), (step, *strides), (at, _) = x.shape, x.strides, self.places[x.storage.key]
-        flat = np.empty(
-            (h - 1) * strides[0] + (w - 1) * strides[1] + 1,
-            self.order + NUMBER_CODES[x.storage.type],
-        )
-        plane = np.lib.stride_tricks.as_strided(
-            flat, (h, w), [s * flat.itemsize for s in strides], writeable=False
-        )
-        for t in range(count):
-            if (
-                os.preadv(
-                    self.file.fileno(),
-                    [flat.view(np.uint8)],
-                    at + flat.itemsize * (x.offset + t * step),
-                )
-                < flat.nbytes
-            ):
-                raise Problem(
-                    self.path,
-                    "the end of the file",
-                    f"frame {t} of {video}/{expression}",
-                    "copy or download the file again",
-                )
-            yield (
-                (plane.astype(np.uint32) << 16).view(np.float32)
-                if x.storage.type == "BFloat16Storage"
-                else plane.astype(np.float32, copy=False)
-            )
+    def frames(self, video: str, expression: str) -> Iterator[np.ndarray]:  # (H, W) float32
+        "The frames of one expression, each good until the next is asked for."
+        yield from _read_frames(self, video, expression)
 
     def scores(self, video: str, expression: str) -> np.ndarray | None:  # (T,) float32
         "Its `class_info`; None where there is none."
-        given, count = (
-            self.entries[video][expression].get("class_info"),
-            self.place(video, expression).shape[0],
-        )
+        given = self.entries[video][expression].get("class_info")
+        count = self.place(video, expression).shape[0]
         if given is None:
             return None
         try:
@@ -290,6 +253,38 @@ class Predictions:
                 "save the predictions again",
             )
         return scores
+
+# %% ../nbs/05g_predictions.ipynb #a09ebcee
+def _is_predictions(obj) -> bool:
+    "Whether it is {VIDEO: {EXP: {'mask_logits': a tensor}}}."
+    if not isinstance(obj, dict) or not all(isinstance(es, dict) for es in obj.values()):
+        return False
+    entries = [d for es in obj.values() for d in es.values()]
+    return all(
+        isinstance(d, dict) and isinstance(d.get("mask_logits"), TensorPlace) for d in entries
+    )
+
+
+def _read_frames(file: Predictions, video: str, expression: str) -> Iterator[np.ndarray]:
+    "`Predictions.frames`."
+    x = file.place(video, expression)
+    (count, h, w), (step, *strides), (at, _) = x.shape, x.strides, file.places[x.storage.key]
+    length = (h - 1) * strides[0] + (w - 1) * strides[1] + 1  # from the first number to the last
+    flat = np.empty(length, file.order + NUMBER_CODES[x.storage.type])
+    steps = [s * flat.itemsize for s in strides]
+    plane = np.lib.stride_tricks.as_strided(flat, (h, w), steps, writeable=False)
+    for t in range(count):
+        if not _read_plane(file.file, at + flat.itemsize * (x.offset + t * step), flat):
+            raise Problem(
+                file.path,
+                "the end of the file",
+                f"frame {t} of {video}/{expression}",
+                "copy or download the file again",
+            )
+        if x.storage.type == "BFloat16Storage":
+            yield (plane.astype(np.uint32) << 16).view(np.float32)
+        else:
+            yield plane.astype(np.float32, copy=False)
 
 # %% ../nbs/05g_predictions.ipynb #95ac82db
 def guess_kind(

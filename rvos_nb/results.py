@@ -201,6 +201,25 @@ def plain_bytes(path: Path) -> bytes:
         )
     return path.read_bytes()
 
+# %% ../nbs/05f_results.ipynb #c2e9109e
+def _find_root(where: Path, box: zipfile.ZipFile | None, files: Iterable[str]) -> str:
+    "'Annotations/' where the tree lies there, otherwise ''."
+    if box is None:
+        inside = (where / "Annotations").is_dir()
+    else:
+        inside = any(name.startswith("Annotations/") for name in files)
+    return "Annotations/" if inside else ""
+
+
+def _list_children(files: Iterable[str]) -> dict[str, set[str]]:
+    "What lies in each folder of a zip; '' is its top."
+    children: dict[str, set[str]] = {}
+    for name in files:
+        parts = name.split("/")
+        for i in range(len(parts)):
+            children.setdefault("/".join(parts[:i]), set()).add(parts[i])
+    return children
+
 # %% ../nbs/05f_results.ipynb #e84ab45a
 class Results:
     """A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for;
@@ -212,22 +231,12 @@ class Results:
         box: zipfile.ZipFile | None = None,
         files: Mapping[str, zipfile.ZipInfo] = {},
     ):
-        self.where, self.box, self.root = where, box, ""
-        self.files, self.children = files, {}
-        if box is None:
-            self.root = "Annotations/" if (where / "Annotations").is_dir() else ""
-        elif any(n.startswith("Annotations/") for n in files):
-            self.root = "Annotations/"
-        for name in files:
-            parts = name.split("/")
-            for i in range(len(parts)):
-                self.children.setdefault("/".join(parts[:i]), set()).add(parts[i])
-        wrapped = next(
-            (n for n in self.children if n.count("/") == 1 and n.endswith("/Annotations")), ""
-        )
-        if wrapped and not self.root:
+        self.where, self.box, self.files = where, box, files
+        self.root, self.children = _find_root(where, box, files), _list_children(files)
+        wrapping = [n for n in self.children if n.count("/") == 1 and n.endswith("/Annotations")]
+        if wrapping and not self.root:
             raise Problem(
-                f"{where}, member {wrapped!r}",
+                f"{where}, member {wrapping[0]!r}",
                 "a folder around Annotations",
                 "Annotations at the top",
                 "pack the folder Annotations itself",

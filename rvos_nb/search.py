@@ -229,7 +229,7 @@ def possible_groupings(b: Ballots, rule: Rule) -> list[tuple[str, float]]:  # gr
         ("none", 0.0),
     ]
 
-# %% ../nbs/06b_search.ipynb #9beb7f6a
+# %% ../nbs/06b_search.ipynb #9a989998
 def _shortlist(
     b: Ballots,
     start: Setting,
@@ -254,7 +254,7 @@ def _shortlist(
         tried += [replace(s, share=None, rule=replace(s.rule, **form)) for s in path]
     return list(dict.fromkeys(tried))
 
-
+# %% ../nbs/06b_search.ipynb #9beb7f6a
 def search(
     b: Ballots,
     start: Setting | None = None,  # compared with; None: `start_setting(b)`

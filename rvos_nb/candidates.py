@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 from .core import Problem
-from .files import whole
+from .files import replace_file
 
 # %% ../nbs/05a_candidates.ipynb #79bbd03c
 def full_size(
@@ -51,7 +51,7 @@ def save_candidates(path, logits: np.ndarray, scores: np.ndarray, boxes: np.ndar
             a, dtype=np.uint8 if getattr(a, "dtype", None) == np.uint8 else np.float32
         )
 
-    with whole(path) as tmp:
+    with replace_file(path) as tmp:
         tmp.write_bytes(
             save(
                 {"logits": f(logits), "scores": f(scores), "boxes": f(boxes)},

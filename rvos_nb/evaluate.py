@@ -23,7 +23,7 @@ from .core import Problem, check_id, natural_key, progress, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset, NoTruth, true_masks
 from .data.masks import read_labels
-from .data.vos import Annotated, vos_videos
+from .data.vos import AnnotatedVideo, find_vos_videos
 from .files import write_bytes, write_json
 from .metrics import davis_mean, j_and_f, label_scores, statistics
 from .results import REMARKS, Results, label_maps, open_results, strays_in
@@ -389,7 +389,7 @@ def write_samples(
 
 # %% ../nbs/07a_evaluate.ipynb #394a0cf3
 def read_maps(
-    video: Annotated, results: Results
+    video: AnnotatedVideo, results: Results
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # truth and result (T, H, W) uint8, faults
     "Label maps of one video. Raises `Problem` for unusable annotations."
     truth = [read_labels(video.folder / f"{video.frames[0]}.png")]
@@ -398,7 +398,7 @@ def read_maps(
 
 
 def vos_rows(
-    video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str
+    video: AnnotatedVideo, truth: np.ndarray, found: np.ndarray, kind: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for
     what DAVIS refuses."""
@@ -427,7 +427,7 @@ def evaluate_vos(
 ) -> dict:  # in percent: J&F, J, F and, of DAVIS, recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'
     """Score propagation where objects are given by masks. Raises `Problem` for another layout and
     where nothing can be scored."""
-    kind, videos, seen = vos_videos(resolve(data_dir), split)
+    kind, videos, seen = find_vos_videos(resolve(data_dir), split)
     results, rows, pairs, missing = open_results(pred_dir), [], [], {}
     for video in progress(videos, "evaluate"):
         truth, found, faults = read_maps(video, results)

@@ -23,7 +23,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, frame_size
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
-from .files import whole_folder
+from .files import replace_folder
 from .keyframe import as_json, key_frame_nonempty
 from .members import Member, member_name, open_member
 from .stage import Report, made_from, run_stage, write_made
@@ -479,7 +479,7 @@ def _fuse_unit(unit: str, data: Dataset, members: list[Member], out: Path, rule:
     if rule.key_frames != "member":
         [sure(e.id) for e in expressions]  # without scores there is no use in fusing
     groups = grouped(expressions, rule.groups, unusable, alike)
-    with whole_folder(out / "Annotations" / unit) as folder:
+    with replace_folder(out / "Annotations" / unit) as folder:
         for group, masks in rule.fuse(opinion, groups, len(members), lambda m, e: sure(e)[m]):
             _write(folder, group, frames, masks)
 

@@ -19,7 +19,7 @@ from .data.index import Dataset
 from .data.masks import encode_labels, read_mask
 from .data.video import Expression
 from .evaluate import listed
-from .files import whole_folder
+from .files import replace_folder
 from .metrics import davis_mean, label_scores
 from .results import label_maps, maps_folder, open_results, strays_in
 from .stage import Report, run_stage
@@ -138,7 +138,7 @@ def _merge_video(unit: str, data: Dataset, run: Path, out: Path, each: int, thre
 
         with (
             ThreadPoolExecutor(4) as pool,
-            whole_folder(out / f"anno_{a}" / check_id(unit, data.root)) as folder,
+            replace_folder(out / f"anno_{a}" / check_id(unit, data.root)) as folder,
         ):
             for t, png in enumerate(pool.map(one, range(len(frames)))):
                 (folder / f"{t:05d}.png").write_bytes(png)

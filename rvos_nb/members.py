@@ -21,7 +21,7 @@ from .candidates import full_masks, full_size, load_candidates, save_candidates
 from .core import Problem, check_id, natural_key, resolve
 from .data.datasets import open_dataset
 from .data.masks import mask_box, write_tree
-from .files import read_json, whole_folder, write_json
+from .files import read_json, replace_folder, write_json
 from .keyframe import as_json, from_json, key_frame
 from .predictions import Predictions, found_kind
 from .results import open_results
@@ -449,8 +449,8 @@ def _convert_video(unit: str, member: Member, out: Path, names: Mapping[str, Seq
             "name another split, or convert without --data",
         )
     with (
-        whole_folder(out / "Annotations" / unit) as masks,
-        whole_folder(out / "candidates" / unit) as soft,
+        replace_folder(out / "Annotations" / unit) as masks,
+        replace_folder(out / "candidates" / unit) as soft,
     ):
         for e in file.entries[unit]:
             count, h, w = file.place(unit, e).shape

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .core import Problem, resolve, shipped
-from .files import read_json, whole, write_json
+from .core import Problem, resolve, find_shipped
+from .files import read_json, replace_file, write_json
 from .run_state import View, _asked, extent, inputs_now, look, table
 from .stage import Report, StageFailed, clear, locked
 from rvos_nb.workflow import (
@@ -64,7 +64,7 @@ def _missing(stages: Sequence[Stage]) -> list[str]:
             if (
                 os.path.isabs(name)
                 or resolve(name).exists()
-                or shipped("checkpoints", name).is_dir()
+                or find_shipped("checkpoints", name).is_dir()
             ):
                 continue
             from rvos_nb.models.zoo import find, foreign_family
@@ -388,7 +388,7 @@ def _link(stage: Stage):
     "Give the masks of a stage their second name."
     if not stage.link or not Path(stage.parameters["out_dir"], "Annotations").is_dir():
         return
-    with whole(resolve(stage.link)) as tmp:
+    with replace_file(resolve(stage.link)) as tmp:
         tmp.symlink_to(
             os.path.relpath(
                 Path(stage.parameters["out_dir"], "Annotations"), resolve(stage.link).parent

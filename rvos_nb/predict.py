@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from .candidates import full_masks, save_candidates
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
 from .data.video import Video, frame_rate, read_video, write_video
-from .files import whole_folder
+from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .stage import Report, locked, made_from, run_stage
@@ -204,7 +204,7 @@ def _write_video(unit: str, data: Dataset, out: Path, found: dict, name: str, th
         "model": name,
         "frames": list(video.frames),
     }
-    with whole_folder(out / "candidates" / unit) as folder:
+    with replace_folder(out / "candidates" / unit) as folder:
         for i, e in enumerate(expressions):
             save_candidates(
                 folder / f"{check_id(e.id, data.root)}.safetensors",
@@ -213,7 +213,7 @@ def _write_video(unit: str, data: Dataset, out: Path, found: dict, name: str, th
                 found["boxes"][i],
                 info,
             )
-    with ThreadPoolExecutor(4) as pool, whole_folder(out / "Annotations" / unit) as folder:
+    with ThreadPoolExecutor(4) as pool, replace_folder(out / "Annotations" / unit) as folder:
         for i, e in enumerate(expressions):
             (folder / e.id).mkdir()
             write_masks(
@@ -292,7 +292,7 @@ def predict(
     is recorded and the others finish."""
     data, device, memory = (
         open_dataset(data_dir, split, layout),
-        device_name(device),
+        choose_device(device),
         bytes_of(memory),
     )
     if data.truth is not None:
@@ -371,7 +371,7 @@ def predict_clip(
     with (
         ThreadPoolExecutor(4) as pool,
         locked(out),
-        whole_folder(out / "Annotations" / clip.id) as folder,
+        replace_folder(out / "Annotations" / clip.id) as folder,
     ):
         for e in range(len(texts)):
             (folder / str(e)).mkdir()

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
-from .data.vos import Annotated, shown, vos_videos
-from .files import read_json, whole_folder
+from .data.vos import AnnotatedVideo, read_given_masks, find_vos_videos
+from .files import read_json, replace_folder
 from .keyframe import choose_one, from_json
 from .models import zoo
 from .models.family import FAMILIES, find_object
@@ -280,7 +280,7 @@ def _do(
             Sentence(
                 k,
                 pred / "Annotations" / u,
-                stack.enter_context(whole_folder(out / "Annotations" / u)),
+                stack.enter_context(replace_folder(out / "Annotations" / u)),
             )
             for u, k in starts.items()
         ]
@@ -346,7 +346,7 @@ def propagate(
         raise Problem("empty", repr(empty), " or ".join(map(repr, EMPTY)), "choose one of them")
     if together < 1:
         raise Problem("together", str(together), "at least 1", "leave it out")
-    data, pred, device = open_dataset(data_dir, split), Path(pred_dir), device_name(device)
+    data, pred, device = open_dataset(data_dir, split), Path(pred_dir), choose_device(device)
     if not (pred / "key_frame.json").exists():
         raise Problem(
             pred / "key_frame.json",
@@ -532,8 +532,8 @@ def propagate_clip(
         raise Problem("mask", "none", "at least one", "give a mask and the number of its frame")
     size = next(read_video(clip, names=[names[min(given)]])).shape[:2]
     labels = {t: m if isinstance(m, np.ndarray) else read_given(m, size) for t, m in given.items()}
-    propagator = make_propagator(model, how, device_name(device), online)
-    with locked(out), whole_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder:
+    propagator = make_propagator(model, how, choose_device(device), online)
+    with locked(out), replace_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder:
         ids = propagate_labels(propagator, clip, labels, folder, how)
 
         def painted():
@@ -546,15 +546,15 @@ def propagate_clip(
 
 # %% ../nbs/05d_propagate.ipynb #913da1ff
 def _vos_unit(
-    unit: str, kind: str, videos: dict[str, Annotated], propagator: Propagator, out: Path, how: How
+    unit: str, kind: str, videos: dict[str, AnnotatedVideo], propagator: Propagator, out: Path, how: How
 ):
     "Label maps of one video."
-    clip, given = shown(videos[unit], kind)
-    with whole_folder(out / "Annotations" / unit) as folder:
+    clip, given = read_given_masks(videos[unit], kind)
+    with replace_folder(out / "Annotations" / unit) as folder:
         propagate_labels(propagator, clip, given, folder, how)
 
 
-def _vos_stands(unit: str, videos: dict[str, Annotated], out: Path) -> bool:
+def _vos_stands(unit: str, videos: dict[str, AnnotatedVideo], out: Path) -> bool:
     "Whether a video has a label map of every picture."
     folder = out / "Annotations" / unit
     return folder.is_dir() and all(
@@ -577,8 +577,8 @@ def propagate_vos(
 ) -> Report:
     """Propagate the given objects of every video; a video that fails is recorded and the others
     finish. Raises `Problem` for another layout."""
-    kind, found, _ = vos_videos(data_dir, split)
-    videos, device = {v.id: v for v in found}, device_name(device)
+    kind, found, _ = find_vos_videos(data_dir, split)
+    videos, device = {v.id: v for v in found}, choose_device(device)
     params = {
         "split": split,
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,

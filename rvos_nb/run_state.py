@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import resolve, shipped
+from .core import resolve, find_shipped
 from .files import read_json
 from .stage import contents, fingerprint, fingerprints
 from .workflow import Stage, related, why_skipped
@@ -81,7 +81,7 @@ def changed_inputs(out: Path) -> Iterator[str]:
                 for p in (
                     Path(os.path.normpath(out.parent / name)),
                     resolve(name),
-                    shipped("checkpoints", name),
+                    find_shipped("checkpoints", name),
                 )
                 if p.exists()
             ),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.index import Dataset
 from .data.masks import rle_encode
 from .data.video import Expression, read_video
@@ -381,7 +381,7 @@ def predict_frames(
 ) -> Report:
     """Masks, boxes and scores of every query for every sample of a split, and their scores where
     the truth is known."""
-    device, out = device_name(device), Path(out_dir)
+    device, out = choose_device(device), Path(out_dir)
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     model, how = (
         load_referring(model, device, online, **speed),

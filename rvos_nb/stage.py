@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import Problem, natural_key, progress, resolve, shipped, versions
-from .files import _make, _named_errors, read_json, sweep, write_json
+from .core import Problem, natural_key, progress, resolve, find_shipped, read_versions
+from .files import _make_folder, _named_errors, read_json, sweep_temporary, write_json
 from .units import map_units
 
 # %% ../nbs/00c_stage.ipynb #713ab131
@@ -70,7 +70,7 @@ def locked(
     another one holds it."""
     path = Path(folder) / ".lock"
     with _named_errors(path):
-        _make(path.parent, folder)
+        _make_folder(path.parent, folder)
         f = open(path, "a+")
     try:
         try:
@@ -87,7 +87,7 @@ def locked(
         f.write(f"pid {os.getpid()} on {socket.gethostname()}")
         f.flush()
         try:
-            sweep(folder)
+            sweep_temporary(folder)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -157,7 +157,7 @@ def made_from(
     if model and isinstance(model, (str, Path)):
         found |= {
             str(model): p
-            for p in (resolve(model), shipped("checkpoints", str(model)))
+            for p in (resolve(model), find_shipped("checkpoints", str(model)))
             if p.is_dir()
         }
     return found
@@ -296,7 +296,7 @@ def run_stage(
                 params=params,
                 inputs=prints,
                 **({"parts": trees} if trees else {}),
-                versions=versions(),
+                versions=read_versions(),
                 device=device,
                 units={u: state[u] for u in sorted(state, key=natural_key)},
                 failures=dict(sorted(report.failed.items())),

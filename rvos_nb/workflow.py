@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import Problem, check_id, resolve, shipped
+from .core import Problem, check_id, resolve, find_shipped
 
 # %% ../nbs/09a_workflow.ipynb #52ccef86
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _mapping(
     where = "recipe"
     if not isinstance(recipe, dict):
         path = (
-            shipped("recipes", f"{recipe}.yaml")
+            find_shipped("recipes", f"{recipe}.yaml")
             if re.fullmatch(r"[\w-]+", str(recipe))
             else resolve(recipe)
         )
@@ -212,7 +212,7 @@ def load_recipe(
 def recipes() -> list[str]:
     "Names of the pipelines that ship."
     return sorted(
-        p.stem for p in shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
+        p.stem for p in find_shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
     )
 
 # %% ../nbs/09a_workflow.ipynb #8a23fedf
@@ -260,7 +260,7 @@ def find_notebook(
     name: str,  # a module such as 'fuse', or a path ending in .ipynb
 ) -> Path:
     "The stage notebook; raises `Problem` where there is none."
-    chapters = {p.stem.split("_", 1)[1]: p for p in shipped("notebooks").glob("[0-9]*.ipynb")}
+    chapters = {p.stem.split("_", 1)[1]: p for p in find_shipped("notebooks").glob("[0-9]*.ipynb")}
     path = resolve(name) if str(name).endswith(".ipynb") else chapters.get(str(name), Path(name))
     if path.is_file():
         return path

@@ -28,7 +28,7 @@ from PIL import Image
 from ..benchmarks import Figure, peak_memory, seconds
 from ..candidates import full_masks, full_size, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
-from ..files import read_json, whole_folder, write_json
+from ..files import read_json, replace_folder, write_json
 from ..fuse import fuse
 from ..members import foreground, levels, votes
 
@@ -115,7 +115,7 @@ def write_members(
                 np.zeros((frames, 4)),
                 {"kind": "logit", "size": list(size), "model": "made up", "frames": names},
             )
-            with whole_folder(run / "Annotations" / listed[v] / str(e)) as folder:
+            with replace_folder(run / "Annotations" / listed[v] / str(e)) as folder:
                 write_tree(folder, names, full_masks(small, size))
             if shards:
                 shard.setdefault(listed[v], {})[str(e)] = {

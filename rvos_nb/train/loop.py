@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import Problem, device_name, versions
+from ..core import Problem, choose_device, read_versions
 from ..data.clips import Stream
-from ..files import whole
+from ..files import replace_file
 from ..models import zoo
 from ..models.family import find_family, find_object
 from ..stage import Report, run_stage
@@ -94,7 +94,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
         }
-        with whole(path) as tmp:
+        with replace_file(path) as tmp:
             torch.save(state, tmp)
 
     def load(self, path):
@@ -268,7 +268,7 @@ def make_card(
         "of_steps": trainer.total,
         "minutes": round(trainer.seconds / 60, 1),
         "hardware": hardware,
-        "versions": versions(),
+        "versions": read_versions(),
         "quick_validation": {k: round(v, 4) for k, v in scores.items()},
     }
 
@@ -285,7 +285,7 @@ def train(
 ) -> Report:
     """Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a
     folder of another one."""
-    r, out, device = read_recipe(recipe, given), Path(out), device_name(device)
+    r, out, device = read_recipe(recipe, given), Path(out), choose_device(device)
     if steps:
         r = rescale(r, steps)
     model = out / "model"

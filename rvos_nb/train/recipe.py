@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from ..core import Problem, resolve, shipped
-from ..data.clips import Draw
-from ..data.sequences import Films, Stills
+from ..core import Problem, resolve, find_shipped
+from ..data.clips import SceneStage
+from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
 
 # %% ../../nbs/04c_train.recipe.ipynb #1946493e
@@ -155,13 +155,13 @@ def place_stages(recipe: Recipe) -> list:
         ]
 
     def placed(s):
-        if isinstance(s, Stills):
+        if isinstance(s, StillStage):
             return replace(s, folders=[f for name in s.folders for f in place(name)])
         return (
             replace(
                 s, sources=[src | {"folder": f} for src in s.sources for f in place(src["folder"])]
             )
-            if isinstance(s, Films)
+            if isinstance(s, FilmStage)
             else s
         )
 
@@ -183,7 +183,7 @@ def read_loss_options(recipe: Recipe, **defaults) -> dict:
     return defaults | recipe.loss
 
 # %% ../../nbs/04c_train.recipe.ipynb #b4601ea0
-SOURCES = {"refshapes": Draw, "stills": Stills, "films": Films}
+SOURCES = {"refshapes": SceneStage, "stills": StillStage, "films": FilmStage}
 
 
 def recipe_mapping(
@@ -195,13 +195,13 @@ def recipe_mapping(
     path = (
         resolve(recipe)
         if str(recipe).endswith((".yaml", ".yml"))
-        else shipped("recipes", f"{recipe}.yaml")
+        else find_shipped("recipes", f"{recipe}.yaml")
     )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = ", ".join(
-            sorted(p.stem for p in shipped("recipes", "x").parent.glob("train-*.yaml"))
+            sorted(p.stem for p in find_shipped("recipes", "x").parent.glob("train-*.yaml"))
         )
         raise Problem(
             recipe,
@@ -252,7 +252,7 @@ def override_settings(
 
 # %% ../../nbs/04c_train.recipe.ipynb #7d0d469e
 def build_stage(values, where: str):
-    "A `Draw`, `Stills` or `Films`."
+    "A `SceneStage`, `StillStage` or `FilmStage`."
     values = dict(values) if isinstance(values, Mapping) else values
     kind = (
         values.pop(

@@ -16,16 +16,14 @@ from .samples import JHMDB_LISTS, open_a2d, open_jhmdb, open_refcoco
 from .videos import has_four_sentences_each, open_mevis, open_videos
 
 # %% ../../nbs/01j_data.datasets.ipynb #cfb27fb5
-LAYOUT_OPENERS: dict[
-    str, tuple[Callable[[Path, str], Dataset], str]
-] = {  # name -> how it is opened, the split that is usually meant
+LAYOUT_OPENERS: dict[str, tuple[Callable[[Path, str], Dataset], str]] = {
     "ref-youtube-vos": (open_videos, "valid"),
     "ref-davis17": (partial(open_videos, layout="ref-davis17"), "valid"),
     "mevis": (open_mevis, "valid_u"),
     "a2d-sentences": (open_a2d, "test"),
     "jhmdb-sentences": (open_jhmdb, "test"),
     "refcoco": (open_refcoco, "val"),
-}
+}  # name -> how it is opened, the split that is usually meant
 
 ORIGINALS = {
     "davis_text_annotations": "ref-davis17",
@@ -33,6 +31,14 @@ ORIGINALS = {
     "jhmdb_annotation.txt": "jhmdb-sentences",
     "refcoco*/refs(*).p": "refcoco",
 }  # what lies in a tree as published -> the conversion that makes the lists
+
+
+def _find_remedy(root: Path) -> str:
+    "What brings an unknown tree into a layout."
+    for sign, name in ORIGINALS.items():
+        if any(root.glob(sign)):
+            return f"run `rvos data prepare {name} {root.name}` first"
+    return "check the path (data/README.md describes the layouts), or name the layout"
 
 
 def recognise_layout(root: Path) -> str:
@@ -50,19 +56,14 @@ def recognise_layout(root: Path) -> str:
         return "jhmdb-sentences"
     if any(root.glob("instances_ref*.json")) or any(root.glob("*/instances_ref*.json")):
         return "refcoco"
-    mend = next(
-        (
-            f"run `rvos data prepare {name} {root.name}` first"
-            for sign, name in ORIGINALS.items()
-            if any(root.glob(sign))
-        ),
-        "check the path (data/README.md describes the layouts), or name the layout",
-    )
     raise Problem(
-        root, "none of the lists that tell a layout", "one of " + ", ".join(LAYOUT_OPENERS), mend
+        root,
+        "none of the lists that tell a layout",
+        "one of " + ", ".join(LAYOUT_OPENERS),
+        _find_remedy(root),
     )
 
-
+# %% ../../nbs/01j_data.datasets.ipynb #c3724f79
 def open_dataset(
     root,  # the folder of the data set
     split: str = "valid",  # a split of the layout; '': the one that is usually meant
@@ -71,13 +72,13 @@ def open_dataset(
     """Index a split. Raises `Problem` where its list is missing or not the layout; smaller faults
     are collected."""
     root = Path(root)
-    known = layout or recognise_layout(root)
-    if known not in LAYOUT_OPENERS:
+    name = layout or recognise_layout(root)
+    if name not in LAYOUT_OPENERS:
         raise Problem(
             "layout", repr(layout), "one of " + ", ".join(LAYOUT_OPENERS), "choose one of them"
         )
-    opener, usual = LAYOUT_OPENERS[known]
-    data = opener(root, check_id(split or usual, "split"))
-    if not layout and known == "ref-youtube-vos" and has_four_sentences_each(data):
+    opener, usual_split = LAYOUT_OPENERS[name]
+    data = opener(root, check_id(split or usual_split, "split"))
+    if not layout and name == "ref-youtube-vos" and has_four_sentences_each(data):
         data.layout = "ref-davis17"
     return data

@@ -17,85 +17,91 @@ from pathlib import Path
 import numpy as np
 
 from ..core import Problem, abbreviate, check_id
-from .index import Dataset, read_code, check_sentence, require, parse_whole_number
+from .index import Dataset, check_sentence, parse_whole_number, read_code, require
 from .video import Expression, Video, open_clip
 from .videos import file_stamp
 from ..files import read_json
 
 # %% ../../nbs/01i_data.samples.ipynb #e4f30882
-def collect_samples(
-    data: Dataset,  # still empty
-    rows: Iterable,  # the entries of its list
-    sample: Callable,  # (row, where) -> (Expression, function that makes its Video), or None for a row that is left out on purpose
-    where,  # the file, for messages
-) -> Dataset:
-    """Fill the index; what cannot be used is a fault of its entry, its video or its sentence.
-    Raises `Problem` where nothing is left."""
-    found, makers, seen = [], {}, set()
+def _read_samples(
+    data: Dataset, rows: Iterable, read: Callable, where
+) -> tuple[list[Expression], dict[str, Callable]]:  # the sentences, what opens each video
+    "Walk over the rows; what is wrong with one is a fault of its entry."
+    expressions, openers, seen = [], {}, set()
     for n, row in enumerate(rows):
+        place = f"{where}, entry {n}"
         try:
-            if not (pair := sample(row, f"{where}, entry {n}")):
+            sample = read(row, place)
+            if not sample:
                 continue
-            e, maker = pair
-            if (e.video, e.id) in seen:
-                raise Problem(
-                    f"{where}, entry {n}",
-                    f"the sample {e.video}/{e.id} again",
-                    "each sample once",
-                    "remove one of the two",
-                )
+            expression, open_video = sample
+            key = expression.video, expression.id
+            if key in seen:
+                again = f"the sample {expression.video}/{expression.id} again"
+                raise Problem(place, again, "each sample once", "remove one of the two")
         except Problem as e:
             data.faults[f"entry {n}"] = str(e)
             continue
-        seen.add((e.video, e.id))
-        found.append(e)
-        makers.setdefault(e.video, maker)
+        seen.add(key)
+        expressions.append(expression)
+        openers.setdefault(expression.video, open_video)
+    return expressions, openers
 
-    def make(maker):
+
+def _open_each(openers: dict[str, Callable]) -> dict[str, Video | Problem]:
+    "Call all, several at a time; a problem takes the place of its video."
+
+    def attempt(open_video):
         try:
-            return maker()
+            return open_video()
         except Problem as e:
             return e
 
     with ThreadPoolExecutor(8) as pool:
-        made = dict(zip(makers, pool.map(make, makers.values())))
-    for e in found:
-        video = made[e.video]
-        if isinstance(video, Problem):
-            data.faults[e.video] = str(video)
-        elif e.frame >= len(video.frames):
-            data.faults[f"{e.video}/{e.id}"] = str(
-                Problem(
-                    f"{where}, {e.video}/{e.id}",
-                    f"frame {e.frame + 1}",
-                    f"at most {len(video.frames)}, as the video has",
-                    "correct the frame number, or copy the video again",
-                )
-            )
-        else:
-            data.videos[e.video] = video
-            data.expressions.setdefault(e.video, []).append(e)
-    if not found:
+        return dict(zip(openers, pool.map(attempt, openers.values())))
+
+# %% ../../nbs/01i_data.samples.ipynb #5b19cc98
+def collect_samples(
+    data: Dataset,  # still empty
+    rows: Iterable,  # the entries of its list
+    read: Callable,  # (row, where) -> (Expression, what opens its Video); None: left out on purpose
+    where,  # the file, for messages
+) -> Dataset:
+    """Fill the index; what cannot be used is a fault of its entry, its video or its sentence.
+    Raises `Problem` where nothing is left."""
+    expressions, openers = _read_samples(data, rows, read, where)
+    if not expressions:
+        first = next(iter(data.faults.values()), None)
         raise Problem(
             where,
-            "no usable entry"
-            + (f" (the first: {next(iter(data.faults.values()))})" if data.faults else ""),
+            "no usable entry" + (f" (the first: {first})" if first else ""),
             "sentences in the layout " + data.layout,
             "is this the right file?",
         )
+    videos = _open_each(openers)
+    for e in expressions:
+        video = videos[e.video]
+        if isinstance(video, Problem):
+            data.faults[e.video] = str(video)
+        elif e.frame >= len(video.frames):
+            fault = Problem(
+                f"{where}, {e.video}/{e.id}",
+                f"frame {e.frame + 1}",
+                f"at most {len(video.frames)}, as the video has",
+                "correct the frame number, or copy the video again",
+            )
+            data.faults[f"{e.video}/{e.id}"] = str(fault)
+        else:
+            data.videos[e.video] = video
+            data.expressions.setdefault(e.video, []).append(e)
     return data
 
-
+# %% ../../nbs/01i_data.samples.ipynb #3c0c4cf9
 def read_rows(path, columns: int) -> list:
     """A JSON list. Raises `Problem` for another kind of file; rows of another length are left to
     the reader of rows."""
-    rows = require(
-        read_json(path),
-        list,
-        "the whole file",
-        path,
-        f"a list of rows with {columns} columns belongs there",
-    )
+    remedy = f"a list of rows with {columns} columns belongs there"
+    rows = require(read_json(path), list, "the whole file", path, remedy)
     if not rows:
         raise Problem(
             path,
@@ -125,36 +131,24 @@ def _check_columns(row, n: int, where) -> list:
 
 # %% ../../nbs/01i_data.samples.ipynb #0912ec14
 @lru_cache(maxsize=2)
-def _read_coco_file(
-    path: Path, stamp
-) -> tuple[
-    dict, dict[str, str]
-]:  # image id -> (image entries, annotations); faults of entries without an id
-    "A COCO file in which each image should have one annotation."
-    listing, entries, faults = (
-        require(read_json(path), dict, "the whole file", path, "is this a COCO file?"),
-        {},
-        {},
-    )
+def _read_coco_file(path: Path, stamp) -> tuple[dict, dict[str, str]]:
+    """A COCO file in which each image should have one annotation: image id -> (image entries,
+    annotations), and the faults of entries without an id."""
+    remedy = "is this a COCO file?"
+    listing = require(read_json(path), dict, "the whole file", path, remedy)
+    entries, faults = {}, {}
     for side, (key, name) in enumerate((("images", "id"), ("annotations", "image_id"))):
-        for n, entry in enumerate(
-            require(listing.get(key), list, f'"{key}"', path, "is this a COCO file?")
-        ):
+        for n, entry in enumerate(require(listing.get(key), list, f'"{key}"', path, remedy)):
             id = entry.get(name) if isinstance(entry, dict) else None
             if isinstance(id, (int, str)) and not isinstance(id, bool):
                 entries.setdefault(id, ([], []))[side].append(entry)
             else:
-                faults[f"{key} {n}"] = str(
-                    Problem(
-                        f'{path}, entry {n} of "{key}"',
-                        abbreviate(entry),
-                        f'an object with "{name}"',
-                        "correct that entry",
-                    )
-                )
+                where, expected = f'{path}, entry {n} of "{key}"', f'an object with "{name}"'
+                fault = Problem(where, abbreviate(entry), expected, "correct that entry")
+                faults[f"{key} {n}"] = str(fault)
     return entries, faults
 
-
+# %% ../../nbs/01i_data.samples.ipynb #0acba8c1
 @dataclass(frozen=True)
 class CocoTruth:
     "Masks and boxes out of a COCO file with one annotation for each sample."
@@ -182,11 +176,12 @@ class CocoTruth:
         "The mask. Raises `Problem` where there is not exactly one, or it cannot be read."
         image, annotation = self.entry(key)
         where = f"{self.path}, id {key!r}"
-        size = tuple(parse_whole_number(image.get(k), 1) for k in ("height", "width"))
+        sides = [image.get("height"), image.get("width")]
+        size = tuple(parse_whole_number(side, 1) for side in sides)
         if None in size:
             raise Problem(
                 where,
-                f"an image of size {abbreviate([image.get(k) for k in ('height', 'width')])}",
+                f"an image of size {abbreviate(sides)}",
                 '"height" and "width" in pixels',
                 "derive the file again",
             )
@@ -212,8 +207,10 @@ def _read_h5_file(path: Path, stamp) -> tuple[list[int], np.ndarray]:
 
     try:
         with h5py.File(path) as f:
-            instances, masks = np.ravel(f["instance"]).astype(int).tolist(), np.asarray(f["reMask"])
-        return instances, masks.reshape(len(instances), *masks.shape[-2:]).swapaxes(1, 2) != 0
+            instances = np.ravel(f["instance"]).astype(int).tolist()
+            masks = np.asarray(f["reMask"])  # (n, W, H), or (W, H)
+        masks = masks.reshape(len(instances), *masks.shape[-2:])
+        return instances, masks.swapaxes(1, 2) != 0
     except Exception as e:
         raise Problem(
             path,
@@ -294,42 +291,34 @@ class MatTruth:
         return masks[:, :, expression.frame]
 
 # %% ../../nbs/01i_data.samples.ipynb #33a5192f
+def _read_a2d_row(row, where, films: Path):
+    "The sentence of a row, and what opens its film; None for a slip of the annotators."
+    text, id, frame, instance = _check_columns(row, 4, where)
+    if isinstance(instance, str) and "(copy)" in instance:
+        return None
+    check_id(id, where)
+    frame = _read_number(frame, "the frame", where)
+    instance = _read_number(instance, "the instance", where)
+    text = check_sentence(text, where)
+    key = f"f_{frame}_i_{instance}"
+    expression = Expression(id, key, text, str(instance), frame=frame - 1)
+    return expression, partial(open_clip, films / f"{id}.mp4", id)
+
+
 def open_a2d(root: Path, split: str) -> Dataset:
     """Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another;
     smaller faults are collected."""
     path = root / f"a2d_sentences_single_frame_{split}_annotations.json"
-    coco, films = (
-        root / "a2d_sentences_test_annotations_in_coco_format.json",
-        root / "Release/clips320H",
-    )
+    coco = root / "a2d_sentences_test_annotations_in_coco_format.json"
+    films = root / "Release/clips320H"
     if not films.is_dir() and (root / "Release/CLIPS320").is_dir():
         films = root / "Release/CLIPS320"
-    truth = (
-        CocoTruth(coco)
-        if split == "test" and coco.exists()
-        else H5Truth(root / "text_annotations/a2d_annotation_with_instances")
-    )
-
-    def sample(row, where):
-        text, id, frame, instance = _check_columns(row, 4, where)
-        if isinstance(instance, str) and "(copy)" in instance:
-            return None
-        check_id(id, where)
-        frame, instance = (
-            _read_number(frame, "the frame", where),
-            _read_number(instance, "the instance", where),
-        )
-        return Expression(
-            id,
-            f"f_{frame}_i_{instance}",
-            check_sentence(text, where),
-            str(instance),
-            frame=frame - 1,
-        ), partial(open_clip, films / f"{id}.mp4", id)
-
-    return collect_samples(
-        Dataset(root, split, layout="a2d-sentences", truth=truth), read_rows(path, 4), sample, path
-    )
+    if split == "test" and coco.exists():
+        truth = CocoTruth(coco)
+    else:
+        truth = H5Truth(root / "text_annotations/a2d_annotation_with_instances")
+    data = Dataset(root, split, layout="a2d-sentences", truth=truth)
+    return collect_samples(data, read_rows(path, 4), partial(_read_a2d_row, films=films), path)
 
 # %% ../../nbs/01i_data.samples.ipynb #b88e81f9
 JHMDB_LISTS = (
@@ -354,6 +343,28 @@ def read_jhmdb_frame(row, where) -> tuple[str, str, str]:  # action, video, file
     return tuple(check_id(part, where) for part in end)
 
 # %% ../../nbs/01i_data.samples.ipynb #776c3de1
+def _open_pictures(folder: Path, id: str, frames: int) -> Video:
+    "A video of JHMDB. Raises `Problem` where its folder is missing."
+    if not folder.is_dir():
+        raise Problem(
+            folder,
+            "no such folder",
+            f"the {frames} frames of the video",
+            "copy the frames, or remove the video from the list",
+        )
+    return Video(id, tuple(f"{i:05d}" for i in range(1, frames + 1)), folder)
+
+
+def _read_jhmdb_row(row, where, root: Path):
+    "The sentence of a row, and what opens its video."
+    action, id, name = read_jhmdb_frame(row, where)
+    frames, text = row[3:]
+    frame = _read_number(name.split(".")[0].lstrip("0"), "the frame", where)
+    expression = Expression(id, f"f_{frame}", check_sentence(text, where), frame=frame - 1)
+    frames = _read_number(frames, "the number of frames", where)
+    return expression, partial(_open_pictures, root / "Rename_Images" / action / id, id, frames)
+
+
 def open_jhmdb(root: Path, split: str = "test") -> Dataset:
     """Index JHMDB-Sentences. Raises `Problem` where the list is missing or another; smaller faults
     are collected."""
@@ -364,95 +375,65 @@ def open_jhmdb(root: Path, split: str = "test") -> Dataset:
             "'test', the only one of JHMDB-Sentences",
             "choose split 'test'",
         )
-    path = next((p for n in JHMDB_LISTS if (p := root / n).exists()), root / JHMDB_LISTS[0])
-
-    def film(folder, id, frames):
-        if not folder.is_dir():
-            raise Problem(
-                folder,
-                "no such folder",
-                f"the {frames} frames of the video",
-                "copy the frames, or remove the video from the list",
-            )
-        return Video(id, tuple(f"{i:05d}" for i in range(1, frames + 1)), folder)
-
-    def sample(row, where):
-        action, id, name = read_jhmdb_frame(row, where)
-        frames, text = row[3:]
-        frame = _read_number(name.split(".")[0].lstrip("0"), "the frame", where)
-        return Expression(id, f"f_{frame}", check_sentence(text, where), frame=frame - 1), partial(
-            film,
-            root / "Rename_Images" / action / id,
-            id,
-            _read_number(frames, "the number of frames", where),
-        )
-
-    return collect_samples(
-        Dataset(root, split, layout="jhmdb-sentences", truth=MatTruth(root / "puppet_mask")),
-        read_rows(path, 5),
-        sample,
-        path,
-    )
+    published, ours = (root / name for name in JHMDB_LISTS)
+    path = ours if ours.exists() and not published.exists() else published
+    truth = MatTruth(root / "puppet_mask")
+    data = Dataset(root, split, layout="jhmdb-sentences", truth=truth)
+    return collect_samples(data, read_rows(path, 5), partial(_read_jhmdb_row, root=root), path)
 
 # %% ../../nbs/01i_data.samples.ipynb #f4909df9
+def _find_instances(root: Path, pattern: str) -> set[Path]:
+    "Files instances_PATTERN.json in a folder and in those directly below it."
+    name = f"instances_{pattern}.json"
+    return {*root.glob(name), *root.glob(f"*/{name}")}
+
+
 def find_listing(root: Path, split: str) -> Path:
     """The file of a split, called 'val' where there is one data set, 'refcoco+_val' otherwise.
     Raises `Problem` where it is missing or not the only one."""
-    found = sorted(
-        {
-            *root.glob(f"instances_*_{split}.json"),
-            *root.glob(f"*/instances_*_{split}.json"),
-            *root.glob(f"instances_{split}.json"),
-            *root.glob(f"*/instances_{split}.json"),
-        }
-    )
-    if len(found) == 1:
-        return found[0]
-    names = sorted(
-        p.stem.removeprefix("instances_")
-        for p in {*root.glob("instances_*_*.json"), *root.glob("*/instances_*_*.json")}
-    )
+    files = sorted(_find_instances(root, f"*_{split}") | _find_instances(root, split))
+    if len(files) == 1:
+        return files[0]
+    names = sorted(p.stem.removeprefix("instances_") for p in _find_instances(root, "*_*"))
     raise Problem(
         root,
-        f"{'several files' if found else 'no file'} of split {split!r}",
+        f"{'several files' if files else 'no file'} of split {split!r}",
         "one of " + (", ".join(names) or "instances_NAME_SPLIT.json"),
         "name data set and split, such as 'refcoco+_val'",
     )
+
+
+def _open_picture(folder: Path, id: str, name: str) -> Video:
+    "A video of one frame. Raises `Problem` where the picture is missing."
+    if not (folder / name).exists():
+        raise Problem(
+            folder / name,
+            "no such file",
+            "the picture that the list names",
+            "copy the picture, or remove its entries",
+        )
+    return Video(id, (id,), folder)
+
+# %% ../../nbs/01i_data.samples.ipynb #ff341a8e
+def _read_coco_row(key, where, truth: CocoTruth, folder: Path):
+    "The sentence of an image entry, and what opens its picture; None for a crowd."
+    image, annotation = truth.entry(key)
+    if annotation.get("iscrowd") == 1:
+        return None
+    name = check_id(image.get("file_name"), where)
+    stem = check_id(name.rsplit(".", 1)[0], where)
+    number = _read_number(key, "the id", where)
+    text = check_sentence(image.get("caption"), where)
+    expression = Expression(stem, str(number), text, frame=0)
+    return expression, partial(_open_picture, folder, stem, name)
 
 
 def open_refcoco(root: Path, split: str) -> Dataset:
     """Index one split of RefCOCO, RefCOCO+ or RefCOCOg. Raises `Problem` where its file is missing
     or another; smaller faults are collected."""
     truth = CocoTruth(find_listing(root, split))
-    pictures = (root if (root / "train2014").is_dir() else root.parent) / "train2014"
+    folder = (root if (root / "train2014").is_dir() else root.parent) / "train2014"
     entries, faults = truth.all()
-
-    def picture(id, name):
-        if not (pictures / name).exists():
-            raise Problem(
-                pictures / name,
-                "no such file",
-                "the picture that the list names",
-                "copy the picture, or remove its entries",
-            )
-        return Video(id, (id,), pictures)
-
-    def sample(key, where):
-        image, annotation = truth.entry(key)
-        if annotation.get("iscrowd") == 1:
-            return None
-        name = check_id(image.get("file_name"), where)
-        stem = name.rsplit(".", 1)[0]
-        return Expression(
-            check_id(stem, where),
-            str(_read_number(key, "the id", where)),
-            check_sentence(image.get("caption"), where),
-            frame=0,
-        ), partial(picture, stem, name)
-
-    return collect_samples(
-        Dataset(root, split, faults=dict(faults), layout="refcoco", truth=truth),
-        entries,
-        sample,
-        truth.path,
-    )
+    data = Dataset(root, split, faults=dict(faults), layout="refcoco", truth=truth)
+    read = partial(_read_coco_row, truth=truth, folder=folder)
+    return collect_samples(data, entries, read, truth.path)

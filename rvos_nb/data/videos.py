@@ -32,6 +32,21 @@ from .video import Expression, Video
 from ..files import read_json
 
 # %% ../../nbs/01h_data.videos.ipynb #7b327cef
+def _read_object_id(value, where) -> str | None:
+    "An object id as text; None where there is none. Raises `Problem` for another value."
+    if value is None:
+        return None
+    number = parse_whole_number(value, 1, 255)
+    if number is None:
+        raise Problem(
+            where,
+            f'"obj_id" {abbreviate(value)}',
+            "a whole number from 1 to 255, as text",
+            "correct the object id",
+        )
+    return str(number)
+
+
 def read_expression(
     video: str,
     id: str,  # checked by the caller: `video`; here: `id`
@@ -50,21 +65,9 @@ def read_expression(
             'the sentence under "exp"',
             "add the sentence, or remove the expression",
         )
-    text, object_id, kind = (
-        check_sentence(entry["exp"], where, '"exp"'),
-        entry.get("obj_id"),
-        entry.get("kind"),
-    )
-    if object_id is not None:
-        number = parse_whole_number(object_id, 1, 255)
-        if number is None:
-            raise Problem(
-                where,
-                f'"obj_id" {abbreviate(object_id)}',
-                "a whole number from 1 to 255, as text",
-                "correct the object id",
-            )
-        object_id = str(number)
+    text = check_sentence(entry["exp"], where, '"exp"')
+    object_id = _read_object_id(entry.get("obj_id"), where)
+    kind = entry.get("kind")
     return Expression(video, id, text, object_id, kind if isinstance(kind, str) else None)
 
 # %% ../../nbs/01h_data.videos.ipynb #8726fd07
@@ -115,26 +118,27 @@ def read_videos(path: Path, split: str) -> dict:  # video -> its unread entry
             "the split's sentences",
             f"check the data folder and the split {split!r}",
         )
-    layout = "is this a meta_expressions.json?"
-    listing = require(read_json(path, each_once), dict, "the whole file", path, layout)
+    remedy = "is this a meta_expressions.json?"
+    listing = require(read_json(path, mark_repeated), dict, "the whole file", path, remedy)
     if "videos" not in listing:
-        raise Problem(
-            path, 'no "videos"', '{"videos": {VIDEO: {"expressions": …, "frames": …}}}', layout
-        )
-    return require(listing["videos"], dict, '"videos"', path, layout)
+        form = '{"videos": {VIDEO: {"expressions": …, "frames": …}}}'
+        raise Problem(path, 'no "videos"', form, remedy)
+    return require(listing["videos"], dict, '"videos"', path, remedy)
 
-
+# %% ../../nbs/01h_data.videos.ipynb #5a2425bc
 def _name_unit(*ids: str) -> str:
-    return (
-        "/".join(ids)[:200].encode(errors="replace").decode()
-    )  # a name for a fault, whatever the ids are
+    "A name for a fault, whatever the ids are."
+    return "/".join(ids)[:200].encode(errors="replace").decode()
 
 
 def _fill_index(
-    data: Dataset, path: Path, listing: dict, folder: Callable, read: Callable
+    data: Dataset,
+    path: Path,  # the JSON, for messages
+    listing: dict,  # video -> its unread entry
+    find_folder: Callable,  # (video) -> the folder that holds JPEGImages
+    read: Callable,  # (video, id, entry, path) -> Expression
 ) -> Dataset:
-    """Put the videos of a JSON into the index; `folder(id)` holds JPEGImages, `read(video, id,
-    entry, where)` reads a sentence."""
+    "Put the videos of a JSON into the index."
     if not listing:
         raise Problem(
             path,
@@ -144,28 +148,37 @@ def _fill_index(
         )
     for id, entry in listing.items():
         try:
-            video, sentences = read_entry(id, entry, folder(check_id(id, path)), path)
+            video, entries = read_entry(id, entry, find_folder(check_id(id, path)), path)
         except Problem as e:
             data.faults[_name_unit(id)] = str(e)
             continue
-        good = []
-        for key, unread in sentences.items():
+        expressions = []
+        for key, unread in entries.items():
             try:
-                good.append(read(id, key, unread, path))
+                expressions.append(read(id, key, unread, path))
             except Problem as e:
                 data.faults[_name_unit(id, key)] = str(e)
-        if good:
-            data.videos[id], data.expressions[id] = video, good
-        elif not sentences:
-            data.faults[id] = str(
-                Problem(
-                    f"{path}, video {id}",
-                    "no expressions",
-                    "at least one sentence",
-                    "add one, or remove the video",
-                )
-            )
+        if expressions:
+            data.videos[id], data.expressions[id] = video, expressions
+        elif not entries:
+            where, remedy = f"{path}, video {id}", "add one, or remove the video"
+            fault = Problem(where, "no expressions", "at least one sentence", remedy)
+            data.faults[id] = str(fault)
     return data
+
+# %% ../../nbs/01h_data.videos.ipynb #bcb08bb5
+def _remove_test_videos(path: Path, test: Path, listing: dict) -> dict:
+    "The videos of valid alone. Raises `Problem` where none is left."
+    others = read_videos(test, "test")
+    own = {k: v for k, v in listing.items() if k not in others}
+    if listing and not own:
+        raise Problem(
+            path,
+            "no video beside those of test",
+            "the videos of both splits, or of valid alone",
+            "copy both lists from the archive again",
+        )
+    return own
 
 
 def open_videos(
@@ -176,50 +189,39 @@ def open_videos(
     """Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout;
     smaller faults are collected."""
     meta = root / "meta_expressions"
-    path, test = (meta / s / "meta_expressions.json" for s in (split, "test"))
+    path = meta / split / "meta_expressions.json"
+    test = meta / "test" / "meta_expressions.json"
     listing = read_videos(path, split)
     if split == "valid" and test.exists():
-        others = read_videos(test, "test")
-        own = {k: v for k, v in listing.items() if k not in others}
-        if listing and not own:
-            raise Problem(
-                path,
-                "no video beside those of test",
-                "the videos of both splits, or of valid alone",
-                "copy both lists from the archive again",
-            )
-        listing = own
+        listing = _remove_test_videos(path, test, listing)
 
-    def folder(id):
-        return next(
-            (
-                f
-                for f in (root / split, root / "valid")
-                if split == "test" and (f / "JPEGImages" / id).is_dir()
-            ),
-            root / split,
-        )
+    def find_folder(id):
+        if split == "test":
+            for folder in (root / "test", root / "valid"):
+                if (folder / "JPEGImages" / id).is_dir():
+                    return folder
+        return root / split
 
-    return _fill_index(Dataset(root, split, layout=layout), path, listing, folder, read_expression)
+    data = Dataset(root, split, layout=layout)
+    return _fill_index(data, path, listing, find_folder, read_expression)
 
 # %% ../../nbs/01h_data.videos.ipynb #6fc650ec
+def _are_four_each(expressions: list[Expression]) -> bool:
+    "Whether the objects of one video have four consecutive sentences each."
+    objects: dict = {}  # number of the group of four -> its object
+    for e in expressions:
+        if not e.id.isdecimal() or e.object_id is None:
+            return False
+        if objects.setdefault(int(e.id) // 4, e.object_id) != e.object_id:
+            return False
+    different = len(set(objects.values())) == len(objects)
+    last = max(int(e.id) for e in expressions)
+    return different and (last + 1) % 4 == 0
+
+
 def has_four_sentences_each(data: Dataset) -> bool:
     "Whether every object has four consecutive sentences, as in Ref-DAVIS17."
-    for expressions in data.expressions.values():
-        objects: dict = {}
-        for e in expressions:
-            if (
-                not e.id.isdecimal()
-                or e.object_id is None
-                or objects.setdefault(int(e.id) // 4, e.object_id) != e.object_id
-            ):
-                return False
-        if (
-            len(set(objects.values())) < len(objects)
-            or (max(int(e.id) for e in expressions) + 1) % 4
-        ):
-            return False
-    return bool(data.expressions)
+    return bool(data.expressions) and all(map(_are_four_each, data.expressions.values()))
 
 # %% ../../nbs/01h_data.videos.ipynb #c67155a9
 _KEY = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(?=\[\s*[n{\]])')
@@ -238,14 +240,12 @@ def file_stamp(
 
 
 @lru_cache(maxsize=4)
-def _index_file(path: Path, stamp) -> dict[str, tuple[int, int] | None]:
+def _index_file(path: Path, stamp) -> dict[str, tuple[int, int]]:
     "Where each annotation lies in the file."
     try:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            found, end = (
-                [(m[1].decode(), m.start(), m.end()) for m in _KEY.finditer(text)],
-                len(text),
-            )
+            keys = [(m[1].decode(), m.start(), m.end()) for m in _KEY.finditer(text)]
+            end = len(text)
     except (OSError, ValueError) as e:
         raise Problem(
             path,
@@ -253,19 +253,16 @@ def _index_file(path: Path, stamp) -> dict[str, tuple[int, int] | None]:
             "mask_dict.json of MeViS",
             "copy the file again",
         ) from None
-    ends = [start for _, start, _ in found[1:]] + [end]
-    return mark_repeated([(key, (begin, stop)) for (key, _, begin), stop in zip(found, ends)])
+    ends = [start for _, start, _ in keys[1:]] + [end]
+    return mark_repeated([(key, (begin, stop)) for (key, _, begin), stop in zip(keys, ends)])
 
 
-def index_annotations(
-    path: Path,
-) -> dict[
-    str, tuple[int, int]
-]:  # id -> first byte of its list, first byte behind it; `TWICE` for an id given twice
-    "The index of a mask_dict.json. Raises `Problem` where there is none."
+def index_annotations(path: Path) -> dict[str, tuple[int, int]]:
+    """The index of a mask_dict.json: id -> first byte of its list, first byte behind it, or
+    `REPEATED` for an id given twice. Raises `Problem` where there is no such file."""
     return _index_file(path, file_stamp(path, "mask_dict.json with the true masks"))
 
-
+# %% ../../nbs/01h_data.videos.ipynb #69950325
 def read_annotation(
     path: Path,  # mask_dict.json
     id: str,  # an annotation id
@@ -284,16 +281,17 @@ def read_annotation(
     begin, end = require(spans[id], tuple, "the annotation", where)
     with open(path, "rb") as f:
         f.seek(begin)
-        text = f.read(end - begin)
+        data = f.read(end - begin)
     try:
-        found, stop = json.JSONDecoder().raw_decode(text := text.decode())
+        text = data.decode()
+        frames, stop = json.JSONDecoder().raw_decode(text)
         if text[stop:].lstrip()[:1] not in (",", "}"):
             raise ValueError("it is cut off")
-        return found
     except (ValueError, RecursionError) as e:
         raise Problem(
             where, f"text that is not JSON ({e})", "a list of run lengths", "copy the file again"
         ) from None
+    return frames
 
 # %% ../../nbs/01h_data.videos.ipynb #673aa515
 @dataclass(frozen=True)
@@ -301,30 +299,30 @@ class UnionTruth:
     "Masks of MeViS: the union of the annotations that a sentence names."
 
     path: Path  # mask_dict.json
-    named: dict[tuple[str, str], tuple[str, ...]]  # (video, expression) -> annotation ids
+    annotation_ids: dict[tuple[str, str], tuple[str, ...]]  # (video, expression) -> its annotations
 
     def codes(
         self, video: Video, id: str, size: tuple[int, int]
     ) -> list[dict | None]:  # one for each frame, as `read_rle` gives it
         """One annotation. Raises `Problem` for what cannot be read, and for another size or number
         of frames than the video has."""
-        found, where = read_annotation(self.path, id), f"{self.path}, annotation {id}"
-        if len(found) != len(video.frames):
+        frames, where = read_annotation(self.path, id), f"{self.path}, annotation {id}"
+        if len(frames) != len(video.frames):
             raise Problem(
                 where,
-                f"{len(found)} frames",
+                f"{len(frames)} frames",
                 f"{len(video.frames)}, as video {video.id} has",
                 "copy the file and meta_expressions.json from the same release",
             )
         return [
             code if code is None else read_rle(code, size, f"{where}, position {t}")
-            for t, code in enumerate(found)
+            for t, code in enumerate(frames)
         ]
 
     def masks(self, video: Video, expression: Expression) -> np.ndarray:  # (T, H, W) bool
         "The true masks; raises as `codes` does."
         out = np.zeros((len(video.frames), *frame_size(video)), bool)
-        for id in self.named[video.id, expression.id]:
+        for id in self.annotation_ids[video.id, expression.id]:
             for t, code in enumerate(self.codes(video, id, out.shape[1:])):
                 if code is not None:
                     out[t] |= rle_decode(code)
@@ -336,15 +334,13 @@ def read_mevis_expression(
 ) -> tuple[Expression, tuple[str, ...]]:  # the sentence, and its annotation ids
     """One sentence of MeViS. Raises `Problem` as `read_expression` does, and for lists that are
     none or of two lengths."""
-    listed = dict(
-        require(entry, dict, "the expression", f"{where}, video {video}, expression {id}")
-    )
-    objects, named = listed.pop("obj_id", None), listed.pop("anno_id", None)
-    e = read_expression(video, id, listed, where)
-    where = f"{where}, video {video}, expression {id}"
-    if objects is None and named is None:
-        return e, ()
-    for key, ids in (("obj_id", objects), ("anno_id", named)):
+    file, where = where, f"{where}, video {video}, expression {id}"
+    fields = dict(require(entry, dict, "the expression", where))
+    objects, annotations = fields.pop("obj_id", None), fields.pop("anno_id", None)
+    expression = read_expression(video, id, fields, file)
+    if objects is None and annotations is None:
+        return expression, ()
+    for key, ids in (("obj_id", objects), ("anno_id", annotations)):
         if not isinstance(ids, list) or any(parse_whole_number(i) is None for i in ids):
             raise Problem(
                 where,
@@ -352,34 +348,31 @@ def read_mevis_expression(
                 "a list of whole numbers, perhaps empty",
                 "correct the list",
             )
-    if len(objects) != len(named):
+    if len(objects) != len(annotations):
         raise Problem(
             where,
-            f"{len(objects)} objects and {len(named)} annotations",
+            f"{len(objects)} objects and {len(annotations)} annotations",
             "one annotation for each object",
             "correct the lists",
         )
-    pairs = sorted(zip(map(int, objects), map(str, named)))
-    return replace(e, object_id="+".join(str(o) for o, _ in pairs) or "none"), tuple(
-        n for _, n in pairs
-    )
+    pairs = sorted(zip(map(int, objects), map(str, annotations)))
+    object_id = "+".join(str(object) for object, _ in pairs) or "none"
+    return replace(expression, object_id=object_id), tuple(id for _, id in pairs)
 
-
+# %% ../../nbs/01h_data.videos.ipynb #206de097
 def open_mevis(root: Path, split: str) -> Dataset:
     """Index a split of MeViS. Raises `Problem` where its list is missing or another; smaller faults
     are collected."""
-    path, named = root / split / "meta_expressions.json", {}
+    folder = root / split
+    path = folder / "meta_expressions.json"
+    annotation_ids = {}
 
     def read(video, id, entry, where):
-        e, named[video, id] = read_mevis_expression(video, id, entry, where)
-        return e
+        expression, named = read_mevis_expression(video, id, entry, where)
+        annotation_ids[video, id] = named
+        return expression
 
-    data = _fill_index(
-        Dataset(root, split, layout="mevis"),
-        path,
-        read_videos(path, split),
-        lambda id: root / split,
-        read,
-    )
-    data.union = UnionTruth(root / split / "mask_dict.json", named)
+    data = Dataset(root, split, layout="mevis")
+    _fill_index(data, path, read_videos(path, split), lambda id: folder, read)
+    data.union = UnionTruth(folder / "mask_dict.json", annotation_ids)
     return data

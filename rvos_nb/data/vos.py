@@ -26,17 +26,14 @@ class AnnotatedVideo:
     folder: Path  # holds FRAME.png
     frames: tuple[str, ...]  # the annotated ones, in order
     pictures: Path  # where the pictures lie
-    first: Mapping[str, str] = field(
-        default_factory=dict
-    )  # object -> its first frame, where the listing says
-    category: Mapping[str, str] = field(default_factory=dict)  # object -> category, the same
+    first: Mapping[str, str] = field(default_factory=dict)  # object -> first frame, if listed
+    category: Mapping[str, str] = field(default_factory=dict)  # object -> category, if listed
 
 
 def _index_video(folder: Path, pictures: Path, id: str, entry: Mapping = {}) -> AnnotatedVideo:
     "Index one video. Raises `Problem` where it has no annotation."
-    frames = sorted(
-        (p.stem for p in (folder / check_id(id, folder)).glob("*.png")), key=natural_key
-    )
+    maps = (folder / check_id(id, folder)).glob("*.png")
+    frames = sorted((p.stem for p in maps), key=natural_key)
     if not frames:
         raise Problem(
             folder / id,
@@ -44,72 +41,15 @@ def _index_video(folder: Path, pictures: Path, id: str, entry: Mapping = {}) -> 
             "FRAME.png with object ids",
             "copy the annotations of this video",
         )
-    objects = entry.get("objects", {})
-    return AnnotatedVideo(
-        id,
-        folder / id,
-        tuple(frames),
-        pictures / id,
-        {o: min(d["frames"], key=natural_key) for o, d in objects.items() if d.get("frames")},
-        {o: d["category"] for o, d in objects.items() if d.get("category")},
-    )
+    first, category = {}, {}
+    for object, fields in entry.get("objects", {}).items():
+        if fields.get("frames"):
+            first[object] = min(fields["frames"], key=natural_key)
+        if fields.get("category"):
+            category[object] = fields["category"]
+    return AnnotatedVideo(id, folder / id, tuple(frames), pictures / id, first, category)
 
-
-def find_vos_videos(
-    root,  # a data set in the layout of DAVIS-2017 or YouTube-VOS
-    split: str = "valid",  # DAVIS calls it val
-) -> tuple[
-    str, list[AnnotatedVideo], set[str]
-]:  # 'davis' or 'youtube', the videos, the categories of training
-    "Find annotated videos. Raises `Problem` for another layout."
-    root = Path(root)
-    check_id(split, "split")
-    listing, meta = (
-        root / "ImageSets" / "2017" / f"{'val' if split == 'valid' else split}.txt",
-        root / split / "meta.json",
-    )
-    if listing.exists():
-        folder = next(
-            (
-                f
-                for f in (
-                    root / "Annotations" / "480p",
-                    root / "Annotations" / "Full-Resolution",
-                    root / "Annotations",
-                )
-                if f.is_dir()
-            ),
-            root / "Annotations" / "480p",
-        )
-        pictures = root / "JPEGImages" / folder.relative_to(root / "Annotations")
-        return (
-            "davis",
-            [_index_video(folder, pictures, v) for v in listing.read_text().split()],
-            set(),
-        )
-    if not meta.exists():
-        raise Problem(
-            root,
-            f"neither {listing.relative_to(root)} nor {meta.relative_to(root)}",
-            "the layout of DAVIS-2017 or of YouTube-VOS",
-            "check the folder and the split",
-        )
-    videos, train = _read_meta(meta), root / "train" / "meta.json"
-    seen = {
-        d.get("category")
-        for v in (_read_meta(train) if train.exists() else {}).values()
-        for d in v.get("objects", {}).values()
-    }
-    return (
-        "youtube",
-        [
-            _index_video(root / split / "Annotations", root / split / "JPEGImages", v, entry)
-            for v, entry in videos.items()
-        ],
-        seen - {None},
-    )
-
-
+# %% ../../nbs/01k_data.vos.ipynb #273e33ea
 def _read_meta(meta: Path) -> dict:
     "The videos of a meta.json; `Problem` where it has another form."
     content = read_json(meta)
@@ -123,30 +63,79 @@ def _read_meta(meta: Path) -> dict:
         )
     return videos
 
+
+def _index_davis(root: Path, listing: Path) -> list[AnnotatedVideo]:
+    resolutions = [
+        p for p in ("480p", "Full-Resolution", "") if (root / "Annotations" / p).is_dir()
+    ]
+    resolution = resolutions[0] if resolutions else "480p"
+    folder, pictures = (root / name / resolution for name in ("Annotations", "JPEGImages"))
+    return [_index_video(folder, pictures, v) for v in listing.read_text().split()]
+
+
+def _index_youtube(folder: Path) -> list[AnnotatedVideo]:
+    maps, pictures = folder / "Annotations", folder / "JPEGImages"
+    videos = _read_meta(folder / "meta.json")
+    return [_index_video(maps, pictures, v, entry) for v, entry in videos.items()]
+
+
+def _list_categories(meta: Path) -> set[str]:
+    "The categories of training; none where that listing is not there."
+    videos = _read_meta(meta) if meta.exists() else {}
+    objects = [d for v in videos.values() for d in v.get("objects", {}).values()]
+    return {d.get("category") for d in objects} - {None}
+
+
+def find_vos_videos(
+    root,  # a data set in the layout of DAVIS-2017 or YouTube-VOS
+    split: str = "valid",  # DAVIS calls it val
+) -> tuple[str, list[AnnotatedVideo], set[str]]:
+    """Find annotated videos: 'davis' or 'youtube', the videos, the categories of training. Raises
+    `Problem` for another layout."""
+    root = Path(root)
+    check_id(split, "split")
+    name = "val" if split == "valid" else split
+    listing = root / "ImageSets" / "2017" / f"{name}.txt"
+    meta = root / split / "meta.json"
+    if listing.exists():
+        return "davis", _index_davis(root, listing), set()
+    if meta.exists():
+        seen = _list_categories(root / "train" / "meta.json")
+        return "youtube", _index_youtube(root / split), seen
+    raise Problem(
+        root,
+        f"neither {listing.relative_to(root)} nor {meta.relative_to(root)}",
+        "the layout of DAVIS-2017 or of YouTube-VOS",
+        "check the folder and the split",
+    )
+
 # %% ../../nbs/01k_data.vos.ipynb #07fd8409
+def _find_new(
+    labels: np.ndarray,  # (H, W) uint8 of one frame
+    known: set[int],  # ids that were given before, or will be later
+    listed: list[int],  # ids that the listing lets begin here
+) -> list[int]:
+    "The objects that are given in a frame."
+    return [i for i in np.unique(labels[labels > 0]).tolist() if i not in known] + listed
+
+
 def read_given_masks(
     video: AnnotatedVideo,
     kind: str,  # 'davis' or 'youtube'
-) -> tuple[
-    Video, dict[int, np.ndarray]
-]:  # the pictures; position -> (H, W) uint8 ids of the objects given there
-    "The task that a video sets. Raises `Problem` for pictures or label maps that are missing."
-    clip, given, known = (
-        open_clip(video.pictures, video.id),
-        {},
-        {255} if kind == "davis" else {255, *(int(o) for o in video.first)},
-    )
-    starts = {
-        video.first[o]: [int(p) for p in video.first if video.first[p] == video.first[o]]
-        for o in video.first
-    }
+) -> tuple[Video, dict[int, np.ndarray]]:
+    """The task that a video sets: its pictures, and position -> (H, W) uint8 ids of the objects given
+    there. Raises `Problem` for pictures or label maps that are missing."""
+    clip, given = open_clip(video.pictures, video.id), {}
+    known = {255} if kind == "davis" else {255, *map(int, video.first)}
+    listed = {}  # frame -> objects that begin there
+    for object, name in video.first.items():
+        listed.setdefault(name, []).append(int(object))
     for name in video.frames[:1] if kind == "davis" else video.frames:
         labels = read_labels(video.folder / f"{name}.png")
-        new = [i for i in np.unique(labels[labels > 0]).tolist() if i not in known] + starts.get(
-            name, []
-        )
+        new = _find_new(labels, known, listed.get(name, []))
         known.update(new)
-        if not np.isin(labels, new).any():
+        shown = np.isin(labels, new)
+        if not shown.any():
             continue
         if name not in clip.frames:
             raise Problem(
@@ -155,7 +144,7 @@ def read_given_masks(
                 "a picture of every annotated frame",
                 "copy the pictures of this video",
             )
-        given[clip.frames.index(name)] = np.where(np.isin(labels, new), labels, 0).astype(np.uint8)
+        given[clip.frames.index(name)] = np.where(shown, labels, 0).astype(np.uint8)
     if not given:
         raise Problem(
             video.folder,

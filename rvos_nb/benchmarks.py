@@ -198,7 +198,7 @@ def scores(
 
     referring, figures = zoo.load("referformer-tiny"), []
     propagators = {name: AOTPropagator(zoo.load(name)) for name in ("aot-tiny", "deaot-tiny")}
-    for level in shapes.LEVELS:
+    for level in shapes.LEVEL_SETTINGS:
         with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
             refshapes.write(folder, "valid", level, videos=videos, seed=1)
             data = open_dataset(folder)

@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 from .core import Problem
-from .files import whole
+from .files import replace_file
 
 # %% ../nbs/05a_candidates.ipynb #79bbd03c
 def resize_logits(

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from .core import Problem, shipped
+from .core import Problem, find_shipped
 from .stage import StageFailed
 
 # %% ../nbs/09d_cli.ipynb #46869c95
@@ -244,7 +244,7 @@ def predict(
         if scores:
             print(scores)
         return _end(report)
-    from rvos_nb.core import device_name
+    from rvos_nb.core import choose_device
     from rvos_nb.data.video import open_clip
     from rvos_nb.predict import load_referring, predict_clip, unknown_words
 
@@ -1008,8 +1008,8 @@ def doctor():
         ),
         (
             "checkpoints",
-            ", ".join(p.parent.name for p in sorted(shipped("checkpoints").glob("*/config.json")))
-            or f"none in {shipped('checkpoints')}",
+            ", ".join(p.parent.name for p in sorted(find_shipped("checkpoints").glob("*/config.json")))
+            or f"none in {find_shipped('checkpoints')}",
         ),
         (
             "hub",
@@ -1141,11 +1141,11 @@ def data_check(
     \b
     rvos data check data/ref-youtube-vos
     """
-    from rvos_nb.data.check import check
+    from rvos_nb.data.check import check_dataset
 
-    survey = check(_here(root), layout)
+    survey = check_dataset(_here(root), layout)
     print(survey.table())
-    raise typer.Exit(int(bool(survey.odd)))
+    raise typer.Exit(int(bool(survey.faults)))
 
 
 @data_app.command("prepare")

@@ -22,7 +22,7 @@ from .candidates import draw_masks, load_candidates, resize_logits, save_candida
 from .core import Problem, check_id, natural_key, resolve
 from .data.datasets import open_dataset
 from .data.masks import mask_box, write_tree
-from .files import read_json, whole_folder, write_json
+from .files import read_json, replace_folder, write_json
 from .keyframe import as_json, from_json, key_frame
 from .options import read_options
 from .predictions import Predictions, guess_kind

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from .core import Problem
-from .data.masks import run_pixels
+from .data.masks import count_pixels
 
 # %% ../nbs/04a_metrics.ipynb #b5bc5eba
 def _clips(
@@ -209,7 +209,7 @@ def mask_overlap(truth: dict, pred: dict) -> tuple[float, float]:
             "predict again on the original frames",
         )
     for who, code in (("the truth", truth), ("results", pred)):
-        if run_pixels(code["counts"]) != math.prod(code["size"]):
+        if count_pixels(code["counts"]) != math.prod(code["size"]):
             raise Problem(
                 who,
                 "run lengths that do not fill the mask",

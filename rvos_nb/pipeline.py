@@ -422,7 +422,7 @@ def link_masks(stage: Stage):
     "Give the masks of a stage their second name."
     if not stage.link or not Path(stage.parameters["out_dir"], "Annotations").is_dir():
         return
-    with whole(resolve(stage.link)) as tmp:
+    with replace_file(resolve(stage.link)) as tmp:
         tmp.symlink_to(
             os.path.relpath(
                 Path(stage.parameters["out_dir"], "Annotations"), resolve(stage.link).parent

@@ -24,7 +24,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
 from .data.video import Video, frame_rate, read_video, write_video
-from .files import whole_folder
+from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .options import option, read_options

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask

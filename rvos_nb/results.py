@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .core import Problem, natural_key, resolve
-from .data.masks import PALETTE, read_labels, read_mask, run_pixels
+from .data.masks import PALETTE, read_labels, read_mask, count_pixels
 
 # %% ../nbs/05f_results.ipynb #00a75527
 MEMBERS, MEMBER_BYTES, TOTAL_BYTES, RATIO = 500_000, 1 << 26, 1 << 36, 200  # what a zip may hold
@@ -397,7 +397,7 @@ def check_code(
             f"{list(size)}, as the truth has",
             "predict again on the original frames",
         )
-    if run_pixels(code["counts"]) != size[0] * size[1]:
+    if count_pixels(code["counts"]) != size[0] * size[1]:
         raise Problem(
             where,
             "run lengths that do not fill the mask",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import resolve, shipped
+from .core import resolve, find_shipped
 from .files import read_json
 from .stage import digest_file, fingerprint, fingerprints
 from .workflow import Stage, stages_read, why_skipped
@@ -82,7 +82,7 @@ def changed_inputs(out: Path) -> Iterator[str]:
                 for p in (
                     Path(os.path.normpath(out.parent / name)),
                     resolve(name),
-                    shipped("checkpoints", name),
+                    find_shipped("checkpoints", name),
                 )
                 if p.exists()
             ),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.index import Dataset
 from .data.masks import rle_encode
 from .data.video import Expression, read_video

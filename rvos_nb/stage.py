@@ -87,7 +87,7 @@ def locked(
         f.write(f"pid {os.getpid()} on {socket.gethostname()}")
         f.flush()
         try:
-            sweep(folder)
+            sweep_temporary(folder)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def name_inputs(
     if model and isinstance(model, (str, Path)):
         found |= {
             str(model): p
-            for p in (resolve(model), shipped("checkpoints", str(model)))
+            for p in (resolve(model), find_shipped("checkpoints", str(model)))
             if p.is_dir()
         }
     return found

@@ -16,10 +16,10 @@ from pathlib import Path
 from PIL import Image
 
 from .core import Problem, check_id, progress, resolve
-from .data.datasets import open_dataset, recognise
+from .data.datasets import open_dataset, recognise_layout
 from .data.index import Dataset, frame_size
 from .data.masks import encode_labels, encode_mask
-from .files import whole
+from .files import replace_file
 from .results import REMARKS, Results, maps_folder, open_results
 
 # %% ../nbs/07e_submit.ipynb #5d31ddde
@@ -114,7 +114,7 @@ def submission(
     """Pack a complete tree; otherwise `IncompleteSubmission` with the list of what is missing or
     unusable, and no zip."""
     root, run, path = resolve(data_dir), resolve(pred_dir), resolve(zip_path)
-    if (layout := recognise(root)) in ("a2d-sentences", "jhmdb-sentences", "refcoco"):
+    if (layout := recognise_layout(root)) in ("a2d-sentences", "jhmdb-sentences", "refcoco"):
         raise Problem(
             root,
             f"{layout}, which no server scores",
@@ -129,7 +129,7 @@ def submission(
     faults, count = [f"{u}: {why}" for u, why in data.faults.items()], 0
     with (
         open_results(maps_folder(run, split) if data.layout == "ref-davis17" else run) as results,
-        whole(path) as tmp,
+        replace_file(path) as tmp,
         ThreadPoolExecutor(4) as pool,
     ):
         merged = data.layout == "ref-davis17" and "anno_0" in results.names()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import Problem, check_id, resolve, shipped
+from .core import Problem, check_id, resolve, find_shipped
 
 # %% ../nbs/09a_workflow.ipynb #52ccef86
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def load_workflow(
 def list_workflows() -> list[str]:
     "Names of the pipelines that ship."
     return sorted(
-        p.stem for p in shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
+        p.stem for p in find_shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
     )
 
 # %% ../nbs/09a_workflow.ipynb #8a23fedf
@@ -262,7 +262,7 @@ def find_notebook(
     name: str,  # a module such as 'fuse', or a path ending in .ipynb
 ) -> Path:
     "The stage notebook; raises `Problem` where there is none."
-    chapters = {p.stem.split("_", 1)[1]: p for p in shipped("notebooks").glob("[0-9]*.ipynb")}
+    chapters = {p.stem.split("_", 1)[1]: p for p in find_shipped("notebooks").glob("[0-9]*.ipynb")}
     path = resolve(name) if str(name).endswith(".ipynb") else chapters.get(str(name), Path(name))
     if path.is_file():
         return path

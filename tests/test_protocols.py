@@ -16,7 +16,7 @@ from PIL import Image
 from rvos_nb import candidates, predict
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import LAYOUTS, open_dataset
+from rvos_nb.data.datasets import LAYOUT_OPENERS, open_dataset
 from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.label_maps import merge_annotators
@@ -66,7 +66,12 @@ def files(root):
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_tells_its_layout(trees, name):
     data = open_dataset(trees[name], "")
-    assert data.layout == name and not data.faults and len(data) and data.split == LAYOUTS[name][1]
+    assert (
+        data.layout == name
+        and not data.faults
+        and len(data)
+        and data.split == LAYOUT_OPENERS[name][1]
+    )
     for e in data:
         m = data.masks(e)
         assert (

@@ -28,7 +28,7 @@ from PIL import Image
 from ..benchmarks import Figure, peak_memory, seconds
 from ..candidates import draw_masks, resize_logits, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
-from ..files import read_json, whole_folder, write_json
+from ..files import read_json, replace_folder, write_json
 from ..fuse import fuse
 from ..members import draw_votes, foreground, quantise
 

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..core import Problem, shipped
-from ..files import read_json, whole, whole_folder, write_json
+from ..core import Problem, find_shipped
+from ..files import read_json, replace_file, replace_folder, write_json
 from .backbones import BACKBONES
 from .family import Family, all_facts, available_families, family_of, find_family
 from .text import folder_of, tokenizer_from
@@ -160,7 +160,7 @@ def write_files(
     config = json.loads(json.dumps(dataclasses.asdict(about["config"])))
     write_json(Path(folder) / "config.json", about | {"config": config})
     kept = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    with whole(Path(folder) / "model.safetensors") as tmp:
+    with replace_file(Path(folder) / "model.safetensors") as tmp:
         safetensors.torch.save_file(kept, tmp)
     if tokenizer is not None:
         tokenizer.save_pretrained(Path(folder) / "tokenizer")
@@ -182,7 +182,7 @@ def save(
     card: dict,  # how it was made and what it scores
 ):
     "Save a model as a folder that `load` reads back."
-    with whole_folder(folder) as tmp:
+    with replace_folder(folder) as tmp:
         write_model(model, tmp, card)
 
 # %% ../../nbs/03c_models.zoo.ipynb #975f5a6b
@@ -214,7 +214,7 @@ def find(
 ) -> Path:  # the folder
     """Where a checkpoint lies; Problem where nothing of that name is there, with the way to get it
     where one is known."""
-    path, home = Path(name), shipped("checkpoints")
+    path, home = Path(name), find_shipped("checkpoints")
     if (path / "config.json").is_file():
         return path
     if path.name == str(name) and (home / path / "config.json").is_file():
@@ -376,7 +376,7 @@ def how_to_get(
 def shipped_models() -> list[dict]:
     "Checkpoints that ship: name, family, backbone, params (millions), J&F in percent on RefShapes."
     rows = []
-    for path in sorted(shipped("checkpoints").glob("*/config.json")):
+    for path in sorted(find_shipped("checkpoints").glob("*/config.json")):
         about = card(path.parent)
         with safetensors.safe_open(path.parent / "model.safetensors", "pt") as f:  # its header
             shapes = [torch.Size(f.get_slice(n).get_shape()) for n in f.keys()]  # noqa: SIM118

@@ -26,8 +26,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import Problem, shipped
-from ..files import sweep, whole
+from ..core import Problem, find_shipped
+from ..files import sweep_temporary, replace_file
 
 # %% ../../nbs/02i_ops.native.ipynb #493eb937
 class Unavailable(RuntimeError):
@@ -175,7 +175,7 @@ def compile_to(
             + " is not on the path"
         )
     log = library.with_suffix(".log")
-    with whole(library) as tmp:
+    with replace_file(library) as tmp:
         done = subprocess.run(
             [*command, *flags(source, target), str(source), "-o", str(tmp)],
             stdin=subprocess.DEVNULL,
@@ -188,7 +188,7 @@ def compile_to(
             said = done.stdout.strip().splitlines() or [
                 f"{command[0]} ended with {done.returncode} and said nothing"
             ]
-            with whole(log) as t:
+            with replace_file(log) as t:
                 t.write_text("\n".join([shlex.join(done.args), *said]) + "\n")
             raise Unavailable(
                 f"{source.name} did not compile: {next((l for l in said if 'error' in l), said[-1]).strip()} (all of it in {log}; delete that file to try again)"
@@ -211,7 +211,7 @@ def prebuilt(source: Path) -> Path | None:
 # %% ../../nbs/02i_ops.native.ipynb #a22607ce
 def source_file(name: str) -> Path:
     "A file of `ops/`, or a path of one's own."
-    return Path(name) if os.path.isabs(name) else shipped("kernels", name)
+    return Path(name) if os.path.isabs(name) else find_shipped("kernels", name)
 
 
 def state(
@@ -254,7 +254,7 @@ def _build(source: Path) -> Path:
         if library.exists():
             return library
         with _waiting(folder):
-            sweep(folder)
+            sweep_temporary(folder)
             if not library.exists() and not library.with_suffix(".log").exists():
                 print(f"building {source.name} once, in {folder} ...", file=sys.stderr, flush=True)
                 compile_to(source, library)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import Problem, device_name, versions
+from ..core import Problem, choose_device, read_versions
 from ..data.clips import Stream
-from ..files import whole
+from ..files import replace_file
 from ..models import zoo
 from ..models.family import find_family, find_object
 from ..stage import Execution, Report, StageWork, run_stage
@@ -324,7 +324,7 @@ def train(
 ) -> Report:
     """Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a
     folder of another one."""
-    r, out, device = read_recipe(recipe, given), Path(out), device_name(device)
+    r, out, device = read_recipe(recipe, given), Path(out), choose_device(device)
     if steps:
         r = rescale(r, steps)
     work = TrainWork(

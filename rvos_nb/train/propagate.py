@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Problem
-from ..data.clips import Draw, SequenceBatch, sequence_batch
-from ..data.sequences import Sequences
+from ..data.clips import SceneStage, SequenceBatch, draw_sequence_batch
+from ..data.sequences import SequenceStage
 from ..metrics import jaccard
 from ..models import zoo
 from ..models.family import find_family
@@ -49,7 +49,7 @@ def check_stages(
     "Problem where a stage of pictures or films does not fit the model."
     stride, one, c = model.encoder.stride, int(model.config.align_corners), model.config
     for i, s in enumerate(recipe.stages):
-        if not isinstance(s, Sequences):
+        if not isinstance(s, SequenceStage):
             continue
         where = f"recipe, stage {i + 1}"
         if any((n - one) % stride for n in s.size):
@@ -113,7 +113,7 @@ class Propagate:
             return [("sampled", stage.batch(VALIDATION, i)) for i in range(count)]
 
         def draw(level):
-            return Draw(
+            return SceneStage(
                 1,
                 frames=watch.frames,
                 clips=8,
@@ -123,7 +123,7 @@ class Propagate:
             )
 
         return [
-            (level, sequence_batch(VALIDATION, i, draw(level), worn=False))
+            (level, draw_sequence_batch(VALIDATION, i, draw(level), augment=False))
             for level in watch.levels
             for i in range(-(-watch.clips // 8))
         ]

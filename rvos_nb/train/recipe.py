@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from ..core import Problem, resolve, shipped
-from ..data.clips import Draw
-from ..data.sequences import Films, Stills
+from ..core import Problem, resolve, find_shipped
+from ..data.clips import SceneStage
+from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
 
 # %% ../../nbs/04c_train.recipe.ipynb #1946493e
@@ -179,7 +179,7 @@ def read_loss_options(recipe: Recipe, **defaults) -> dict:
     return defaults | recipe.loss
 
 # %% ../../nbs/04c_train.recipe.ipynb #b4601ea0
-SOURCES = {"refshapes": Draw, "stills": Stills, "films": Films}
+SOURCES = {"refshapes": SceneStage, "stills": StillStage, "films": FilmStage}
 
 
 def recipe_mapping(
@@ -191,13 +191,13 @@ def recipe_mapping(
     path = (
         resolve(recipe)
         if str(recipe).endswith((".yaml", ".yml"))
-        else shipped("recipes", f"{recipe}.yaml")
+        else find_shipped("recipes", f"{recipe}.yaml")
     )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = ", ".join(
-            sorted(p.stem for p in shipped("recipes", "x").parent.glob("train-*.yaml"))
+            sorted(p.stem for p in find_shipped("recipes", "x").parent.glob("train-*.yaml"))
         )
         raise Problem(
             recipe,

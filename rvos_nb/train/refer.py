@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import scenes
-from ..data.clips import Draw, ReferBatch, refer_batch
+from ..data.clips import SceneStage, ReferBatch, draw_refer_batch
 from ..models import zoo
 from ..models.family import find_family
 from ..models.referring import choose_query
@@ -138,10 +138,10 @@ class Refer:
         "The validation clips, one sentence each."
 
         def draw(level):
-            return Draw(1, frames=watch.frames, clips=8, size=watch.size, levels={level: 1})
+            return SceneStage(1, frames=watch.frames, clips=8, size=watch.size, levels={level: 1})
 
         return [
-            (level, refer_batch(VALIDATION, i, draw(level), worn=False))
+            (level, draw_refer_batch(VALIDATION, i, draw(level), augment=False))
             for level in watch.levels
             for i in range(-(-watch.clips // 8))
         ]

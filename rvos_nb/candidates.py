@@ -61,7 +61,7 @@ def save_candidates(
         {name: as_stored(array) for name, array in arrays.items()},
         metadata={"rvos": json.dumps(info)},
     )
-    with whole(path) as tmp:
+    with replace_file(path) as tmp:
         tmp.write_bytes(data)
 
 # %% ../nbs/05a_candidates.ipynb #ae7fced0

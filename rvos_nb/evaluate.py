@@ -25,7 +25,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, NoTruth, true_masks
 from .data.masks import read_labels
 from .data.video import Expression
-from .data.vos import Annotated, vos_videos
+from .data.vos import AnnotatedVideo, find_vos_videos
 from .files import write_bytes, write_json
 from .metrics import davis_mean, j_and_f, label_scores, statistics
 from .results import REMARKS, Results, list_unlisted, open_results, read_label_maps
@@ -377,7 +377,7 @@ def write_samples(
 
 # %% ../nbs/07a_evaluate.ipynb #394a0cf3
 def read_truth_and_maps(
-    video: Annotated, results: Results
+    video: AnnotatedVideo, results: Results
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # truth and result (T, H, W) uint8, faults
     "Label maps of one video. Raises `Problem` for unusable annotations."
     truth = [read_labels(video.folder / f"{video.frames[0]}.png")]
@@ -386,7 +386,7 @@ def read_truth_and_maps(
 
 
 def score_objects(
-    video: Annotated, truth: np.ndarray, found: np.ndarray, kind: str
+    video: AnnotatedVideo, truth: np.ndarray, found: np.ndarray, kind: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(object, J, F) of every object of a video, over the frames that count. Raises `Problem` for
     what DAVIS refuses."""
@@ -404,7 +404,7 @@ def score_objects(
             yield o, *j_and_f(truth[start + 1 :] == int(o), found[start + 1 :] == int(o))
 
 # %% ../nbs/07a_evaluate.ipynb #e63af00f
-def _group_of(video: Annotated, o: str, kind: str, seen: Collection[str]) -> str:
+def _group_of(video: AnnotatedVideo, o: str, kind: str, seen: Collection[str]) -> str:
     "'seen' or 'unseen' while training, where YouTube-VOS tells; otherwise ''."
     if kind == "davis" or not seen or o not in video.category:
         return ""
@@ -431,7 +431,7 @@ def evaluate_vos(
     """Score propagation where objects are given by masks, in percent: J&F, J, F and, of DAVIS,
     recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'.
     Raises `Problem` for another layout and where nothing can be scored."""
-    kind, videos, seen = vos_videos(resolve(data_dir), split)
+    kind, videos, seen = find_vos_videos(resolve(data_dir), split)
     results, rows, pairs, missing = open_results(pred_dir), [], [], {}
     for video in progress(videos, "evaluate"):
         truth, maps, faults = read_truth_and_maps(video, results)

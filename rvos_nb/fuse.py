@@ -24,7 +24,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, frame_size
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
-from .files import whole_folder
+from .files import replace_folder
 from .keyframe import as_json, key_frame, key_frame_nonempty
 from .members import Member, member_name, open_member
 from .options import option, read_options
@@ -454,7 +454,7 @@ class FuseWork(StageWork):
             opinions.need_scores()  # without scores there is no use in fusing
         groups = opinions.groups()
         count, sure = len(self.members), opinions.confidence
-        with whole_folder(self.out / "Annotations" / unit) as folder:
+        with replace_folder(self.out / "Annotations" / unit) as folder:
             for group, masks in self.rule.fuse(opinions.opinion, groups, count, sure):
                 _write_group(folder, group, opinions.frames, masks)
 

@@ -21,7 +21,7 @@ from .data.index import Dataset
 from .data.masks import encode_labels, read_mask
 from .data.video import Expression
 from .evaluate import limit_lines
-from .files import whole_folder
+from .files import replace_folder
 from .metrics import davis_mean, label_scores
 from .options import read_options
 from rvos_nb.results import (
@@ -163,7 +163,7 @@ class MergeWork(StageWork):
             values = (p(t) if p else np.zeros(shape, np.float32) for p in planes)
             return encode_labels(merge_labels(values, self.threshold))
 
-        with ThreadPoolExecutor(4) as pool, whole_folder(folder) as temporary:
+        with ThreadPoolExecutor(4) as pool, replace_folder(folder) as temporary:
             for t, png in enumerate(pool.map(encode_frame, range(frames))):
                 (temporary / f"{t:05d}.png").write_bytes(png)
 

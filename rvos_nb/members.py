@@ -471,8 +471,8 @@ class ConvertWork(StageWork):
                 "name another split, or convert without --data",
             )
         with (
-            whole_folder(self.out / "Annotations" / unit) as masks,
-            whole_folder(self.out / "candidates" / unit) as candidates,
+            replace_folder(self.out / "Annotations" / unit) as masks,
+            replace_folder(self.out / "candidates" / unit) as candidates,
         ):
             for e in file.entries[unit]:
                 (masks / e).mkdir()

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .core import Problem, resolve, shipped
-from .files import read_json, whole, write_json
+from .core import Problem, find_shipped, resolve
+from .files import read_json, replace_file, write_json
 from rvos_nb.run_state import (
     StageState,
     current_inputs,
@@ -76,7 +76,7 @@ def why_no_model(name) -> str:  # '' where there is one, or where it is no name
     "Why a model of that name cannot be loaded."
     if not isinstance(name, str) or not name or "<" in name:
         return ""
-    if os.path.isabs(name) or resolve(name).exists() or shipped("checkpoints", name).is_dir():
+    if os.path.isabs(name) or resolve(name).exists() or find_shipped("checkpoints", name).is_dir():
         return ""
     from rvos_nb.models.zoo import find, foreign_family
 

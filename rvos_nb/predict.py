@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .candidates import draw_masks, save_candidates
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
@@ -267,12 +267,12 @@ class PredictWork(StageWork):
             "model": self.name,
             "frames": list(video.frames),
         }
-        with whole_folder(self.out / "candidates" / unit) as folder:
+        with replace_folder(self.out / "candidates" / unit) as folder:
             for e, own in zip(expressions, each):
                 path = folder / f"{check_id(e.id, self.data.root)}.safetensors"
                 save_candidates(path, own["logits"], own["scores"], own["boxes"], info)
         masks = self.out / "Annotations" / unit
-        with ThreadPoolExecutor(4) as pool, whole_folder(masks) as folder:
+        with ThreadPoolExecutor(4) as pool, replace_folder(masks) as folder:
             for e, own in zip(expressions, each):
                 (folder / e.id).mkdir()
                 write_masks(folder / e.id, video.frames, own, self.options.threshold, pool)
@@ -305,7 +305,7 @@ def predict(
     """Masks for every expression of a split; a video that fails, or a sentence that cannot be read,
     is recorded and the others finish. Raises `Problem` for wrong parameters."""
     how, place, execution = read_options(options, PredictOptions, ModelPlace, Execution)
-    data, device = open_dataset(data_dir, split, layout), device_name(place.device)
+    data, device = open_dataset(data_dir, split, layout), choose_device(place.device)
     if data.truth is not None:
         raise Problem(
             data_dir,
@@ -385,7 +385,7 @@ def predict_clip(
     clips = open_clips(model, clip, len(texts), how)
     parts = ask_clips(model, clips, texts, how.short_side)
     masks = out / "Annotations" / clip.id
-    with ThreadPoolExecutor(4) as pool, locked(out), whole_folder(masks) as folder:
+    with ThreadPoolExecutor(4) as pool, locked(out), replace_folder(masks) as folder:
         for e in range(len(texts)):
             (folder / str(e)).mkdir()
         painted = _Painter(folder, clip, how.threshold).paint_clips(parts, pool)

@@ -22,7 +22,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
 from .data.video import Video, read_video
-from .files import read_json, whole_folder
+from .files import read_json, replace_folder
 from .keyframe import choose_key_frame, from_json
 from .options import option, read_options
 from .propagation import FileWriter, Propagation, check_choice, make_propagator
@@ -209,7 +209,7 @@ class PropagateWork(StageWork):
         with ExitStack() as stack:
             sentences = []
             for unit, k in starts.items():
-                folder = stack.enter_context(whole_folder(self.out / "Annotations" / unit))
+                folder = stack.enter_context(replace_folder(self.out / "Annotations" / unit))
                 sentences.append(SentenceMasks(k, self.pred / "Annotations" / unit, folder))
             direction, restart = self.options.direction, self.options.restart
             propagate_sentences(self.propagator, video, sentences, direction, restart)
@@ -246,7 +246,7 @@ def propagate(
     """Propagate every expression's key mask; an expression that fails is recorded and the others
     finish. Raises `Problem` for unusable inputs."""
     how, place, execution = read_options(options, SentencePropagation, ModelPlace, Execution)
-    data, pred, device = open_dataset(data_dir, split), Path(pred_dir), device_name(place.device)
+    data, pred, device = open_dataset(data_dir, split), Path(pred_dir), choose_device(place.device)
     key_file = pred / "key_frame.json"
     if not key_file.exists():
         raise Problem(

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import Problem, check_id, device_name
+from .core import Problem, check_id, choose_device
 from .data.masks import encode_labels, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
-from .data.vos import Annotated, shown, vos_videos
-from .files import whole_folder
+from .data.vos import AnnotatedVideo, find_vos_videos, read_given_masks
+from .files import replace_folder
 from .models import zoo
 from .models.family import FAMILIES, find_object
 from .options import option, read_options
@@ -306,8 +306,11 @@ def propagate_clip(
     labels = {
         t: m if isinstance(m, np.ndarray) else read_object_ids(m, size) for t, m in given.items()
     }
-    propagator = make_propagator(model, how, device_name(place.device), place.online)
-    with locked(out), whole_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder:
+    propagator = make_propagator(model, how, choose_device(place.device), place.online)
+    with (
+        locked(out),
+        replace_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder,
+    ):
         ids = propagate_labels(propagator, clip, labels, folder, how)
 
         def painted():
@@ -324,7 +327,7 @@ class PropagateVosWork(StageWork):
     "Propagate the given objects of a benchmark."
 
     kind: str = field(kw_only=True)  # 'davis' or 'youtube'
-    videos: dict[str, Annotated] = field(kw_only=True)
+    videos: dict[str, AnnotatedVideo] = field(kw_only=True)
     propagator: Propagator = field(kw_only=True)
     options: Propagation = field(kw_only=True)
 
@@ -340,8 +343,8 @@ class PropagateVosWork(StageWork):
         return folder.is_dir() and all((folder / f"{p.stem}.png").is_file() for p in pictures)
 
     def do(self, unit: str, prepared=None):
-        clip, given = shown(self.videos[unit], self.kind)
-        with whole_folder(self.out / "Annotations" / unit) as folder:
+        clip, given = read_given_masks(self.videos[unit], self.kind)
+        with replace_folder(self.out / "Annotations" / unit) as folder:
             propagate_labels(self.propagator, clip, given, folder, self.options)
 
 
@@ -356,8 +359,8 @@ def propagate_vos(
     finish. Raises `Problem` for another layout."""
     options = {"direction": "forward"} | options
     how, place, execution = read_options(options, Propagation, ModelPlace, Execution)
-    kind, found, _ = vos_videos(data_dir, split)
-    videos, device = {v.id: v for v in found}, device_name(place.device)
+    kind, found, _ = find_vos_videos(data_dir, split)
+    videos, device = {v.id: v for v in found}, choose_device(place.device)
     work = PropagateVosWork(
         Path(out_dir),
         {"split": split, "model": model_name(model)} | asdict(how),

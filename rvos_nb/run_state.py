@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import resolve, find_shipped
+from .core import find_shipped, resolve
 from .files import read_json
 from .stage import digest_file, fingerprint, fingerprints
 from .workflow import Stage, stages_read, why_skipped

@@ -363,7 +363,7 @@ def predict_frames(
     the truth is known. Raises `Problem` for wrong parameters."""
     how, place, execution = read_options(options, AskOptions, ModelPlace, Execution)
     check_counts(clip_length=length)
-    device, out, name = device_name(place.device), Path(out_dir), model_name(model)
+    device, out, name = choose_device(place.device), Path(out_dir), model_name(model)
     model = load_referring(model, device, place.online, **how.speed())
     readable = keep_readable(data, model)
     params = {"layout": data.layout, "split": data.split, "model": name, "length": length}

@@ -7,19 +7,20 @@ __all__ = ['StageFailed', 'BatchFailed', 'Report', 'locked', 'digest_file', 'fin
            'fingerprints', 'clear', 'StageWork', 'Execution', 'ModelPlace', 'model_name', 'run_stage']
 
 # %% ../nbs/00d_stage.ipynb #6e5c3caf
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import Problem, natural_key, progress, resolve, shipped, versions
-from .files import _make, _named_errors, read_json, sweep, write_json
+from filelock import FileLock, Timeout
+
+from .core import Problem, find_shipped, natural_key, progress, read_versions, resolve
+from .files import make_folder, named_errors, read_json, sweep_temporary, write_json
 from .options import option
 from .units import map_units
 
@@ -68,31 +69,30 @@ def locked(
 ):
     """Hold `folder` for this process, and clear it of what a killed one left; raise `Problem` where
     another one holds it."""
-    path = Path(folder) / ".lock"
-    with _named_errors(path):
-        _make(path.parent, folder)
-        f = open(path, "a+")  # noqa: SIM115
-    try:
+    path, owner = Path(folder) / ".lock", Path(folder) / ".owner"
+    with named_errors(path):
+        make_folder(path.parent, folder)
+        lock = FileLock(path)
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
+            lock.acquire(timeout=0)
+        except Timeout:
+            name = owner.read_text().strip() if owner.is_file() else "unknown"
             raise Problem(
                 folder,
-                f"another run at work there ({f.read().strip() or 'unknown'})",
+                f"another run at work there ({name})",
                 "a folder to itself",
                 "wait for it, end it, or choose another output folder",
             ) from None
-        f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        f.flush()
-        try:
-            sweep_temporary(folder)
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    try:
+        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        sweep_temporary(folder)
+        yield
     finally:
-        f.close()
+        owner.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows: removed when it is released
+            path.unlink(missing_ok=True)
+        lock.release()
+
 
 # %% ../nbs/00d_stage.ipynb #f5b12e21
 def _digest(*parts) -> str:
@@ -211,7 +211,7 @@ def clear(
 ):
     "Remove the results of a stage, its `run.json` last."
     for p in sorted(out.iterdir(), key=lambda p: p.name == "run.json"):
-        if p.name != ".lock":
+        if p.name not in (".lock", ".owner"):
             shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
 
@@ -323,7 +323,7 @@ def _record(work: StageWork, params: dict, made: tuple[dict, dict], report: Repo
     if trees:
         record["parts"] = trees
     record |= {
-        "versions": versions(),
+        "versions": read_versions(),
         "device": work.device,
         "units": {u: state[u] for u in sorted(state, key=natural_key)},
         "failures": dict(sorted(report.failed.items())),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import Problem, check_id, resolve, find_shipped
+from .core import Problem, check_id, find_shipped, resolve
 
 # %% ../nbs/09a_workflow.ipynb #52ccef86
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def find_recipe(
     "Where a recipe's file should lie."
     name = str(recipe)
     if re.fullmatch(r"[\w-]+", name):
-        return shipped("recipes", f"{name}.yaml")
+        return find_shipped("recipes", f"{name}.yaml")
     return resolve(recipe)
 
 

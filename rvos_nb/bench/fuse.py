@@ -115,7 +115,7 @@ def write_members(
                 np.zeros((frames, 4)),
                 {"kind": "logit", "size": list(size), "model": "made up", "frames": names},
             )
-            with whole_folder(run / "Annotations" / listed[v] / str(e)) as folder:
+            with replace_folder(run / "Annotations" / listed[v] / str(e)) as folder:
                 write_tree(folder, names, draw_masks(small, size))
             if shards:
                 shard.setdefault(listed[v], {})[str(e)] = {

@@ -22,7 +22,7 @@ from .datasets import LAYOUT_OPENERS, open_dataset, recognise_layout
 from .index import Dataset, frame_size
 from .masks import read_labels
 from .video import Expression, Video, frame_path, read_frame
-from .videos import index_annotations, has_four_sentences_each
+from .videos import has_four_sentences_each, index_annotations
 
 # %% ../../nbs/01l_data.check.ipynb #5848657a
 PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {

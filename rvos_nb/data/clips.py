@@ -248,7 +248,7 @@ class Stream:
         self,
         kind: str,  # 'refer' or 'sequence'
         seed: int,
-        stages: Sequence,  # of Draw, or of anything with `steps` and `batch(seed, step)`
+        stages: Sequence,  # of SceneStage, or of anything with `steps` and `batch(seed, step)`
     ):
         make = {"refer": refer_batch, "sequence": sequence_batch}
         if kind not in make:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import Problem, abbreviate
-from .masks import read_labels, rle_decode, count_pixels
+from .masks import count_pixels, read_labels, rle_decode
 from .video import Expression, Video, frame_path, read_frame
 
 # %% ../../nbs/01g_data.index.ipynb #c40acca3

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core import Problem, abbreviate, check_id
-from .index import REPEATED, mark_repeated, check_sentence, require, parse_whole_number
+from .index import REPEATED, check_sentence, mark_repeated, parse_whole_number, require
 from .masks import rle_encode
 from rvos_nb.data.prepare_videos import (
     Conversion,
-    split_columns,
     prepare_davis,
     prepare_ytvos,
     read_lines,
     read_table,
     read_text,
+    split_columns,
 )
 from rvos_nb.data.samples import (
     JHMDB_LISTS,

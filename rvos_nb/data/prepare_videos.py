@@ -21,11 +21,10 @@ from .check import compare_counts, find_splits
 from .datasets import open_dataset
 from rvos_nb.data.index import (
     Dataset,
-    mark_repeated,
-    frame_size,
     check_sentence,
-    require,
+    frame_size,
     parse_whole_number,
+    require,
 )
 from ..files import read_json, replace_folder, write_json
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .shapes import NOUNS, SIZE_RADII, SIDE_UNITS, Dice, Thing
+from .shapes import NOUNS, SIDE_UNITS, SIZE_RADII, Dice, Thing
 
 # %% ../../nbs/01d_data.sentences.ipynb #a6115303
 def _to_bits(flags) -> int:

@@ -98,7 +98,7 @@ class Trainer:
 
     def save(self, path):
         "Write a checkpoint, whole or not at all."
-        with whole(path) as tmp:
+        with replace_file(path) as tmp:
             torch.save(self.state(), tmp)
 
     def load(self, path):
@@ -277,7 +277,7 @@ def make_card(
         "of_steps": trainer.total,
         "minutes": round(trainer.seconds / 60, 1),
         "hardware": describe_hardware(trainer.device),
-        "versions": versions(),
+        "versions": read_versions(),
         "quick_validation": {k: round(v, 4) for k, v in scores.items()},
     }
 

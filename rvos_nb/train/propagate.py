@@ -108,7 +108,7 @@ class Propagate:
     def watched(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
         "The validation clips: of RefShapes, or of the last stage's own data."
         stage = self.stages[-1]
-        if isinstance(stage, Sequences):
+        if isinstance(stage, SequenceStage):
             count = -(-watch.clips // stage.clips)
             return [("sampled", stage.batch(VALIDATION, i)) for i in range(count)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import Problem, resolve, find_shipped
+from ..core import Problem, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
@@ -72,7 +72,7 @@ class Recipe:
 
     name: str
     family: str  # of the zoo
-    stages: list  # of Draw, Stills or Films, one after another
+    stages: list  # of SceneStage, StillStage or FilmStage, one after another
     model: dict = field(
         default_factory=dict
     )  # fields of the family's configuration; `variant`: those of a published one
@@ -155,9 +155,9 @@ def place_stages(recipe: Recipe) -> list:
 
     stages = []
     for s in recipe.stages:
-        if isinstance(s, Stills):
+        if isinstance(s, StillStage):
             s = replace(s, folders=[f for name in s.folders for f in find_folders(name)])
-        elif isinstance(s, Films):
+        elif isinstance(s, FilmStage):
             pairs = [(x, f) for x in s.sources for f in find_folders(x["folder"])]
             s = replace(s, sources=[x | {"folder": f} for x, f in pairs])
         stages.append(s)
@@ -246,7 +246,7 @@ def override_settings(
 
 # %% ../../nbs/04c_train.recipe.ipynb #7d0d469e
 def build_stage(values, where: str):
-    "A `Draw`, `Stills` or `Films`; which one, `source` says, or the settings that only one has."
+    "A `SceneStage`, `StillStage` or `FilmStage`; which one, `source` says, or the settings that only one has."
     kind = "refshapes"
     if isinstance(values, Mapping):
         values = dict(values)

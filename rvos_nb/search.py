@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTORS', 'SHARES', 'ABSENCES', 'Gain', 'paired_gain', 'reweigh', 'neighbours', 'climb', 'choose_setting',
            'deal_folds', 'SearchResult', 'start_setting', 'single_member', 'members_with_scores', 'possible_groupings',
-           'search', 'fuse_parameters', 'describe_setting', 'search_table', 'search_record', 'gain_chart']
+           'search', 'fuse_parameters', 'summarise_setting', 'search_table', 'search_record', 'gain_chart']
 
 # %% ../nbs/06b_search.ipynb #4a3f986c
 import math
@@ -317,7 +317,7 @@ def fuse_parameters(b: Ballots, setting: Setting) -> dict:
     return {"member_dirs": [str(b.members[m].where) for m in voters]} | changed
 
 
-def describe_setting(setting: Setting, names: Sequence[str]) -> str:
+def summarise_setting(setting: Setting, names: Sequence[str]) -> str:
     "A setting in one line."
     rule, default = setting.rule, Rule()
     weights = ", ".join(f"{n} {w:g}" for n, w in zip(names, setting.weights) if w)
@@ -334,7 +334,7 @@ def _fold_line(f: SearchResult, k: int) -> str:
     "The line of one fold."
     these, s = f.fold == k, f.chosen[k]
     scores = [f"{100 * f.scores[name][these].mean():6.1f}" for name in ("tuned", "given", "single")]
-    setting = "as given" if s == f.start else describe_setting(s, f.names)
+    setting = "as given" if s == f.start else summarise_setting(s, f.names)
     gain = f"{100 * f.gain(fold=k).mean:+7.2f}"
     return f"{k + 1:5} {len({*f.video[these]}):6} {' '.join(scores)} {gain}   {setting}"
 
@@ -356,8 +356,8 @@ def search_table(f: SearchResult) -> str:
         f"over the best single member: {f.gain('single')}; on the videos that it was chosen on the "
         f"setting would gain {naive:+.2f}, which is no measure"
     )
-    lines.append(f"given:  {describe_setting(f.start, f.names)}")
-    lines.append(f"chosen: {describe_setting(f.setting, f.names)}")
+    lines.append(f"given:  {summarise_setting(f.start, f.names)}")
+    lines.append(f"chosen: {summarise_setting(f.setting, f.names)}")
     if f.clear:
         lines.append("The gain is clear.")
     elif f.setting == f.start:
@@ -382,12 +382,12 @@ def search_record(f: SearchResult) -> dict:
         "gain_over_single": gain(f.gain("single")),
         "spread_of_folds": 100 * f.spread,
         "gain_where_chosen": 100 * f.gain(of="naive").mean,
-        "given": describe_setting(f.start, f.names),
-        "chosen": describe_setting(f.setting, f.names),
+        "given": summarise_setting(f.start, f.names),
+        "chosen": summarise_setting(f.setting, f.names),
         "folds": [
             {
                 "gain": 100 * f.gain(fold=k).mean,
-                "setting": describe_setting(s, f.names),
+                "setting": summarise_setting(s, f.names),
                 "single": f.names[f.best[k]],
             }
             for k, s in enumerate(f.chosen)

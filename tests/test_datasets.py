@@ -13,7 +13,7 @@ from PIL import Image
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.index import read_code
-from rvos_nb.data.masks import rle_encode, count_pixels
+from rvos_nb.data.masks import count_pixels, rle_encode
 from rvos_nb.data.refshapes import write
 from rvos_nb.data.video import read_video
 from rvos_nb.data.videos import read_annotation

@@ -9,7 +9,7 @@ import pytest
 from rvos_nb.core import Problem
 from rvos_nb.data.refshapes import video_seed, write
 from rvos_nb.data.scenes import WORDS, Judge, holds, scene
-from rvos_nb.data.shapes import COLOURS, SENTENCE_KINDS, LEVEL_SETTINGS
+from rvos_nb.data.shapes import COLOURS, LEVEL_SETTINGS, SENTENCE_KINDS
 from rvos_nb.files import read_json
 
 

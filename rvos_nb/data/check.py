@@ -79,8 +79,8 @@ def open_all(
     what: str,  # a word in front of the bar
     most: int | None = None,  # do at most about so many, evenly spread; all by default
 ) -> tuple[int, int, Faults]:
-    """Open things, several at a time: how many were opened, how many of these are as they should be,
-    what is wrong with the others. The same fault of several units is told once."""
+    """Open things, several at a time: how many were opened, how many of these are as they should
+    be, what is wrong with the others. The same fault of several units is told once."""
     step = max(1, -(-len(tasks) // most)) if most else 1
     chosen = tasks[::step]
 

@@ -137,8 +137,8 @@ class Dataset:
         return f"v_{expression.video}_{expression.id}"
 
     def masks(self, expression: Expression) -> np.ndarray | None:
-        """The true masks of an expression, (T, H, W) bool, or (1, H, W) where one frame is annotated;
-        None where they are not known. Raises `Problem` for a file that cannot be read."""
+        """The true masks of an expression, (T, H, W) bool, or (1, H, W) where one frame is
+        annotated; None where they are not known. Raises `Problem` for a file that cannot be read."""
         if self.truth is not None:
             video = self.videos[expression.video]
             return self.truth.mask(video, expression, self.sample_id(expression))[None]

@@ -251,7 +251,7 @@ class Endings:
         return self._find_tails("motion", i, may)
 
     def superlative(self, i: int, sure: int, may: int) -> list[str]:
-        "Words in which `i` beats all others; sizes of a ring and a star are hard to compare by eye."
+        "Words in which `i` beats all others. Sizes of a ring and a star are hard to compare by eye."
         others = may & ~(1 << i)
         if not sure & others:
             return []
@@ -296,8 +296,8 @@ class Speaker(Endings):
         return sure, may
 
     def weigh_noun_phrases(self, i: int, kind: str) -> dict:
-        """Attributes of a noun phrase for a sentence of `kind` -> weight: such as suffice for looks,
-        such as do not suffice for the other kinds."""
+        """Attributes of a noun phrase for a sentence of `kind` -> weight: they suffice for looks and
+        do not for the other kinds."""
         table = ATTRIBUTE_WEIGHTS["appearance" if kind == "appearance" else "other"]
         options = {}
         for attributes, weight in table.items():
@@ -308,8 +308,8 @@ class Speaker(Endings):
         return options
 
     def say(self, i: int, kind: str, taken: dict):
-        """A sentence of `kind` about object `i` that says nothing of what is `taken`: (what it says,
-        its text), or None."""
+        """A sentence of `kind` about object `i` that says nothing of what is `taken`, as (what it
+        says, its text), or None."""
         options = self.weigh_noun_phrases(i, kind)
         while options:
             attributes = self.dice.weighted(options)

@@ -123,8 +123,8 @@ def read_given_masks(
     video: AnnotatedVideo,
     kind: str,  # 'davis' or 'youtube'
 ) -> tuple[Video, dict[int, np.ndarray]]:
-    """The task that a video sets: its pictures, and position -> (H, W) uint8 ids of the objects given
-    there. Raises `Problem` for pictures or label maps that are missing."""
+    """The task that a video sets: its pictures, and position -> (H, W) uint8 ids of the objects
+    given there. Raises `Problem` for pictures or label maps that are missing."""
     clip, given = open_clip(video.pictures, video.id), {}
     known = {255} if kind == "davis" else {255, *map(int, video.first)}
     listed = {}  # frame -> objects that begin there

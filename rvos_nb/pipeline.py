@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .core import Problem, resolve, find_shipped
+from .core import Problem, find_shipped, resolve
 from .files import read_json, replace_file, write_json
 from .run_state import View, _asked, extent, inputs_now, look, table
 from .stage import Report, StageFailed, clear, locked

@@ -27,7 +27,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
 from .data.video import Video, frame_rate, read_video, write_video
-from .data.vos import AnnotatedVideo, read_given_masks, find_vos_videos
+from .data.vos import AnnotatedVideo, find_vos_videos, read_given_masks
 from .files import read_json, replace_folder
 from .keyframe import choose_one, from_json
 from .models import zoo

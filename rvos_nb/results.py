@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .core import Problem, natural_key, resolve
-from .data.masks import PALETTE, read_labels, read_mask, count_pixels
+from .data.masks import PALETTE, count_pixels, read_labels, read_mask
 
 # %% ../nbs/05e_results.ipynb #00a75527
 MEMBERS, MEMBER_BYTES, TOTAL_BYTES, RATIO = 500_000, 1 << 26, 1 << 36, 200  # what a zip may hold

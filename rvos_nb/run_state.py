@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .core import resolve, find_shipped
+from .core import find_shipped, resolve
 from .files import read_json
 from .stage import contents, fingerprint, fingerprints
 from .workflow import Stage, related, why_skipped

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import Problem, natural_key, progress, resolve, find_shipped, read_versions
+from .core import Problem, find_shipped, natural_key, progress, read_versions, resolve
 from .files import _make_folder, _named_errors, read_json, sweep_temporary, write_json
 from .units import map_units
 

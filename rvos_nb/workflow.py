@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import Problem, check_id, resolve, find_shipped
+from .core import Problem, check_id, find_shipped, resolve
 
 # %% ../nbs/09a_workflow.ipynb #52ccef86
 @dataclass(frozen=True)

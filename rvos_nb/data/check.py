@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'ALL_SPLITS', 'A2D_LIST', 'MOST_OPENED', 'Faults', 'MOST_LINES', 'list_counts', 'find_splits',
-           'open_all', 'match_names', 'open_frame', 'check_frames', 'open_labels', 'check_png_masks',
+           'open_all', 'match_names', 'open_frame', 'check_video_frames', 'open_labels', 'check_png_masks',
            'check_union_masks', 'check_sample_masks', 'check_masks', 'Survey', 'compare_counts', 'check_dataset']
 
 # %% ../../nbs/01l_data.check.ipynb #eef6bc66
@@ -22,7 +22,7 @@ from .datasets import LAYOUT_OPENERS, open_dataset, recognise_layout
 from .index import Dataset, frame_size
 from .masks import read_labels
 from .video import Expression, Video, frame_path, read_frame
-from .videos import index_annotations, has_four_sentences_each
+from .videos import has_four_sentences_each, index_annotations
 
 # %% ../../nbs/01l_data.check.ipynb #5848657a
 PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {
@@ -140,7 +140,7 @@ def open_frame(video: Video, name: str):
         )
 
 
-def check_frames(data: Dataset) -> tuple[int, Faults]:  # how many were opened, what is wrong
+def check_video_frames(data: Dataset) -> tuple[int, Faults]:  # how many were opened, what is wrong
     "Look at the frames that the list names."
     tasks, faults = [], []
     for id, v in data.videos.items():
@@ -324,7 +324,7 @@ def _is_refshapes(root: Path) -> bool:
 
 def _add_split(survey: Survey, data: Dataset):
     "Count a split, look at its files, and put both into the survey."
-    opened, frame_faults = check_frames(data)
+    opened, frame_faults = check_video_frames(data)
     masks, read, mask_faults = check_masks(data)
     counts = {
         "videos": len(data.videos),

@@ -20,12 +20,12 @@ import numpy as np
 from ..core import Problem, abbreviate, check_id
 from rvos_nb.data.index import (
     Dataset,
-    mark_repeated,
-    frame_size,
-    read_rle,
     check_sentence,
-    require,
+    frame_size,
+    mark_repeated,
     parse_whole_number,
+    read_rle,
+    require,
 )
 from .masks import rle_decode
 from .video import Expression, Video

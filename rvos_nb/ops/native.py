@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import Problem, find_shipped
-from ..files import sweep_temporary, replace_file
+from ..files import replace_file, sweep_temporary
 
 # %% ../../nbs/02i_ops.native.ipynb #493eb937
 class Unavailable(RuntimeError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import Problem, resolve, find_shipped
+from ..core import Problem, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family

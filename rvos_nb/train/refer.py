@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import scenes
-from ..data.clips import SceneStage, ReferBatch, draw_refer_batch
+from ..data.clips import ReferBatch, SceneStage, draw_refer_batch
 from ..models import zoo
 from ..models.family import find_family
 from ..models.start import load_start

@@ -111,10 +111,10 @@ def match_names(
     "Compare the names of a list with a folder."
     files = os.listdir(folder) if folder.is_dir() else []
     there = {name.rsplit(".", 1)[0] for name in files if name.lower().endswith(suffixes)}
-    lost = [n for n in names if n not in there]
+    missing = [n for n in names if n not in there]
     problems = []
-    if lost:
-        found = _show_missing(lost, len(names), what)
+    if missing:
+        found = _show_missing(missing, len(names), what)
         remedy = "copy them from the archive again"
         problems.append(Problem(folder, found, "every one that the list names", remedy))
     return [n for n in names if n in there], problems
@@ -195,10 +195,10 @@ def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
         there = index_annotations(path)
     except Problem as e:
         return 0, 0, [("", e)]
-    lost = sorted(video_of.keys() - there.keys(), key=int)
+    missing = sorted(video_of.keys() - there.keys(), key=int)
     faults = []
-    if lost:
-        found = _show_missing(lost, len(video_of), "annotations")
+    if missing:
+        found = _show_missing(missing, len(video_of), "annotations")
         remedy = "copy both files from the same release"
         faults.append(("", Problem(path, found, "every annotation that the list names", remedy)))
     tasks = []
@@ -206,7 +206,7 @@ def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
         if v := data.videos.get(video_of.get(id)):
             tasks.append((v.id, partial(_open_annotation, data, v, id)))
     opened, _, broken = open_all(tasks, "masks")
-    return len(video_of) - len(lost), opened, faults + broken
+    return len(video_of) - len(missing), opened, faults + broken
 
 # %% ../../nbs/01l_data.check.ipynb #edf1256f
 def _open_mask(data: Dataset, expression: Expression):

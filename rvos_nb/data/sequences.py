@@ -33,8 +33,8 @@ def _classify(path: Path, folder: str) -> tuple[str, bool]:  # name without such
     kinds = {part.lower() for part in above}
     in_masks, in_pictures = kinds & MASK_FOLDERS, kinds & PICTURE_FOLDERS
     is_mask = path.suffix.lower() == ".png" and bool(in_masks or not in_pictures)
-    kept = [part for part in above if part.lower() not in PICTURE_FOLDERS | MASK_FOLDERS]
-    return "/".join([*kept, name]), is_mask
+    parts = [part for part in above if part.lower() not in PICTURE_FOLDERS | MASK_FOLDERS]
+    return "/".join([*parts, name]), is_mask
 
 
 @lru_cache
@@ -265,7 +265,7 @@ def _find_film_folders(folder: str) -> tuple[Path, Path, Path]:  # root, picture
 def _list_films(root: Path, masks: Path) -> list[str]:
     listed = root / "ImageSets" / "2017" / "train.txt"
     if listed.is_file():
-        return listed.read_text().split()
+        return listed.read_text(encoding="utf-8").split()
     return sorted((p.name for p in masks.iterdir() if p.is_dir()), key=natural_key)
 
 

@@ -70,7 +70,7 @@ def _index_davis(root: Path, listing: Path) -> list[AnnotatedVideo]:
     ]
     resolution = resolutions[0] if resolutions else "480p"
     folder, pictures = (root / name / resolution for name in ("Annotations", "JPEGImages"))
-    return [_index_video(folder, pictures, v) for v in listing.read_text().split()]
+    return [_index_video(folder, pictures, v) for v in listing.read_text(encoding="utf-8").split()]
 
 
 def _index_youtube(folder: Path) -> list[AnnotatedVideo]:

@@ -34,14 +34,14 @@ def _open_picture(path) -> Image.Image:
         raise Problem(
             path,
             "no such file",
-            "a mask PNG_SIGNATURE",
+            "a mask PNG",
             "write the mask again, or take the frame off the list",
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise Problem(
             path,
             f"a picture that cannot be read ({e})",
-            "a complete PNG_SIGNATURE",
+            "a complete PNG",
             "copy or make the file again",
         ) from None
 
@@ -66,13 +66,13 @@ FAST_ZLIB = b"\x78\1"  # packed in a hurry, so mostly without filters
 def _read_chunk(
     data: bytes, at: int, path
 ) -> tuple[bytes, bytes, int]:  # its type, its bytes, where the next one begins
-    "A part of a PNG_SIGNATURE; `Problem` where its checksum does not hold."
+    "A part of a PNG; `Problem` where its checksum does not hold."
     end = at + 8 + int.from_bytes(data[at : at + 4])
     if zlib.crc32(data[at + 4 : end]).to_bytes(4) != data[end : end + 4]:
         raise Problem(
             path,
             "a picture that cannot be read (wrong check sums: damaged, or cut short)",
-            "a complete PNG_SIGNATURE",
+            "a complete PNG",
             "copy or make the file again",
         )
     return data[at + 4 : at + 8], data[at + 8 : end], end + 4
@@ -93,7 +93,7 @@ def _unpack_rows(packed: bytes, height: int, width: int) -> np.ndarray | None:
 
 
 def _read_grey(path) -> np.ndarray | None:  # a path, or an open file of bytes
-    """(H, W) uint8 of an 8-bit grey PNG_SIGNATURE of nothing but pixels; None where the file is anything
+    """(H, W) uint8 of an 8-bit grey PNG of nothing but pixels; None where the file is anything
     else; `Problem` for a damaged one."""
     try:
         data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
@@ -118,7 +118,7 @@ def _read_grey(path) -> np.ndarray | None:  # a path, or an open file of bytes
 
 # %% ../../nbs/01a_data.masks.ipynb #c95e5f71
 def read_mask(
-    path,  # a PNG_SIGNATURE in any of the six forms
+    path,  # a PNG in any of the six forms
     size: tuple[int, int] | None = None,  # (H, W) that it must have
 ) -> np.ndarray:  # (H, W) bool
     """True where the file holds anything above zero. Raises `Problem` for a missing, broken or
@@ -134,7 +134,7 @@ def read_mask(
 
 
 def read_labels(
-    path,  # a palette or grey PNG_SIGNATURE whose values are object ids
+    path,  # a palette or grey PNG whose values are object ids
     size: tuple[int, int] | None = None,  # (H, W) that it must have
 ) -> np.ndarray:  # (H, W) uint8
     "Object ids per pixel. Raises `Problem` for a missing, broken, coloured or wrongly sized file."
@@ -145,8 +145,8 @@ def read_labels(
         raise Problem(
             path,
             f"a picture of mode {im.mode}",
-            "a palette or grey PNG_SIGNATURE whose values are object ids",
-            "save it as a palette PNG_SIGNATURE",
+            "a palette or grey PNG whose values are object ids",
+            "save it as a palette PNG",
         )
     return _check_size(np.array(im).astype(np.uint8), path, size)
 
@@ -194,8 +194,8 @@ def _make_chunk(kind: bytes, data: bytes) -> bytes:
 # %% ../../nbs/01a_data.masks.ipynb #777da742
 def encode_mask(
     mask: np.ndarray,  # (H, W) bool
-) -> bytes:  # a PNG_SIGNATURE file
-    "An 8-bit grey PNG_SIGNATURE of 0 and 255. The same mask gives the same bytes."
+) -> bytes:  # a PNG file
+    "An 8-bit grey PNG of 0 and 255. The same mask gives the same bytes."
     mask = np.asarray(mask, bool)
     h, w = mask.shape
     used = np.flatnonzero(mask.any(1))
@@ -220,23 +220,23 @@ def encode_mask(
 
 
 def write_mask(path, mask: np.ndarray):
-    "Write `mask` (H, W) bool as grey PNG_SIGNATURE, whole or not at all."
+    "Write `mask` (H, W) bool as grey PNG, whole or not at all."
     write_bytes(path, encode_mask(mask))
 
 # %% ../../nbs/01a_data.masks.ipynb #e2e377e7
 def encode_labels(
     labels: np.ndarray,  # (H, W) uint8 object ids
-) -> bytes:  # a PNG_SIGNATURE file
-    "A palette PNG_SIGNATURE in the DAVIS colours."
+) -> bytes:  # a PNG file
+    "A palette PNG in the DAVIS colours."
     im = Image.fromarray(np.asarray(labels, np.uint8))
     im.putpalette(PALETTE)
     buffer = io.BytesIO()
-    im.save(buffer, "PNG_SIGNATURE")
+    im.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_labels(path, labels: np.ndarray):
-    "Write `labels` (H, W) uint8 as palette PNG_SIGNATURE, whole or not at all."
+    "Write `labels` (H, W) uint8 as palette PNG, whole or not at all."
     write_bytes(path, encode_labels(labels))
 
 # %% ../../nbs/01a_data.masks.ipynb #41fb288f

@@ -81,7 +81,7 @@ def replace_file(
     path,  # where the file shall appear
 ) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`; rename it onto `path` on a clean exit,
-    remove it on an error. Raises `Problem` where the disk is full or the folder cannot be written."""
+    remove it on an error. Raises `Problem` where the disk is full or the folder is read-only."""
     path = Path(path)
     tmp = _temporary_path(path)
     with named_errors(path):

@@ -127,7 +127,7 @@ def check_given(
         )
     return faults
 
-
+# %% ../nbs/09c_pipeline.ipynb #0e5a5821
 def check_stage(stage: Stage, where: str) -> list[Problem]:
     "What is wrong with the parameters and conditions of one stage."
     faults = []

@@ -165,7 +165,7 @@ def waits_for(
 
     return read, [s.name for s in busy if any(makes(s, p) for p in paths)]
 
-
+# %% ../nbs/09b_run_state.ipynb #a80ac9c9
 def compare_results(
     stage: Stage,
     record: dict,  # of its last run
@@ -186,7 +186,7 @@ def compare_results(
     changed = any(looks[m] != measure_extent(m) for m in stage.makes())
     return "done", "changed by hand since" if changed else ""
 
-
+# %% ../nbs/09b_run_state.ipynb #a6033dc9
 def inspect_stage(
     stage: Stage,  # filled in
     root: Path,  # the recipe's results; records lie in root/_run

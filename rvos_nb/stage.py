@@ -12,16 +12,14 @@ import json
 import os
 import shutil
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from .core import Problem, find_shipped, natural_key, progress, read_versions, resolve
-from .files import make_folder, named_errors, read_json, sweep_temporary, write_json
-from .options import option
+from .files import _make_folder, _named_errors, read_json, sweep_temporary, write_json
 from .units import map_units
 
 # %% ../nbs/00d_stage.ipynb #713ab131
@@ -92,7 +90,6 @@ def locked(
         with suppress(PermissionError):  # Windows: removed when it is released
             path.unlink(missing_ok=True)
         lock.release()
-
 
 # %% ../nbs/00d_stage.ipynb #f5b12e21
 def _digest(*parts) -> str:
@@ -252,7 +249,7 @@ def _refuse_other(
 
 # %% ../nbs/00d_stage.ipynb #20be0a4c
 @dataclass
-class StageWork:
+class StageWork(ABC):
     "What one stage does to its units. Made by the stage's own function; given to `run_stage`."
 
     out: Path  # results folder
@@ -264,18 +261,18 @@ class StageWork:
 
     stage = ""  # its name
 
+    @abstractmethod
     def stands(self, unit: str) -> bool:
         "Whether the unit's result is there, whole."
-        raise NotImplementedError
 
     def prepare(self, unit: str):
         "What `do` is given beside the unit; made in a thread while another unit is worked on."
         return None
 
+    @abstractmethod
     def do(self, unit: str, prepared):
-        """Make the unit's result, which appears whole (`whole`, `whole_folder`) or not at all; or
-        return a function that writes it, which is called in a thread."""
-        raise NotImplementedError
+        """Make the unit's result, which appears whole (`replace_file`, `replace_folder`) or not at
+        all; or return a function that writes it, which is called in a thread."""
 
     def batches(self, units: list[str]) -> list:
         "What `do` is given in one call: each unit, or lists of units that share work."

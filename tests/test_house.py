@@ -71,9 +71,12 @@ def test_notebook_form(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_exported_cells_are_short(path):
+    "A cell fits on a screen; one class, which cannot be cut, may have a hundred lines."
     for c in code_cells(path):
         if is_exported(c):
-            assert len(source(c).splitlines()) <= 60, source(c)[:80]
+            body = ast.parse(source(c)).body
+            limit = 100 if len(body) == 1 and isinstance(body[0], ast.ClassDef) else 70
+            assert len(source(c).splitlines()) <= limit, source(c)[:80]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, **name)

@@ -111,7 +111,7 @@ def print_workflows():
     for name in list_workflows():
         print(f"{name:15} {load_workflow(name).about}")
 
-
+# %% ../../nbs/09f_commands.tools.ipynb #fad68872
 @add_command("run")
 def run_command(
     recipe: Annotated[
@@ -183,7 +183,7 @@ def models_command(
     print(*filter(None, [zoo.list_shipped(family), published]), sep="\n\n")
     print("params: millions; +CFBI: J&F after propagation by CFBI")
 
-
+# %% ../../nbs/09f_commands.tools.ipynb #86405fd6
 @dataclass(frozen=True)
 class PredictionsOptions:
     "With --predictions: what the file holds."
@@ -196,7 +196,7 @@ class PredictionsOptions:
     )
     split: str = option("valid", "With --data: which split.")
 
-
+# %% ../../nbs/09f_commands.tools.ipynb #bc16c749
 @add_command("convert", "rvos_nb.commands.tools:PredictionsOptions")
 def convert_command(
     file: Annotated[
@@ -289,7 +289,7 @@ def check_command(
     print(survey.table())
     raise typer.Exit(int(bool(survey.odd)))
 
-
+# %% ../../nbs/09f_commands.tools.ipynb #da214eb0
 @data_app.command("prepare")
 def prepare_command(
     name: Annotated[

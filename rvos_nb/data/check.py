@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'ALL_SPLITS', 'A2D_LIST', 'MOST_OPENED', 'Faults', 'MOST_LINES', 'list_counts', 'find_splits',
-           'open_all', 'match_names', 'open_frame', 'check_frames', 'open_labels', 'check_png_masks',
+           'open_all', 'match_names', 'open_frame', 'check_video_frames', 'open_labels', 'check_png_masks',
            'check_union_masks', 'check_sample_masks', 'check_masks', 'Survey', 'compare_counts', 'check_dataset']
 
 # %% ../../nbs/01l_data.check.ipynb #eef6bc66
@@ -79,8 +79,8 @@ def open_all(
     what: str,  # a word in front of the bar
     most: int | None = None,  # do at most about so many, evenly spread; all by default
 ) -> tuple[int, int, Faults]:
-    """Open things, several at a time: how many were opened, how many of these are as they should be,
-    what is wrong with the others. The same fault of several units is told once."""
+    """Open things, several at a time: how many were opened, how many of these are as they should
+    be, what is wrong with the others. The same fault of several units is told once."""
     step = max(1, -(-len(tasks) // most)) if most else 1
     chosen = tasks[::step]
 
@@ -111,10 +111,10 @@ def match_names(
     "Compare the names of a list with a folder."
     files = os.listdir(folder) if folder.is_dir() else []
     there = {name.rsplit(".", 1)[0] for name in files if name.lower().endswith(suffixes)}
-    lost = [n for n in names if n not in there]
+    missing = [n for n in names if n not in there]
     problems = []
-    if lost:
-        found = _show_missing(lost, len(names), what)
+    if missing:
+        found = _show_missing(missing, len(names), what)
         remedy = "copy them from the archive again"
         problems.append(Problem(folder, found, "every one that the list names", remedy))
     return [n for n in names if n in there], problems
@@ -140,7 +140,7 @@ def open_frame(video: Video, name: str):
         )
 
 
-def check_frames(data: Dataset) -> tuple[int, Faults]:  # how many were opened, what is wrong
+def check_video_frames(data: Dataset) -> tuple[int, Faults]:  # how many were opened, what is wrong
     "Look at the frames that the list names."
     tasks, faults = [], []
     for id, v in data.videos.items():
@@ -195,10 +195,10 @@ def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
         there = index_annotations(path)
     except Problem as e:
         return 0, 0, [("", e)]
-    lost = sorted(video_of.keys() - there.keys(), key=int)
+    missing = sorted(video_of.keys() - there.keys(), key=int)
     faults = []
-    if lost:
-        found = _show_missing(lost, len(video_of), "annotations")
+    if missing:
+        found = _show_missing(missing, len(video_of), "annotations")
         remedy = "copy both files from the same release"
         faults.append(("", Problem(path, found, "every annotation that the list names", remedy)))
     tasks = []
@@ -206,7 +206,7 @@ def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
         if v := data.videos.get(video_of.get(id)):
             tasks.append((v.id, partial(_open_annotation, data, v, id)))
     opened, _, broken = open_all(tasks, "masks")
-    return len(video_of) - len(lost), opened, faults + broken
+    return len(video_of) - len(missing), opened, faults + broken
 
 # %% ../../nbs/01l_data.check.ipynb #edf1256f
 def _open_mask(data: Dataset, expression: Expression):
@@ -324,7 +324,7 @@ def _is_refshapes(root: Path) -> bool:
 
 def _add_split(survey: Survey, data: Dataset):
     "Count a split, look at its files, and put both into the survey."
-    opened, frame_faults = check_frames(data)
+    opened, frame_faults = check_video_frames(data)
     masks, read, mask_faults = check_masks(data)
     counts = {
         "videos": len(data.videos),

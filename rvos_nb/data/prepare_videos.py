@@ -23,6 +23,7 @@ from rvos_nb.data.index import (
     Dataset,
     check_sentence,
     frame_size,
+    mark_repeated,
     parse_whole_number,
     require,
 )
@@ -34,19 +35,19 @@ class Conversion:
     "What a conversion did."
 
     written: list[str] = field(default_factory=list)  # a line for each list that lies there now
-    odd: list[str] = field(default_factory=list)  # a line for each thing that had to be left out
+    faults: list[str] = field(default_factory=list)  # a line for each thing that was left out
 
     @contextmanager
-    def part(self):
-        "What raises `Problem` inside is left out."
+    def leave_out_faults(self):
+        "What raises `Problem` inside is left out and named."
         try:
             yield
         except Problem as e:
-            self.odd.append(str(e))
+            self.faults.append(str(e))
 
-    def put(self, path: Path, listing, said: str):
+    def write_list(self, path: Path, listing, summary: str):
         "Write a list as JSON unless it lies there already; another list is left alone and named."
-        with self.part():
+        with self.leave_out_faults():
             if not path.exists():
                 write_json(path, listing, None)
             elif read_json(path) != listing:
@@ -56,7 +57,7 @@ class Conversion:
                     "none, or the one that this conversion writes",
                     "keep it and use it, or move it away and convert again",
                 )
-            self.written.append(f"{path}: {said}")
+            self.written.append(f"{path}: {summary}")
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #6da1f5f6
 def read_text(path: Path) -> str:
@@ -78,29 +79,52 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:  # where it is, the line
     "The lines of a text that are not empty. Raises `Problem` where it cannot be read."
-    return (
-        (f"{path}, line {n}", line.rstrip("\n"))
-        for n, line in enumerate(io.StringIO(read_text(path), newline=None), 1)
-        if line.strip()
-    )
+    text = read_text(path)
+    return _number_lines(path, text)
+
+
+def _number_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for n, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            yield f"{path}, line {n}", line.rstrip("\n")
 
 
 def split_columns(line: str) -> list[str]:
     """The columns of one line of a CSV file; one that is longer than any sentence is a single
     column."""
-    return next(csv.reader([line], skipinitialspace=True)) if len(line) < 100_000 else [line]
+    if len(line) >= 100_000:
+        return [line]
+    return next(csv.reader([line], skipinitialspace=True))
 
 
 def read_table(
-    path: Path, known
+    path: Path,
+    known,  # names that may stand in the first column
 ) -> Iterator[tuple[str, str, list[str]]]:  # where it is, the first column, the others
     "The rows of a table, without the header: a first line whose first column is not `known`."
     for n, (where, line) in enumerate(read_lines(path)):
-        first, *rest = split_columns(line)
+        first, *others = split_columns(line)
         if n or first in known:
-            yield where, first.strip(), rest
+            yield where, first.strip(), others
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #a4ccc09e
+def _list_sizes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in os.scandir(folder) if not p.name.startswith(".")}
+
+
+def _describe_path(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {path.resolve()}"
+    return "a folder with other files" if path.is_dir() else "a file"
+
+
+def _leads_to(path: Path, target: Path) -> bool:
+    "Whether a folder is `target`, or has the same files."
+    if not path.is_dir():
+        return False
+    return path.resolve() == target.resolve() or _list_sizes(path) == _list_sizes(target)
+
+
 def link_folder(path: Path, target: Path):
     """Make `path` lead to the folder `target`. Raises `Problem` where there is no such folder, or
     something else lies in the way."""
@@ -111,33 +135,21 @@ def link_folder(path: Path, target: Path):
             "a folder of the original archive",
             "unpack the data set's archives here",
         )
-
-    def sizes(folder):
-        return {p.name: p.stat().st_size for p in os.scandir(folder) if not p.name.startswith(".")}
-
     if path.is_symlink() and not path.exists():
         path.unlink()  # of a tree that was moved
     if path.exists():
-        if path.is_dir() and (path.resolve() == target.resolve() or sizes(path) == sizes(target)):
+        if _leads_to(path, target):
             return
-        raise Problem(
-            path,
-            f"{f'a link to {path.resolve()}' if path.is_symlink() else 'a folder with other files' if path.is_dir() else 'a file'}",
-            f"nothing, or a link to {target}",
-            "move it away and convert again",
-        )
+        expected = f"nothing, or a link to {target}"
+        raise Problem(path, _describe_path(path), expected, "move it away and convert again")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise Problem(
-            path.parent,
-            f"a place where no folder can be made ({e.strerror})",
-            "a folder",
-            "move away what is there",
-        ) from None
+        found = f"a place where no folder can be made ({e.strerror})"
+        raise Problem(path.parent, found, "a folder", "move away what is there") from None
     try:
         path.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
-    except OSError:
+    except (OSError, ValueError):  # no right to, or another drive
         with replace_folder(path) as copy:
             shutil.copytree(target, copy, dirs_exist_ok=True)
 
@@ -151,159 +163,136 @@ DAVIS_TEXTS = (
 )
 
 
+def _parse_davis_line(line: str, where: str, videos: set[str]) -> tuple[str, int, str]:
+    "Video, object and sentence. Raises `Problem` for another line."
+    words = line.split(maxsplit=2)
+    object = parse_whole_number(words[1], 1, 255) if len(words) == 3 else None
+    if object is None:
+        raise Problem(where, abbreviate(line), 'VIDEO OBJECT "sentence"', "correct the line")
+    video = MISSPELT.get(words[0], words[0])
+    text = check_sentence(words[2].strip().strip('"').strip(), where)
+    if video not in videos:
+        found = f"the video {abbreviate(words[0])}"
+        raise Problem(where, found, "one of those in ImageSets/2017", "correct the line")
+    return video, object, text
+
+
 def read_davis_text(
-    path: Path, videos: set[str], work: Conversion
+    path: Path, videos: set[str], conversion: Conversion
 ) -> dict[str, dict[int, str]]:  # video -> object -> sentence, sorted by object
     "One of the four texts. Raises `Problem` where it cannot be read."
-    found: dict = {}
+    sentences: dict = {}
     for where, line in read_lines(path):
-        with work.part():
-            words = line.split(maxsplit=2)
-            object = parse_whole_number(words[1], 1, 255) if len(words) == 3 else None
-            if object is None:
-                raise Problem(
-                    where, abbreviate(line), 'VIDEO OBJECT "sentence"', "correct the line"
-                )
-            video, text = (
-                MISSPELT.get(words[0], words[0]),
-                check_sentence(words[2].strip().strip('"').strip(), where),
-            )
-            if video not in videos:
-                raise Problem(
-                    where,
-                    f"the video {abbreviate(words[0])}",
-                    "one of those in ImageSets/2017",
-                    "correct the line",
-                )
-            if object in found.get(video, {}):
+        with conversion.leave_out_faults():
+            video, object, text = _parse_davis_line(line, where, videos)
+            if object in sentences.get(video, {}):
                 raise Problem(
                     where,
                     f"object {object} of {video} again",
                     "one line for each object",
                     "remove one of the two",
                 )
-            found.setdefault(video, {})[object] = text
-    return {v: dict(sorted(said.items())) for v, said in found.items()}
+            sentences.setdefault(video, {})[object] = text
+    return {video: dict(sorted(objects.items())) for video, objects in sentences.items()}
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #d8e94070
-def _write_categories(davis: Path, split: str, videos, work: Conversion):
+def _write_categories(davis: Path, split: str, videos, conversion: Conversion):
     "The meta.json of a split, where the archive with the categories was unpacked."
-    path, found = davis / "davis_semantics.json", {}
+    path = davis / "davis_semantics.json"
     if not path.exists():
         return
-    with work.part():
-        known = require(read_json(path, each_once), dict, "the whole file", path)
-        for v in videos:
-            with work.part():
-                objects = require(
-                    known.get(v),
-                    dict,
-                    "the objects",
-                    f"{path}, video {v}",
-                    "copy the file from the archive again",
-                )
-                found[v] = {
-                    "objects": {
-                        o: {
-                            "category": check_sentence(
-                                c, f"{path}, video {v}, object {o}", "the category"
-                            )
-                        }
-                        for o, c in objects.items()
-                    }
-                }
-        work.put(
-            davis.parent / split / "meta.json",
-            {"videos": found},
-            f"categories of {sum(len(v['objects']) for v in found.values())} objects",
+    entries = {}
+    remedy = "copy the file from the archive again"
+    with conversion.leave_out_faults():
+        known = require(read_json(path, mark_repeated), dict, "the whole file", path)
+        for video in videos:
+            where = f"{path}, video {video}"
+            with conversion.leave_out_faults():
+                objects = require(known.get(video), dict, "the objects", where, remedy)
+                categories = {}
+                for o, category in objects.items():
+                    category = check_sentence(category, f"{where}, object {o}", "the category")
+                    categories[o] = {"category": category}
+                entries[video] = {"objects": categories}
+        count = sum(len(v["objects"]) for v in entries.values())
+        listing = {"videos": entries}
+        target = davis.parent / split / "meta.json"
+        conversion.write_list(target, listing, f"categories of {count} objects")
+
+# %% ../../nbs/01m_data.prepare_videos.ipynb #65baa373
+def _prepare_davis_video(root: Path, split: str, video: str, texts: list[dict]) -> dict:
+    "Link a video's folders; its entry. Raises `Problem` where something is missing or disagrees."
+    first = texts[0]
+    if not first or any(list(text) != list(first) for text in texts):
+        raise Problem(
+            f"{root}, video {video}",
+            f"the objects {[list(text) for text in texts]}",
+            "the same objects in all four texts",
+            "correct the texts",
         )
+    davis = root / "DAVIS"
+    pictures = davis / "JPEGImages/480p" / video
+    link_folder(root / split / "JPEGImages" / video, pictures)
+    link_folder(
+        root / split / "Annotations" / video, davis / "Annotations_unsupervised/480p" / video
+    )
+    frames = sorted(p.stem for p in pictures.glob("[!.]*.jpg"))
+    if not frames:
+        raise Problem(pictures, "no frames", "FRAME.jpg", "unpack the data set's archives here")
+    expressions = {}
+    for i, object in enumerate(first):
+        for k, text in enumerate(texts):
+            expressions[str(4 * i + k)] = {"exp": text[object], "obj_id": str(object)}
+    return {"expressions": expressions, "frames": frames}
 
 
-def prepare_davis(root: Path, work: Conversion):
+def prepare_davis(root: Path, conversion: Conversion):
     "Ref-DAVIS17: lists of sentences and categories, and links to frames and annotations."
     davis = root / "DAVIS"
-    sets = {
-        split: davis / f"ImageSets/2017/{name}.txt"
-        for split, name in (("train", "train"), ("valid", "val"))
-    }
-    listed = {split: dict.fromkeys(read_text(path).split()) for split, path in sets.items()}
-    texts = [
-        read_davis_text(
-            root / f"davis_text_annotations/{t}.txt",
-            {v for vs in listed.values() for v in vs},
-            work,
-        )
-        for t in DAVIS_TEXTS
-    ]
-    for split, path in sets.items():
+    lists = {"train": davis / "ImageSets/2017/train.txt", "valid": davis / "ImageSets/2017/val.txt"}
+    names = {split: dict.fromkeys(read_text(path).split()) for split, path in lists.items()}
+    known = {video for videos in names.values() for video in videos}
+    paths = [root / f"davis_text_annotations/{name}.txt" for name in DAVIS_TEXTS]
+    texts = [read_davis_text(path, known, conversion) for path in paths]
+    for split, path in lists.items():
         videos = {}
-        for v in listed[split]:
-            with work.part():
-                said = [t.get(check_id(v, path), {}) for t in texts]
-                if not said[0] or any(list(t) != list(said[0]) for t in said):
-                    raise Problem(
-                        f"{root}, video {v}",
-                        f"the objects {[list(t) for t in said]}",
-                        "the same objects in all four texts",
-                        "correct the texts",
-                    )
-                for kind, source in (
-                    ("JPEGImages", "JPEGImages"),
-                    ("Annotations", "Annotations_unsupervised"),
-                ):
-                    link_folder(root / split / kind / v, davis / source / "480p" / v)
-                frames = sorted(p.stem for p in (davis / "JPEGImages/480p" / v).glob("[!.]*.jpg"))
-                if not frames:
-                    raise Problem(
-                        davis / "JPEGImages/480p" / v,
-                        "no frames",
-                        "FRAME.jpg",
-                        "unpack the data set's archives here",
-                    )
-                videos[v] = {
-                    "expressions": {
-                        str(4 * i + k): {"exp": t[o], "obj_id": str(o)}
-                        for i, o in enumerate(said[0])
-                        for k, t in enumerate(said)
-                    },
-                    "frames": frames,
-                }
+        for video in names[split]:
+            with conversion.leave_out_faults():
+                own = [text.get(check_id(video, path), {}) for text in texts]
+                videos[video] = _prepare_davis_video(root, split, video, own)
         if not videos:
-            work.odd.append(
-                str(Problem(path, "no usable video", "at least one", "mend what is named above"))
-            )
+            problem = Problem(path, "no usable video", "at least one", "mend what is named above")
+            conversion.faults.append(str(problem))
             continue
-        work.put(
-            root / "meta_expressions" / split / "meta_expressions.json",
-            {"videos": videos},
-            f"{len(videos)} videos, {sum(len(v['expressions']) for v in videos.values())} sentences",
-        )
-        _write_categories(davis, split, videos, work)
+        count = sum(len(entry["expressions"]) for entry in videos.values())
+        target = root / "meta_expressions" / split / "meta_expressions.json"
+        summary = f"{len(videos)} videos, {count} sentences"
+        conversion.write_list(target, {"videos": videos}, summary)
+        _write_categories(davis, split, videos, conversion)
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #22945cde
 def _make_uninext_list(data: Dataset) -> dict:
     "One record for each sentence, numbered from 1, and a single category."
     sizes = {id: frame_size(v) for id, v in data.videos.items()}
     files = {id: [f"{id}/{n}.jpg" for n in v.frames] for id, v in data.videos.items()}
-    return {
-        "videos": [
-            {
-                "id": n,
-                "height": sizes[e.video][0],
-                "width": sizes[e.video][1],
-                "length": len(files[e.video]),
-                "file_names": files[e.video],
-                "expressions": [e.text],
-                "video": e.video,
-                "exp_id": e.id,
-            }
-            for n, e in enumerate(data, 1)
-        ],
-        "categories": [{"id": 1, "name": "object"}],
-    }
+    records = []
+    for n, e in enumerate(data, 1):
+        height, width = sizes[e.video]
+        record = {
+            "id": n,
+            "height": height,
+            "width": width,
+            "length": len(files[e.video]),
+            "file_names": files[e.video],
+            "expressions": [e.text],
+            "video": e.video,
+            "exp_id": e.id,
+        }
+        records.append(record)
+    return {"videos": records, "categories": [{"id": 1, "name": "object"}]}
 
 
-def prepare_ytvos(root: Path, work: Conversion):
+def prepare_ytvos(root: Path, conversion: Conversion):
     """Ref-YouTube-VOS: the lists that UNINEXT reads, of the splits for validation and test. Nothing
     is written for a split that has a fault."""
     splits = [s for s in find_splits(root, "ref-youtube-vos") if s != "train"]
@@ -315,12 +304,14 @@ def prepare_ytvos(root: Path, work: Conversion):
             "unpack the data set's archives here",
         )
     for split in splits:
-        with work.part():
+        with conversion.leave_out_faults():
             data = open_dataset(root, split, "ref-youtube-vos")
-            faults = [f"{u}: {why}" for u, why in data.faults.items()]
+            faults = [f"{unit}: {why}" for unit, why in data.faults.items()]
             if split == "valid" and len(data.videos) == 507:
-                faults.append(str(next(compare_counts({"videos": 507}, {"videos": 202}, data))))
+                problems = compare_counts({"videos": 507}, {"videos": 202}, data)
+                faults.append(str(next(problems)))
             if faults:
-                work.odd += faults
+                conversion.faults += faults
             else:
-                work.put(root / f"{split}.json", _make_uninext_list(data), f"{len(data)} sentences")
+                listing = _make_uninext_list(data)
+                conversion.write_list(root / f"{split}.json", listing, f"{len(data)} sentences")

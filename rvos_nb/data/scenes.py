@@ -75,8 +75,13 @@ def _draw_sentences(
     "Two sentences for each object; None where they cannot be found."
     speaker = Speaker(dice, phrases, frames)
     kinds = {k: w for k, w in level.kinds.items() if k != "motion" or frames >= 3}
-    pairs = [find_two_sentences(speaker, i, kinds) for i in range(len(phrases.things))]
-    return sum(pairs, []) if all(pairs) else None
+    sentences = []
+    complete = True
+    for i in range(len(phrases.things)):
+        pair = find_two_sentences(speaker, i, kinds)
+        complete = complete and pair is not None
+        sentences += pair or []
+    return sentences if complete else None
 
 # %% ../../nbs/01e_data.scenes.ipynb #cd86889f
 def _attempt(dice: Dice, level: LevelSettings, frames: int, size: tuple[int, int]) -> Scene | None:

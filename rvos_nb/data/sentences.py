@@ -121,6 +121,15 @@ class Phrases:
         self.tails = {text: ("place", *bits) for text, bits in places.items()}
         self.tails |= {text: ("motion", *bits) for text, bits in motions.items()}
 
+    def find_described(self, i: int, attributes: tuple) -> tuple[int, int]:
+        "Those whom the noun phrase of object `i` surely and possibly describes."
+        sure = may = self.everyone
+        for a in attributes:
+            s, m = self.looks[getattr(self.things[i], a)]
+            sure &= s
+            may &= m
+        return sure, may
+
 # %% ../../nbs/01d_data.sentences.ipynb #09d6a818
 def _row_bits(matrix: np.ndarray) -> list[int]:  # (N, N) bool -> bits of each row
     return [_to_bits(row) for row in matrix.tolist()]
@@ -251,7 +260,7 @@ class Endings:
         return self._find_tails("motion", i, may)
 
     def superlative(self, i: int, sure: int, may: int) -> list[str]:
-        "Words in which `i` beats all others; sizes of a ring and a star are hard to compare by eye."
+        "Words in which `i` beats all others; sizes of a ring and a star are hard to compare."
         others = may & ~(1 << i)
         if not sure & others:
             return []
@@ -286,34 +295,25 @@ class Speaker(Endings):
             if options := self.weigh_noun_phrases(j, "appearance"):
                 self.anchors[j] = dice.weighted(options)
 
-    def find_described(self, i: int, attributes: tuple) -> tuple[int, int]:
-        "Those whom the noun phrase of object `i` surely and possibly describes."
-        sure = may = self.phrases.everyone
-        for a in attributes:
-            s, m = self.phrases.looks[getattr(self.phrases.things[i], a)]
-            sure &= s
-            may &= m
-        return sure, may
-
     def weigh_noun_phrases(self, i: int, kind: str) -> dict:
-        """Attributes of a noun phrase for a sentence of `kind` -> weight: such as suffice for looks,
-        such as do not suffice for the other kinds."""
+        """Attributes of a noun phrase for a sentence of `kind` -> weight: they suffice for looks
+        and do not for the other kinds."""
         table = ATTRIBUTE_WEIGHTS["appearance" if kind == "appearance" else "other"]
         options = {}
         for attributes, weight in table.items():
-            sure, may = self.find_described(i, attributes)
+            sure, may = self.phrases.find_described(i, attributes)
             suffices = may == 1 << i
             if sure >> i & 1 and suffices == (kind == "appearance"):
                 options[attributes] = weight
         return options
 
     def say(self, i: int, kind: str, taken: dict):
-        """A sentence of `kind` about object `i` that says nothing of what is `taken`: (what it says,
-        its text), or None."""
+        """A sentence of `kind` about object `i` that says nothing of what is `taken`, as (what it
+        says, its text), or None."""
         options = self.weigh_noun_phrases(i, kind)
         while options:
             attributes = self.dice.weighted(options)
-            sure, may = self.find_described(i, attributes)
+            sure, may = self.phrases.find_described(i, attributes)
             endings = getattr(self, kind)(i, sure, may)
             endings = [ending for ending in endings if (attributes, ending) not in taken]
             if endings:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +259,7 @@ def _read_file(
     """Frames of a video file in the order of `names`: streamed where the order rises, in pieces
     otherwise."""
     wanted = [int(n) for n in names]
-    if all(a < b for a, b in zip(wanted, wanted[1:])):
+    if all(a < b for a, b in pairwise(wanted)):
         if wanted:
             yield from _stream_file(video.folder, wanted)
         return

@@ -221,7 +221,7 @@ def longest_within(
 # %% ../../nbs/03e_models.referring.ipynb #f3d1b7b2
 PRECISIONS = ("float32", "bfloat16", "float16")
 
-
+# %% ../../nbs/03e_models.referring.ipynb #df029fb0
 class SentenceModel(OnHub, Referring, nn.Module):
     """The half that users call. A family has `config`, `text_encoder` and the steps `look`,
     `listen` and `choose`."""

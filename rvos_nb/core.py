@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED_FOLDERS', 'RECORDED_PACKAGES', 'CELL_FLAGS', 'Problem', 'abbreviate', 'check_id', 'natural_key', 'find_root',
-           'resolve', 'find_shipped', 'progress', 'read_versions', 'choose_device', 'honour_flags']
+           'resolve', 'find_shipped', 'progress', 'read_versions', 'choose_device', 'honour_flags', 'skip_lesson']
 
 # %% ../nbs/00_core.ipynb #d631b1ea
 import os
@@ -12,7 +12,7 @@ import platform
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -189,12 +189,28 @@ def _skip_flagged(lines: list[str]) -> list[str]:
     return lines
 
 
-def honour_flags():
-    "Register the transformer in the running notebook, once; outside IPython nothing happens."
+def _transform_cells(transformer: Callable[[list[str]], list[str]]):
+    "Let every later cell of the running notebook pass through; outside IPython nothing happens."
     try:
         transformers = get_ipython().input_transformers_cleanup
     except NameError:
         return
     registered = [getattr(t, "__name__", "") for t in transformers]
-    if _skip_flagged.__name__ not in registered:
-        transformers.insert(0, _skip_flagged)
+    if transformer.__name__ not in registered:
+        transformers.insert(0, transformer)
+
+
+def honour_flags():
+    "Let flags decide which cells of the running notebook are skipped."
+    _transform_cells(_skip_flagged)
+
+# %% ../nbs/00_core.ipynb #cf2757c9
+def _skip_all(lines: list[str]) -> list[str]:
+    "An input transformer: nothing is left."
+    return []
+
+
+def skip_lesson():
+    "From here on no cell of the running notebook does anything, until its kernel is restarted."
+    print("The lesson below is skipped, as parameters were given.")
+    _transform_cells(_skip_all)

@@ -41,9 +41,9 @@ from rvos_nb.workflow import (
     find_function,
     find_notebook,
     find_order_faults,
-    find_parameters_cell,
     load_workflow,
     notebook_parameters,
+    take_stage_cells,
     why_skipped,
 )
 
@@ -194,12 +194,10 @@ def run_part(
     path = find_notebook(notebook)
     notebook_parameters(path)
     nb = nbformat.read(path, 4)
-    nb.cells = (
-        nb.cells[:1] * (nb.cells[0].cell_type == "markdown") + nb.cells[find_parameters_cell(nb) :]
-    )
-    with tempfile.TemporaryDirectory(
-        prefix="rvos-"
-    ) as runtime:  # a short path: the names of sockets are limited
+    title = [c for c in nb.cells[:1] if c.cell_type == "markdown"]
+    nb.cells = title + take_stage_cells(nb)
+    # a short path, as the names of sockets are limited
+    with tempfile.TemporaryDirectory(prefix="rvos-") as runtime:
         os.environ.update(
             JUPYTER_RUNTIME_DIR=runtime,
             JUPYTER_PREFER_ENV_PATH="1",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'CONDITIONS', 'Stage', 'Workflow', 'check_keys', 'find_recipe', 'read_mapping', 'extend_mapping',
            'extend_stages', 'load_workflow', 'list_workflows', 'fill_parameters', 'find_notebook',
-           'find_parameters_cell', 'notebook_parameters', 'find_function', 'check_parameters', 'check_fusion',
-           'has_masks', 'why_skipped', 'stages_read', 'find_order_faults']
+           'find_parameters_cell', 'take_stage_cells', 'notebook_parameters', 'find_function', 'check_parameters',
+           'check_fusion', 'has_masks', 'why_skipped', 'stages_read', 'find_order_faults']
 
 # %% ../nbs/09a_workflow.ipynb #4812894e
 import ast
@@ -279,6 +279,13 @@ def find_parameters_cell(nb: dict) -> int:
     return next(
         (i for i, c in enumerate(nb["cells"]) if "parameters" in c["metadata"].get("tags", ())), -1
     )
+
+
+def take_stage_cells(nb: dict) -> list[dict]:
+    "The cells of a stage notebook from its parameters to where its lesson begins."
+    cells = nb["cells"][find_parameters_cell(nb) :]
+    ends = (i for i, c in enumerate(cells) if "skip_lesson()" in "".join(c["source"]))
+    return cells[: next(ends, len(cells))]
 
 
 def notebook_parameters(

@@ -20,9 +20,8 @@ import numpy as np
 from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
-from .data.masks import encode_labels, encode_mask, overlay, read_labels, read_mask
-from .data.video import Video, frame_rate, read_video, write_video
-from .data.vos import AnnotatedVideo, find_vos_videos, read_given_masks
+from .data.masks import encode_mask, read_mask
+from .data.video import Video, read_video
 from .files import read_json, replace_folder
 from .keyframe import choose_key_frame, from_json
 from .options import option, read_options

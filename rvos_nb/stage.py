@@ -18,8 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .core import Problem, find_shipped, natural_key, progress, read_versions, resolve
-from .files import _make_folder, _named_errors, read_json, sweep_temporary, write_json
+from .files import make_folder, named_errors, read_json, sweep_temporary, write_json
+from .options import option
 from .units import map_units
 
 # %% ../nbs/00d_stage.ipynb #713ab131

@@ -36,7 +36,7 @@ from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import choose_key_frames, from_json
 from rvos_nb.label_maps import merge_annotators, score_maps
 from rvos_nb.metrics import contour_f, jaccard, statistics
-from rvos_nb.results import MEMBER_BYTES, check_code, open_results
+from rvos_nb.results import MAX_FILE_BYTES, check_code, open_results
 from rvos_nb.stage import StageFailed
 from rvos_nb.submit import IncompleteSubmission, submission
 from rvos_nb.verify.cases import load_case
@@ -188,7 +188,7 @@ def test_every_unusable_mask_has_a_line(made):
     at(other, 0).unlink()
     at(other, 0).symlink_to(at(other, 0))
     with open(at(other, 1), "wb") as f:
-        f.truncate(MEMBER_BYTES + 1)
+        f.truncate(MAX_FILE_BYTES + 1)
     result = evaluate(tmp / "data", tmp / "run", tmp / "scores")
     lines = (tmp / "scores/missing.csv").read_text().splitlines()
     assert (
@@ -346,7 +346,7 @@ def test_links_bombs_and_odd_zips_are_not_read(tmp_path):
     for content, method, words in (
         (bytes(1 << 22), zipfile.ZIP_DEFLATED, "unpack"),
         (bytes(9), zipfile.ZIP_LZMA, "compression method"),
-        (bytes(MEMBER_BYTES + 1), zipfile.ZIP_STORED, "at most"),
+        (bytes(MAX_FILE_BYTES + 1), zipfile.ZIP_STORED, "at most"),
     ):
         with pytest.raises(Problem, match=words) as e:
             open_results(pack(path, [(name, content)], method))

@@ -287,7 +287,7 @@ def check_command(
 
     survey = check_dataset(absolute(root), layout)
     print(survey.table())
-    raise typer.Exit(int(bool(survey.odd)))
+    raise typer.Exit(int(bool(survey.faults)))
 
 # %% ../../nbs/09f_commands.tools.ipynb #da214eb0
 @data_app.command("prepare")

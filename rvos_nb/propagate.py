@@ -34,7 +34,7 @@ from .models import zoo
 from .models.family import FAMILIES, find_object
 from .stage import Report, SomeFailed, locked, made_from, run_stage
 from .vos.aot import AOT
-from .vos.propagator import Augmented, Ids, Propagator, Track, walk_tracks
+from .vos.propagator import AugmentedPropagator, ObjectIds, Propagator, Track, walk_tracks
 
 # %% ../nbs/05d_propagate.ipynb #e37f4827
 def walk(
@@ -142,7 +142,7 @@ def make_propagator(
     return (
         model
         if how.scales == (1.0,) and not how.flip
-        else Augmented(model, how.scales, how.flip, how.feedback)
+        else AugmentedPropagator(model, how.scales, how.flip, how.feedback)
     )
 
 # %% ../nbs/05d_propagate.ipynb #5dc9791a
@@ -436,7 +436,7 @@ def read_given(
 
 # %% ../nbs/05d_propagate.ipynb #529d5c75
 def _found(
-    clip: Video, track: Track, ids: Ids, direction: str, read: Callable
+    clip: Video, track: Track, ids: ObjectIds, direction: str, read: Callable
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(t, (H, W) uint8 ids of the file) in the order of the walk; `read` gives what was yielded for
     a frame before."""
@@ -473,7 +473,7 @@ def propagate_labels(
     """Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or
     of another size."""
     ids, where, jobs, reached = (
-        Ids(),
+        ObjectIds(),
         [folder / f"{check_id(n, clip.folder)}.png" for n in clip.frames],
         deque(),
         set(),

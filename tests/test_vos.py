@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rvos_nb.bench.propagate import Published, as_published
+from rvos_nb.bench.propagate import PublishedWindow, make_published
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.vos import aot, deaot
@@ -53,7 +53,7 @@ def test_the_window_is_the_masked_product(h, w, reach, heads, dim, wide):
     offsets = torch.randn(heads, wide // heads, layer.side**2)
     with torch.no_grad():
         ours = layer.search(q, k, v, (h, w), offsets)
-        layer.__class__ = Published
+        layer.__class__ = PublishedWindow
         assert torch.allclose(ours, layer.search(q, k, v, (h, w), offsets), atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_the_window_has_the_gradient_of_the_masked_product():
         [torch.randn(2, 35, 8, requires_grad=True) for _ in range(3)],
         [],
     )
-    for form in (NearbySearch, Published):
+    for form in (NearbySearch, PublishedWindow):
         layer.__class__ = form
         found.append(
             torch.autograd.grad(
@@ -164,7 +164,7 @@ def test_the_published_way_gives_the_same(cls, config):
     torch.manual_seed(0)
     model = cls(replace(config, layers=2, gap=1)).eval()
     ours = walk(model)[1]
-    assert torch.allclose(ours, walk(as_published(model))[1], atol=1e-4)
+    assert torch.allclose(ours, walk(make_published(model))[1], atol=1e-4)
 
 
 @both

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..core import Problem
 from .backbones import fold_time
-from .video_swin import Merge, Stages
+from .video_swin import PatchMerging, SwinStages
 
 # %% ../../nbs/02e_models.swin.ipynb #e40a1f89
-class Swin(Stages):
+class Swin(SwinStages):
     """Swin without head, normalised levels; tensors named as under `backbone.0.body.` (ReferFormer)
     or `encoder.` (AOT) of published files."""
 
@@ -37,7 +37,7 @@ class Swin(Stages):
         for i, c in enumerate(self.channels):
             self.add_module(f"norm{i}", nn.LayerNorm(c))  # published name
             if i < stages - 1:
-                self.layers[i]["downsample"] = Merge(c)
+                self.layers[i]["downsample"] = PatchMerging(c)
         self.start()
 
     def forward(

@@ -30,8 +30,8 @@ from .cases import LabelMap, image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position
 from ..vos.deaot import DeAOT, DeAOTConfig
-from ..vos.memory import AOTEngine, AOTPropagator, forward_sequence, identity_of
-from ..vos.propagator import Augmented, Propagator
+from ..vos.memory import AOTEngine, AOTPropagator, embed_labels, forward_sequence
+from ..vos.propagator import AugmentedPropagator, Propagator
 
 # %% ../../nbs/07h_verify.vos.ipynb #362162c4
 NETWORKS = {"aot": (AOT, AOTConfig), "deaot": (DeAOT, DeAOTConfig)}
@@ -97,7 +97,7 @@ def reference_outputs(
     for i, (memory, outputs) in enumerate(zip(engine.memories, engine.outputs)):
         where = f"_engine{i}/" if i else "/"
         with torch.no_grad():
-            identity = identity_of(engine.model, labels, i)
+            identity = embed_labels(engine.model, labels, i)
         yield where + "id_emb", sequence_first(identity)
         for number, (x, layer) in enumerate(zip(outputs, memory.recent[0].layers)):
             yield f"{where}lstt{number}", sequence_first(x)
@@ -379,7 +379,7 @@ def run_bidirectional(
             yield f"{name}/png", propagate_with_stub(name, about, masks, Path(folder))
 
 # %% ../../nbs/07h_verify.vos.ipynb #1f40e869
-class AnswerRecorder(Augmented):
+class AnswerRecorder(AugmentedPropagator):
     "Keeps its last answer, (N+1, H, W) probabilities, as `answer`."
 
     def step(self, frame):

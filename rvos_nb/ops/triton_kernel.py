@@ -371,15 +371,15 @@ def add_gradients(
     left, top, fx, fy = spot
     nw, ne, sw, se = corners_inside(left, top, near, h, w)
     nw, ne, sw, se = nw & used, ne & used, sw & used, se & used
-    right, below, across = at + step, at + w * step, at + (w + 1) * step
-    dot_nw = total(g * load_corner(value + at, nw, real), 1)
-    dot_ne = total(g * load_corner(value + right, ne, real), 1)
-    dot_sw = total(g * load_corner(value + below, sw, real), 1)
-    dot_se = total(g * load_corner(value + across, se, real), 1)
-    add_gradient(dvalue + at, (weight * (1 - fy) * (1 - fx))[:, None] * g, scale, nw, exact)
-    add_gradient(dvalue + right, (weight * (1 - fy) * fx)[:, None] * g, scale, ne, exact)
-    add_gradient(dvalue + below, (weight * fy * (1 - fx))[:, None] * g, scale, sw, exact)
-    add_gradient(dvalue + across, (weight * fy * fx)[:, None] * g, scale, se, exact)
+    read, add = value + at, dvalue + at
+    dot_nw = total(g * load_corner(read, nw, real), 1)
+    dot_ne = total(g * load_corner(read + step, ne, real), 1)
+    dot_sw = total(g * load_corner(read + w * step, sw, real), 1)
+    dot_se = total(g * load_corner(read + (w + 1) * step, se, real), 1)
+    add_gradient(add, (weight * (1 - fy) * (1 - fx))[:, None] * g, scale, nw, exact)
+    add_gradient(add + step, (weight * (1 - fy) * fx)[:, None] * g, scale, ne, exact)
+    add_gradient(add + w * step, (weight * fy * (1 - fx))[:, None] * g, scale, sw, exact)
+    add_gradient(add + (w + 1) * step, (weight * fy * fx)[:, None] * g, scale, se, exact)
     dx = weight * ((1 - fy) * (dot_ne - dot_nw) + fy * (dot_se - dot_sw)) * w
     dy = weight * ((1 - fx) * (dot_sw - dot_nw) + fx * (dot_se - dot_ne)) * h
     upper = (1 - fx) * dot_nw + fx * dot_ne

@@ -38,7 +38,7 @@ class Swin(SwinStages):
             self.add_module(f"norm{i}", nn.LayerNorm(c))  # published name
             if i < stages - 1:
                 self.layers[i]["downsample"] = PatchMerging(c)
-        self.start()
+        self.reset_parameters()
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class Swin(SwinStages):
         "Normalised features at strides 4, 8, 16, 32."
         levels, x = [], self.patch_embed(fold_time(x)[:, None])
         for i, layer in enumerate(self.layers):
-            x = self.stage(i, x)
+            x = self.run_stage(i, x)
             levels.append(rearrange(self.get_submodule(f"norm{i}")(x), "n 1 h w c -> n c h w"))
             if "downsample" in layer:
                 x = layer["downsample"](x)

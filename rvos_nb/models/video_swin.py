@@ -32,7 +32,7 @@ def fit_window(
     size: Size,  # (T, h, w) of the map
     window: Size,  # (frames, rows, columns) of a full window
     shifted: bool,  # whether this block shifts its windows
-    shrinks: bool = True,  # whether a window shrinks to a smaller map (Video-Swin) or the map is padded (Swin)
+    shrinks: bool = True,  # a window shrinks to a small map (Video-Swin), or the map is padded (Swin)
 ) -> tuple[Size, Size]:  # window, shift
     "The window and its shift (half of it, rounded down) for a map."
     small = [shrinks and s <= k for s, k in zip(size, window)]
@@ -47,7 +47,7 @@ class AxisKind:
     "Windows along one axis that look alike."
 
     places: tuple[int, ...]  # the places that hold a cell; the others hold padding
-    beyond: tuple[bool, ...]  # for each place of the window whether it lies beyond the seam
+    beyond_seam: tuple[bool, ...]  # for each place of the window whether it lies beyond the seam
     cells: tuple[tuple[int, ...], ...]  # of each window the cells at those places
 
 
@@ -59,10 +59,10 @@ def axis_kinds(
     "The windows along an axis by kind; every cell is in exactly one of them."
     padded, kinds = -(-size // window) * window, {}
     for start in range(shift, padded + shift, window):
-        holds = {o: (start + o) % padded for o in range(window) if (start + o) % padded < size}
-        beyond = tuple(start + o >= padded for o in range(window))
-        kinds.setdefault((tuple(holds), beyond), []).append(tuple(holds.values()))
-    return [AxisKind(*look, tuple(cells)) for look, cells in kinds.items()]
+        cells = {o: (start + o) % padded for o in range(window) if (start + o) % padded < size}
+        beyond_seam = tuple(start + o >= padded for o in range(window))
+        kinds.setdefault((tuple(cells), beyond_seam), []).append(tuple(cells.values()))
+    return [AxisKind(*places, tuple(cells)) for places, cells in kinds.items()]
 
 # %% ../../nbs/02d_models.video_swin.ipynb #f78cf43c
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class WindowKind:
 
     places: Tensor  # (n,) int64, the places that hold a cell
     padding: Tensor | None  # (N − n,) int64, the others, if there are any
-    strangers: Tensor | None  # (n, N) bool, True where a seam lies between two places
+    across_seam: Tensor | None  # (n, N) bool, True where a seam lies between two places
 
 
 def window_kind(
@@ -79,25 +79,24 @@ def window_kind(
     device: torch.device,  # where the tensors shall live
 ) -> WindowKind:
     "Combine the kinds of the three axes; places are numbered by time, then row, then column."
-    all_places = list(product(*(range(len(a.beyond)) for a in axes)))
-    held = [all(o in a.places for o, a in zip(place, axes)) for place in all_places]
+    all_places = list(product(*(range(len(a.beyond_seam)) for a in axes)))
+    filled = [all(o in a.places for o, a in zip(place, axes)) for place in all_places]
     side = torch.tensor(
         [
-            sum(a.beyond[o] << i for i, (o, a) in enumerate(zip(place, axes)))
+            sum(a.beyond_seam[o] << i for i, (o, a) in enumerate(zip(place, axes)))
             for place in all_places
         ],
         device=device,
     )
     places, padding = (
         torch.tensor(
-            [i for i, h in enumerate(held) if h == wanted], dtype=torch.long, device=device
+            [i for i, x in enumerate(filled) if x == wanted], dtype=torch.long, device=device
         )
         for wanted in (True, False)
     )
-    seamed = any(any(a.beyond) for a in axes)
-    return WindowKind(
-        places, None if all(held) else padding, side[places][:, None] != side if seamed else None
-    )
+    seamed = any(any(a.beyond_seam) for a in axes)
+    across_seam = side[places][:, None] != side if seamed else None
+    return WindowKind(places, None if all(filled) else padding, across_seam)
 
 # %% ../../nbs/02d_models.video_swin.ipynb #446bfce9
 @dataclass(frozen=True, eq=False)
@@ -156,9 +155,10 @@ def make_window_plan(
     return WindowPlan(kinds, list(zip(torch.cat([c.flatten() for c in cells]).split(sizes), runs)))
 
 
-@torch.compiler.assume_constant_result  # else `torch.compile` looks through the cache and traces every loop
+# a constant: else `torch.compile` looks through the cache and traces every loop
+@torch.compiler.assume_constant_result
 def plan_windows(*of) -> WindowPlan:
-    "The plan_windows for `of`, the arguments of `make_window_plan`; kept for the sizes of late."
+    "The plan of `of`, the arguments of `make_window_plan`; the last 32 are kept."
     return make_window_plan(*of)
 
 # %% ../../nbs/02d_models.video_swin.ipynb #9d382707
@@ -212,8 +212,8 @@ class WindowAttention(nn.Module):
             .index_select(1, index.flatten())
             .view(self.heads, n, n + pad)
         )
-        if kind.strangers is not None:
-            bias = bias - 100 * kind.strangers.to(bias.dtype)
+        if kind.across_seam is not None:
+            bias = bias - 100 * kind.across_seam.to(bias.dtype)
         if not pad:
             return bias
         return torch.cat(
@@ -228,17 +228,14 @@ class WindowAttention(nn.Module):
         self,
         x: Tensor,  # (R, C) the cells of a piece
         runs: list[tuple[int, int]],  # (kind, windows) as of `Plan.pieces`
-        kinds: list[WindowKind],  # of the plan_windows
+        kinds: list[WindowKind],  # of the plan
         bias: list[Tensor],  # `self.bias` of every kind
     ) -> Tensor:  # (R, C)
         "Attention inside every window."
-        qkv, out, c = (
-            rearrange(
-                self.qkv(x), "r (three heads c) -> three r heads c", three=3, heads=self.heads
-            ),
-            [],
-            x.shape[1],
+        qkv = rearrange(
+            self.qkv(x), "r (three heads c) -> three r heads c", three=3, heads=self.heads
         )
+        out = []
         for part, (kind, windows) in zip(
             qkv.split([w * len(kinds[k].places) for k, w in runs], 1), runs
         ):
@@ -250,12 +247,8 @@ class WindowAttention(nn.Module):
                     .expand(3, windows, -1, 1, -1)
                 )
                 k, v = torch.cat([k, pad[1]], 2), torch.cat([v, pad[2]], 2)
-            out.append(
-                rearrange(
-                    F.scaled_dot_product_attention(q, k, v, bias[kind][None]),
-                    "w heads n c -> (w n) (heads c)",
-                )
-            )
+            y = F.scaled_dot_product_attention(q, k, v, bias[kind][None])
+            out.append(rearrange(y, "w heads n c -> (w n) (heads c)"))
         return self.proj(torch.cat(out) if len(out) > 1 else out[0])
 
 # %% ../../nbs/02d_models.video_swin.ipynb #eee6e2ff
@@ -283,7 +276,7 @@ class SwinBlock(nn.Module):
         )
         self.drop = StochasticDepth(drop, "row")
 
-    def perceive(
+    def feed_forward(
         self,
         x: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
@@ -295,11 +288,8 @@ class SwinBlock(nn.Module):
         x: Tensor,  # (B, T, h, w, C)
     ) -> Tensor:  # (B, T, h, w, C)
         "Attention and MLP, both residual."
-        shape, rows, whole = (
-            tuple(x.shape[:4]),
-            x.reshape(-1, x.shape[-1]),
-            self.training or torch.is_grad_enabled() or torch.compiler.is_compiling(),
-        )
+        shape, rows = tuple(x.shape[:4]), x.reshape(-1, x.shape[-1])
+        whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         limit = len(rows) if whole else piece_size(x.device)
         p = plan_windows(
             shape, *fit_window(shape[1:], self.window, self.shifted, self.shrinks), limit, x.device
@@ -309,13 +299,13 @@ class SwinBlock(nn.Module):
             ((cells, runs),) = p.pieces
             y = self.attn(self.norm1(rows.index_select(0, cells)), runs, p.kinds, bias)
             x = x + self.drop(torch.empty_like(y).index_copy(0, cells, y).view_as(x))
-            return x + self.drop(self.perceive(x))
+            return x + self.drop(self.feed_forward(x))
         y = torch.empty_like(rows)
         for cells, runs in p.pieces:
             piece = rows.index_select(0, cells)
             y.index_copy_(0, cells, piece + self.attn(self.norm1(piece), runs, p.kinds, bias))
         for piece in y.split(limit):
-            piece += self.perceive(piece)
+            piece += self.feed_forward(piece)
         return y.view_as(x)
 
 # %% ../../nbs/02d_models.video_swin.ipynb #fd69ba4b
@@ -407,10 +397,8 @@ class SwinStages(nn.Module):
                 "correct the configuration",
             )
         v, self.checkpointing = SWIN_VARIANTS[variant], checkpointing
-        self.channels, self.strides = (
-            [v.embed * 2**i for i in range(stages)],
-            [4 * 2**i for i in range(stages)],
-        )
+        self.channels = [v.embed * 2**i for i in range(stages)]
+        self.strides = [4 * 2**i for i in range(stages)]
         rates = iter(torch.linspace(0, drop, sum(v.depths[:stages]), device="cpu").tolist())
         self.patch_embed = PatchEmbed(v.embed, video)
         self.layers = nn.ModuleList(
@@ -424,7 +412,7 @@ class SwinStages(nn.Module):
             for c, h, d in zip(self.channels, v.heads, v.depths)
         )
 
-    def start(self):
+    def reset_parameters(self):
         "Truncated normal of .02 for matrices, zero for their biases."
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -432,7 +420,7 @@ class SwinStages(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
-    def stage(
+    def run_stage(
         self,
         i: int,  # which
         x: Tensor,  # (B, T, h, w, C)
@@ -459,7 +447,7 @@ class VideoSwin(SwinStages):
     ):
         super().__init__(variant, 4, (8, 7, 7), True, drop, checkpointing)
         self.downsamples = nn.ModuleList(PatchMerging(c) for c in self.channels[:3])
-        self.start()
+        self.reset_parameters()
 
     def forward(
         self,
@@ -468,7 +456,7 @@ class VideoSwin(SwinStages):
         "Raw features at strides 4, 8, 16, 32."
         levels, x = [], self.patch_embed(x)
         for i in range(4):
-            x = self.stage(i, x)
+            x = self.run_stage(i, x)
             levels.append(rearrange(x, "b t h w c -> (b t) c h w"))
             if i < 3:
                 x = self.downsamples[i](x)

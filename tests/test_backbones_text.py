@@ -765,7 +765,7 @@ def test_batch_and_single_sentence_agree(saved):
     ]
     texts += texts[:3]
     words, mask, sentence = encoder.encode(texts)
-    ids, plain = encoder.tokens(texts)
+    ids, plain = encoder.tokenise(texts)
     whole, pooled = encoder(ids, plain)  # one batch, nothing remembered
     assert (
         torch.equal(mask, plain)
@@ -775,7 +775,7 @@ def test_batch_and_single_sentence_agree(saved):
     if encoder.config.model_type == "roberta":
         assert torch.allclose(words, whole, atol=1e-5)  # padded rows as well, which WaveCL averages
     for e, text in enumerate(texts):
-        encoder.memory.of(None)
+        encoder.sentence_cache.select(None)
         alone, _, single = encoder.encode([text])
         assert torch.allclose(alone[0], words[e, ~mask[e]], atol=1e-5) and torch.allclose(
             single[0], sentence[e], atol=1e-5
@@ -826,10 +826,10 @@ def test_a_sentence_is_read_once_per_set_of_weights(saved):
     with torch.autocast("cpu", torch.bfloat16):
         assert ask("red")[0] == 1
     twin = copy.deepcopy(encoder)
-    assert not twin.memory.held and encoder.memory.held
-    encoder.memory.limit = 2
+    assert not twin.sentence_cache.vectors and encoder.sentence_cache.vectors
+    encoder.sentence_cache.limit = 2
     ask(*SENTENCES)
-    assert len(encoder.memory.held) == 2
+    assert len(encoder.sentence_cache.vectors) == 2
 
 
 def test_training_reads_every_copy_and_inference_answers_can_be_trained_on(saved):
@@ -840,7 +840,7 @@ def test_training_reads_every_copy_and_inference_answers_can_be_trained_on(saved
         read == [3] and not torch.allclose(words[0], words[1]) and words.requires_grad
     )  # dropout differs
     assert torch.equal(
-        *(encoder.tokens([t])[0] for t in ("RED  ball", "red ball"))
+        *(encoder.tokenise([t])[0] for t in ("RED  ball", "red ball"))
     )  # lower case in training
     encoder.eval().requires_grad_(False)
     with torch.inference_mode():

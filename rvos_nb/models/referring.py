@@ -239,7 +239,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
 
     def check_sentence(self, text: str):
         "Raises `Problem` for a sentence without words or longer than the encoder reads."
-        self.text_encoder.pieces([text])
+        self.text_encoder.token_ids([text])
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Words (B, L, C_text), their padding (B, L), sentences (B, C_text). Raises `Problem` for

@@ -34,13 +34,8 @@ from ..files import read_json
 from .backbones import count_modules, sine_features
 
 # %% ../../nbs/02f_models.text.ipynb #ec620e51
-SPECIAL_TOKENS = [
-    "<s>",
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "<mask>",
-]  # ids 0 to 4 of every tokenizer that `make_tokenizer` makes
+# ids 0 to 4 of every tokenizer that `make_tokenizer` makes
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def normalise_sentence(
@@ -101,18 +96,19 @@ def find_model_folder(
     online: bool = False,  # the Hub may be asked
     weights: bool = False,  # fetch the weights too
 ) -> Path:
-    """The folder that holds one of `files`: local, in the Hub cache, or fetched; raises `Problem`
-    that names all three ways."""
+    """The folder that holds one of `files`: local, in the Hub cache, or fetched. Raises `Problem`,
+    which names all three ways."""
     from huggingface_hub import try_to_load_from_cache
 
-    name, ways = (
-        str(source),
-        "name a folder that holds the files, fill the Hub cache with `hf download NAME`, or ask with online=True",
+    name = str(source)
+    remedy = (
+        "name a folder that holds the files, fill the Hub cache with `hf download NAME`, "
+        "or ask with online=True"
     )
 
     def missing(found):
         return Problem(
-            name, found, f"a folder or a cached Hub model with {' or '.join(files)}", ways
+            name, found, f"a folder or a cached Hub model with {' or '.join(files)}", remedy
         )
 
     if Path(source).is_dir():
@@ -266,9 +262,9 @@ BERT_BASE = {
 
 # %% ../../nbs/02f_models.text.ipynb #72ce546e
 class SentenceTokenizer:
-    "Sentences to ids; a part of `TextEncoder` and `BertEncoder`."
+    "Sentences to ids: a mixin of `TextEncoder` and `BertEncoder`, with `tokenizer`, `max_tokens`."
 
-    def pieces(
+    def token_ids(
         self,
         texts: Sequence[str],  # E sentences
     ) -> list[list[int]]:  # ids of each, special ones included
@@ -284,136 +280,137 @@ class SentenceTokenizer:
         if not texts:
             raise Problem("text encoder", "no sentence", "at least one", "pass a list of sentences")
         clean = [normalise_sentence(t) for t in texts]
-        found = self.tokenizer(clean if self.training else list(texts), verbose=False)["input_ids"]
-        for text, ids in zip(clean, found):
-            if len(ids) > self.longest:
+        all_ids = self.tokenizer(clean if self.training else list(texts), verbose=False)[
+            "input_ids"
+        ]
+        for text, ids in zip(clean, all_ids):
+            if len(ids) > self.max_tokens:
                 raise Problem(
                     "sentence",
                     f"{len(ids)} tokens in {text[:40]!r}…",
-                    f"at most {self.longest}",
+                    f"at most {self.max_tokens}",
                     "write a shorter one",
                 )
-        return found
+        return all_ids
 
-    def batch(
+    def pad_batch(
         self,
-        pieces: list[list[int]],  # of E sentences
+        ids: list[list[int]],  # of E sentences
         room: int = 0,  # columns of padding behind the longest
     ) -> tuple[Tensor, Tensor]:  # ids (E, L) int64, mask (E, L) bool, True = padding
         "The ids as one tensor on the model's device."
-        length, pad = max(map(len, pieces)) + room, self.config.pad_token_id
-        ids = torch.tensor([p + [pad] * (length - len(p)) for p in pieces], device=self.device)
-        return ids, torch.arange(length, device=self.device) >= torch.tensor(
-            [[len(p)] for p in pieces], device=self.device
-        )
+        length, pad = max(map(len, ids)) + room, self.config.pad_token_id
+        padded = [row + [pad] * (length - len(row)) for row in ids]
+        lengths = torch.tensor([[len(row)] for row in ids], device=self.device)
+        mask = torch.arange(length, device=self.device) >= lengths
+        return torch.tensor(padded, device=self.device), mask
 
-    def tokens(
+    def tokenise(
         self,
         texts: Sequence[str],  # E sentences
     ) -> tuple[Tensor, Tensor]:  # ids (E, L) int64, mask (E, L) bool, True = padding
-        "Ids of the sentences, padded to the longest; raises `Problem` as `pieces` does."
-        return self.batch(self.pieces(texts))
+        "Ids of the sentences, padded to the longest; raises `Problem` as `token_ids` does."
+        return self.pad_batch(self.token_ids(texts))
 
 # %% ../../nbs/02f_models.text.ipynb #7feb458e
 def weights_version(module: nn.Module) -> tuple:
     """Equal as long as a module's weights, their device and type, and the autocast settings are the
     same."""
-    held = tuple(
+    versions = tuple(
         (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
         for p in module.parameters()
     )
-    kind = held[0][3].type
-    return held, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    kind = versions[0][3].type
+    return versions, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 class SentenceCache:
-    """What was heard of the last `limit` sentences, forgotten when the state changes; a copy of it
-    starts empty."""
+    """Vectors of the last `limit` sentences, forgotten when the weights change; a copy of it starts
+    empty."""
 
     def __init__(self, limit: int):
-        self.limit, self.state, self.held = limit, None, {}
+        self.limit, self.version, self.vectors = limit, None, {}
 
     def __reduce__(self):
         return SentenceCache, (self.limit,)
 
-    def of(self, state) -> dict:
-        "Sentence → what was heard under this state."
-        if state != self.state:
-            self.state, self.held = state, {}
-        return self.held
+    def select(self, version: tuple | None) -> dict:
+        "Sentence → its vectors by the weights of this version; empty for a new one."
+        if version != self.version:
+            self.version, self.vectors = version, {}
+        return self.vectors
 
-    def keep(self, heard: dict):
-        "Add what was heard or asked again; the oldest make room."
-        for text, x in heard.items():
-            self.held.pop(text, None)
-            self.held[text] = x
-        for text in [*self.held][: max(0, len(self.held) - self.limit)]:
-            del self.held[text]
+    def add(self, vectors: dict):
+        "Add sentences, or make them the newest; the oldest make room."
+        for text, x in vectors.items():
+            self.vectors.pop(text, None)
+            self.vectors[text] = x
+        for text in [*self.vectors][: max(0, len(self.vectors) - self.limit)]:
+            del self.vectors[text]
 
 # %% ../../nbs/02f_models.text.ipynb #afa42ddb
-CACHED_SENTENCES = (
-    1000  # remembered per encoder; about 40 MB with RoBERTa-base and a dozen tokens each
-)
+CACHED_SENTENCES = 1000  # per encoder; about 40 MB with RoBERTa-base and a dozen tokens each
 
 
 class SentenceEncoder:
-    "Sentences to vectors; a part of `TextEncoder` and `BertEncoder`."
+    "Sentences to vectors: a mixin of `TextEncoder` and `BertEncoder`, with a `sentence_cache`."
 
     def train(self, mode: bool = True):
         "As in any module; training forgets all sentences."
         if mode:
-            self.memory.of(None)
+            self.sentence_cache.select(None)
         return super().train(mode)
 
-    def recall(
+    def encode_new(
+        self,
+        texts: Sequence[str],  # E sentences, all different
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        "Of each sentence: words (n + 1, C), the last being padding, and the whole (C,)."
+        ids = self.token_ids(texts)
+        words, sentences = self(*self.pad_batch(ids, room=1))
+        return {
+            text: (
+                words[i, : len(row) + 1].clone(),
+                None if sentences is None else sentences[i].clone(),
+            )
+            for i, (text, row) in enumerate(zip(texts, ids))
+        }
+
+    def encode_each(
         self,
         texts: Sequence[str],  # E sentences
-    ) -> list[
-        tuple[Tensor, Tensor | None]
-    ]:  # of each: words (n + 1, C), the last being padding; sentence (C,)
-        "Read each sentence that is new once; remember it unless gradients are wanted."
+    ) -> list[tuple[Tensor, Tensor | None]]:  # of each, see `encode_new`
+        "Encode each sentence that is new once; remember it unless gradients are wanted."
         remember = not torch.is_grad_enabled()
-        held = self.memory.of(weights_version(self)) if remember else {}
-        heard = {t: held[t] for t in texts if t in held}
-        if new := [t for t in dict.fromkeys(texts) if t not in heard]:
-            pieces = self.pieces(new)
-            words, sentence = self(*self.batch(pieces, room=1))
-            heard |= {
-                t: (
-                    words[i, : len(p) + 1].clone(),
-                    None if sentence is None else sentence[i].clone(),
-                )
-                for i, (t, p) in enumerate(zip(new, pieces))
-            }
+        known = self.sentence_cache.select(weights_version(self)) if remember else {}
+        vectors = {t: known[t] for t in texts if t in known}
+        if new := [t for t in dict.fromkeys(texts) if t not in vectors]:
+            vectors |= self.encode_new(new)
         if remember:
-            self.memory.keep(heard)
-        return [heard[t] for t in texts]
+            self.sentence_cache.add(vectors)
+        return [vectors[t] for t in texts]
 
     def encode(
         self,
         texts: Sequence[str],  # E sentences
-    ) -> tuple[
-        Tensor, Tensor, Tensor | None
-    ]:  # words (E, L, C), word_mask (E, L) bool, True = padding, sentence (E, C)
-        """Word and sentence vectors, padded to the longest sentence; raises `Problem` as `pieces`
-        does."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Words (E, L, C), mask (E, L) bool, True = padding, sentences (E, C) or None. Raises
+        `Problem` as `token_ids` does."""
         if self.training or not texts:
-            ids, mask = self.tokens(texts)
-            words, sentence = self(ids, mask)
-            return words, mask, sentence
-        words, sentences = zip(*self.recall(texts))
+            ids, mask = self.tokenise(texts)
+            words, sentences = self(ids, mask)
+            return words, mask, sentences
+        words, sentences = zip(*self.encode_each(texts))
         length = max(map(len, words)) - 1
-        mask = torch.arange(length, device=self.device) >= torch.tensor(
-            [[len(w) - 1] for w in words], device=self.device
-        )
-        words = torch.stack(
-            [torch.cat([w[:-1], w[-1:].expand(length + 1 - len(w), -1)]) for w in words]
-        )
-        return words, mask, None if sentences[0] is None else torch.stack(sentences)
+        lengths = torch.tensor([[len(w) - 1] for w in words], device=self.device)
+        mask = torch.arange(length, device=self.device) >= lengths
+        words = [torch.cat([w[:-1], w[-1:].expand(length + 1 - len(w), -1)]) for w in words]
+        whole = None if sentences[0] is None else torch.stack(sentences)
+        return torch.stack(words), mask, whole
 
 # %% ../../nbs/02f_models.text.ipynb #8be286e9
 class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
-    "What `TextEncoder` and `BertEncoder` have in common; goes before the class of transformers."
+    "What `TextEncoder` and `BertEncoder` share; stands before the class of transformers."
 
     def __init__(
         self,
@@ -422,9 +419,8 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
         pooler: bool = True,  # without it there is no sentence vector (UNINEXT)
     ):
         if not isinstance(config, PreTrainedConfig):
-            config = self.config_class(
-                **{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa"
-            )
+            constants = {k: v for k, v in config.items() if k != "model_type"}
+            config = self.config_class(**constants, attn_implementation="sdpa")
         if tokenizer is not None and (
             tokenizer.pad_token_id != config.pad_token_id or len(tokenizer) > config.vocab_size
         ):
@@ -435,11 +431,8 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
                 "use the tokenizer that belongs to the weights",
             )
         super().__init__(config, add_pooling_layer=pooler)
-        self.tokenizer, self.memory, table = (
-            tokenizer,
-            SentenceCache(CACHED_SENTENCES),
-            self.embeddings.word_embeddings,
-        )
+        self.tokenizer, self.sentence_cache = tokenizer, SentenceCache(CACHED_SENTENCES)
+        table = self.embeddings.word_embeddings
         if std := getattr(config, "word_std", None):
             with torch.no_grad():
                 table.weight.normal_(std=std)[table.padding_idx] = 0
@@ -457,7 +450,7 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
             ids,
             attention_mask=~mask[:, None, None],
             token_type_ids=torch.zeros_like(ids),
-            position_ids=self.places(ids),
+            position_ids=self.count_positions(ids),
         )
         return answer.last_hidden_state, answer.pooler_output
 
@@ -466,10 +459,10 @@ class TextEncoder(TransformersEncoder, RobertaModel):
     "RoBERTa: sentences → word vectors and sentence vectors."
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         return self.config.max_position_embeddings - self.config.pad_token_id - 1
 
-    def places(self, ids: Tensor) -> Tensor:
+    def count_positions(self, ids: Tensor) -> Tensor:
         return self.embeddings.create_position_ids_from_input_ids(ids, self.config.pad_token_id)
 
 
@@ -477,13 +470,12 @@ class BertEncoder(TransformersEncoder, BertModel):
     "BERT: sentences → word vectors and sentence vectors."
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         return self.config.max_position_embeddings
 
-    def places(self, ids: Tensor) -> Tensor:
-        return (
-            torch.arange(ids.shape[1], device=ids.device).clamp(max=self.longest - 1).expand_as(ids)
-        )
+    def count_positions(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return positions.clamp(max=self.max_tokens - 1).expand_as(ids)
 
 # %% ../../nbs/02f_models.text.ipynb #74395e01
 def small_text_config(
@@ -513,9 +505,7 @@ TEXT_ENCODERS = {"roberta": TextEncoder, "bert": BertEncoder}
 
 
 def build_text_encoder(
-    source: Mapping
-    | str
-    | Path,  # constants such as `ROBERTA_BASE`; a folder in Hugging Face's form; a name on the Hub
+    source: Mapping | str | Path,  # constants such as `ROBERTA_BASE`, a folder, a name on the Hub
     online: bool = False,  # the Hub may be asked
     tokenizer=None,  # instead of the one beside the weights
     pooler: bool = True,  # without it there is no sentence vector
@@ -524,13 +514,12 @@ def build_text_encoder(
     """RoBERTa or BERT, fresh or with weights; raises `Problem` where something is missing, of
     another family or out of reach."""
     fresh = isinstance(source, Mapping)
-    folder = (
-        None
-        if fresh
-        else find_model_folder(source, ("config.json",), "text encoder", online, weights=True)
-    )
-    said = source if fresh else read_json(folder / "config.json")
-    family = said.get("model_type", "roberta" if fresh else None)
+    if fresh:
+        folder, facts = None, source
+    else:
+        folder = find_model_folder(source, ("config.json",), "text encoder", online, weights=True)
+        facts = read_json(folder / "config.json")
+    family = facts.get("model_type", "roberta" if fresh else None)
     if family not in TEXT_ENCODERS:
         raise Problem(
             folder or "text encoder",
@@ -538,17 +527,13 @@ def build_text_encoder(
             f"one of {', '.join(TEXT_ENCODERS)}",
             "name a folder of RoBERTa or BERT",
         )
+    cls = TEXT_ENCODERS[family]
     if fresh:
-        return (
-            TEXT_ENCODERS[family](dict(source), tokenizer, pooler).requires_grad_(not freeze).eval()
-        )
-    return (
-        load_encoder_weights(
-            TEXT_ENCODERS[family], folder, tokenizer or load_tokenizer(folder), pooler
-        )
-        .requires_grad_(not freeze)
-        .eval()
-    )
+        model = cls(dict(source), tokenizer, pooler)
+    else:
+        tokenizer = tokenizer or load_tokenizer(folder)
+        model = load_encoder_weights(cls, folder, tokenizer, pooler)
+    return model.requires_grad_(not freeze).eval()
 
 
 def load_encoder_weights(
@@ -599,11 +584,8 @@ class FeatureResizer(nn.Module):
         dropout: float = 0.1,  # while training
     ):
         super().__init__()
-        self.fc, self.layer_norm, self.dropout = (
-            nn.Linear(before, after),
-            nn.LayerNorm(after, eps=1e-12),
-            nn.Dropout(dropout),
-        )
+        self.fc, self.dropout = nn.Linear(before, after), nn.Dropout(dropout)  # published names
+        self.layer_norm = nn.LayerNorm(after, eps=1e-12)
 
     def forward(
         self,

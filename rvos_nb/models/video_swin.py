@@ -32,7 +32,7 @@ def fit_window(
     size: Size,  # (T, h, w) of the map
     window: Size,  # (frames, rows, columns) of a full window
     shifted: bool,  # whether this block shifts its windows
-    shrinks: bool = True,  # a window shrinks to a small map (Video-Swin), or the map is padded (Swin)
+    shrinks: bool = True,  # to a small map (Video-Swin); False: the map is padded (Swin)
 ) -> tuple[Size, Size]:  # window, shift
     "The window and its shift (half of it, rounded down) for a map."
     small = [shrinks and s <= k for s, k in zip(size, window)]

@@ -665,7 +665,7 @@ def test_wrong_sizes_are_refused():
             [torch.zeros(1, 8, 8, 8)], [], None, torch.zeros(1, 2, 8), None, torch.zeros(1, 2, 8), 1
         )
     with pytest.raises(ValueError, match="expected 2 maps"):
-        DeformableTransformer(8, 2, 1, 1, 8, levels=2)(
+        DeformableTransformer(8, 2, (1, 1), 8, levels=2)(
             [torch.zeros(1, 8, 4, 4)], [], None, torch.zeros(2, 8), torch.zeros(1, 2, 8)
         )
 

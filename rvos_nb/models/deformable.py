@@ -42,13 +42,12 @@ class EncoderLayer(nn.Module):
         padding: Tensor | None,  # (N, S) True at padding
     ) -> Tensor:  # (N, S, C)
         x = self.norm1(x + self.dropout(self.self_attn(x + pos, reference, x, shapes, padding)))
-        return run_in_pieces(self.think, x)
+        return run_in_pieces(self.feed_forward, x)
 
-    def think(self, x):
-        "The feed-forward, row by row."
-        return self.norm2(
-            x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True))))
-        )
+    def feed_forward(self, x):
+        "The second half of the layer, row by row."
+        wide = self.dropout(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x + self.dropout(self.linear2(wide)))
 
 # %% ../../nbs/02m_models.deformable.ipynb #a1b698b2
 def valid_ratios(
@@ -115,7 +114,7 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (N, Q, C) what the queries hold
+        x: Tensor,  # (N, Q, C) the content of the queries
         pos: Tensor,  # (N or 1, Q, C) the query embedding
         reference: Tensor,  # (N, Q, levels or 1, 2 or 4) points or boxes
         memory: Tensor,  # (N, S, C) the encoder's answer
@@ -171,11 +170,12 @@ class TransformerOutput:
 
     hs: Tensor  # (layers, N, Q, C) queries after each decoder layer
     init_reference: Tensor  # (N, Q, 2) points before the first layer
-    references: Tensor  # (layers, N, Q, 4) boxes after each layer, no gradient; (layers, N, Q, 2) without refinement
+    references: Tensor  # (layers, N, Q, 4) boxes after each layer, or (layers, N, Q, 2) without
+    # refinement; no gradient
     memory: list[Tensor]  # encoder output as maps (N, C, h, w), one per level
     tokens: Tensor  # (N, S, C) the same, flattened
 
-    def before(self, layer: int) -> Tensor:
+    def references_before(self, layer: int) -> Tensor:
         "The references that entered `layer`, counted from 0."
         return self.init_reference if layer == 0 else self.references[layer - 1]
 
@@ -220,30 +220,22 @@ class DeformableTransformer(nn.Module):
 
     def __init__(
         self,
-        dim=256,
-        heads=8,
-        encoder_layers=4,
-        decoder_layers=4,
-        feedforward=2048,
-        dropout=0.1,
-        levels=4,
-        encoder_points=4,
-        decoder_points=4,
+        dim: int = 256,  # C
+        heads: int = 8,
+        layers: tuple[int, int] = (4, 4),  # of the encoder and of the decoder
+        feedforward: int = 2048,
+        dropout: float = 0.1,
+        levels: int = 4,
+        points: tuple[int, int] = (4, 4),  # of a head and level, in the encoder and in the decoder
     ):
         super().__init__()
-        options = {
-            "dim": dim,
-            "heads": heads,
-            "feedforward": feedforward,
-            "dropout": dropout,
-            "levels": levels,
-        }
-        self.encoder = Encoder(encoder_layers, points=encoder_points, **options)
-        self.decoder = Decoder(decoder_layers, points=decoder_points, **options)
-        self.level_embed, self.reference_points = (
-            nn.Parameter(torch.empty(levels, dim)),
-            nn.Linear(dim, 2),
+        options = dict(
+            dim=dim, heads=heads, feedforward=feedforward, dropout=dropout, levels=levels
         )
+        self.encoder = Encoder(layers[0], points=points[0], **options)
+        self.decoder = Decoder(layers[1], points=points[1], **options)
+        self.level_embed = nn.Parameter(torch.empty(levels, dim))  # published names
+        self.reference_points = nn.Linear(dim, 2)
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
@@ -257,8 +249,7 @@ class DeformableTransformer(nn.Module):
         self,
         levels: list[Tensor],  # per level (N, C, h, w)
         positions: list[Tensor],  # per level (N or 1, C, h, w)
-        masks: list[Tensor]
-        | None,  # per level (N, h, w), True at padding; None where nothing is padded
+        masks: list[Tensor] | None,  # per level (N, h, w) bool, True at padding
         query_embed: Tensor,  # (Q, C) where the queries look first
         content: Tensor,  # (N, Q, C) what they look for: the sentence feature
     ) -> TransformerOutput:

@@ -181,13 +181,11 @@ def build_transformer(c: ReferFormerConfig) -> DeformableTransformer:
     return DeformableTransformer(
         c.hidden_dim,
         c.nheads,
-        c.enc_layers,
-        c.dec_layers,
+        (c.enc_layers, c.dec_layers),
         c.dim_feedforward,
         c.dropout,
         c.num_feature_levels,
-        c.enc_n_points,
-        c.dec_n_points,
+        (c.enc_n_points, c.dec_n_points),
     )
 
 

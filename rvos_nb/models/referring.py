@@ -335,7 +335,7 @@ class QueryModel(SentenceModel):
 
     def boxes(self, decoded: TransformerOutput, layer: int) -> Tensor:
         "Boxes (B*T, Q, 4), cxcywh in [0, 1] of the padded input, of one decoder layer."
-        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.before(layer))
+        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer))
 
     def masks(
         self, features: Tensor, states: Tensor, centres: Tensor, sizes: Tensor, conv=None
@@ -462,7 +462,7 @@ def answer_with_all(
     if aux:
         out["aux_outputs"] = [answer(i) for i in range(last)]
     if not model.training:
-        out["reference_points"] = by_clip(decoded.before(last)[..., :2])
+        out["reference_points"] = by_clip(decoded.references_before(last)[..., :2])
     return out
 
 # %% ../../nbs/03e_models.referring.ipynb #a57ab2e6

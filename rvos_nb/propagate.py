@@ -452,15 +452,15 @@ def _found(
 
     if direction != "backward":
         for _, t, labels in walk_tracks([track], frames(range(first, end + 1))):
-            yield t, ids.widen(labels)
+            yield t, ids.to_ids(labels)
     if direction != "forward":
         for _, t, labels in walk_tracks([track], frames(range(last, -1, -1))):
             if t >= first and direction == "both":
                 late = np.isin(labels, [i for i, start in entry.items() if start > t])
                 if late.any() and (late := late & ((before := read(t)) == 0)).any():
-                    yield t, np.where(late, ids.widen(labels), before)
+                    yield t, np.where(late, ids.to_ids(labels), before)
             else:
-                yield t, ids.widen(labels)
+                yield t, ids.to_ids(labels)
 
 # %% ../nbs/05d_propagate.ipynb #02e7805a
 def propagate_labels(
@@ -478,7 +478,7 @@ def propagate_labels(
         deque(),
         set(),
     )
-    track = Track(propagator, {t: ids.narrow(m) for t, m in sorted(given.items())}, how.restart)
+    track = Track(propagator, {t: ids.to_numbers(m) for t, m in sorted(given.items())}, how.restart)
     size = next(read_video(clip, names=[clip.frames[min(given)]])).shape[:2]
     for t, m in given.items():
         if m.shape != size:

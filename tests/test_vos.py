@@ -30,7 +30,7 @@ def walk(model, frames=4, size=(64, 96), objects=3, **policy):
             model.encode(torch.randn(1, 3, *size, dtype=next(model.parameters()).dtype))
             for _ in range(frames)
         ]
-    engine.refer(maps[0], labels, objects)
+    engine.add_reference(maps[0], labels, objects)
     found = []
     for m in maps[1:]:
         engine.step(m)
@@ -105,7 +105,7 @@ def test_twelve_objects_are_twelve_objects(cls, config):
     "Two engines, of ten and of two, and an answer for each object."
     torch.manual_seed(0)
     engine, logits = walk(cls(replace(config, max_objects=10)).eval(), objects=12)
-    assert logits.shape[1] == 13 and engine.open == [10, 2] and logits.isfinite().all()
+    assert logits.shape[1] == 13 and engine.used_identities == [10, 2] and logits.isfinite().all()
     assert all(len(m.long) == 1 for m in engine.memories)
 
 
@@ -118,7 +118,7 @@ def test_a_new_object_opens_a_new_engine(cls, config):
         maps = model.encode(torch.randn(1, 3, 64, 96))
     labels = torch.zeros(64, 96).long()
     labels[20:40, 20:40] = 6
-    engine.refer(maps, labels, 6)
+    engine.add_reference(maps, labels, 6)
     engine.step(maps)
     assert engine.logits((64, 96)).shape[1] == 7 and [len(m.long) for m in engine.memories] == [
         2,
@@ -148,7 +148,7 @@ def test_committing_twice_commits_the_same(cls, config):
     torch.manual_seed(0)
     model = cls(config).eval()
     engine, _ = walk(model)
-    seen, labels = engine.seen[0], torch.ones(64, 96).long()
+    seen, labels = engine.unlabelled[0], torch.ones(64, 96).long()
     before = [x.clone() for layer in seen for x in layer]
     engine.commit(labels)
     first = [x.clone() for layer in engine.memories[0].recent[0].layers for x in layer]

@@ -63,7 +63,7 @@ class PublishedLongTerm(LongTermAttention):
 
 class PublishedGatedLongTerm(GatedLongTerm):
     def forward(self, q, k, v, gate, size):
-        return self.gated(attend_written_out(q, k, v, 1), gate, size)
+        return self.gate_output(attend_written_out(q, k, v, 1), gate, size)
 
 
 class PublishedGatedSelf(GatedSelf):
@@ -73,7 +73,7 @@ class PublishedGatedSelf(GatedSelf):
             F.silu(torch.cat([a(t), b(u)], -1))
             for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2))
         )
-        return self.gated(attend_written_out(q, q, values, 1), gate, size)
+        return self.gate_output(attend_written_out(q, q, values, 1), gate, size)
 
 # %% ../../nbs/10b_bench.propagate.ipynb #3fd06559
 @lru_cache
@@ -140,7 +140,7 @@ class UnfoldedShortTerm(PublishedWindow, ShortTermAttention):
 
 # %% ../../nbs/10b_bench.propagate.ipynb #8f6a2e8e
 class PublishedResNet50(ResNet50Encoder):
-    def block(self, b, x):
+    def run_block(self, b, x):
         return b(x)
 
     def forward(self, x):
@@ -353,7 +353,9 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
         model, memories = cls((aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name]).LSTT.eval(), {}
         f, e = torch.randn(1, 256, 31, 54), torch.randn(1, 31 * 54, 256)
         with torch.inference_mode():
-            own = [layer.remember(s, e) for layer, s in zip(model.layers, model(f, identity=e)[1])]
+            own = [
+                layer.make_memory(s, e) for layer, s in zip(model.layers, model(f, identity=e)[1])
+            ]
             cost = {}
             for n in frames:
                 long = [tuple(x.repeat(1, n, 1) for x in layer) for layer in own]

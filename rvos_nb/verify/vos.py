@@ -187,7 +187,7 @@ class PropagationCase:
         labels, objects = self.labels[self.key], self.objects
         if self.late:
             labels, objects = labels.where(labels < objects, 0), objects - 1
-        self.engine.refer(self.maps[self.key], labels, objects)
+        self.engine.add_reference(self.maps[self.key], labels, objects)
         return labels
 
     def predict(self, t: int) -> Tensor:  # (H, W) at input size
@@ -211,7 +211,7 @@ class PropagationCase:
                 yield f"{name}/frame{t}/{part}", x
             labels = self.predict(t) if free else self.labels[t]
             if t == self.late:
-                engine.refer(self.maps[t], labels, self.objects)
+                engine.add_reference(self.maps[t], labels, self.objects)
             engine.commit(labels)
             for part, x in memory_outputs(engine, self.maps[t][-1].shape[-2:]):
                 yield f"{name}/frame{t}/{part}", x
@@ -295,9 +295,9 @@ class MemoryRecorder(AOTPropagator):
     def list_frames(self):
         return [self.numbers[id(frame)] for frame in self.engine.memories[0].long]
 
-    def settle(self):
+    def commit_pending(self):
         if self.pending is not None:
-            super().settle()
+            super().commit_pending()
             self.note_newest()
 
     def remember(self, frame, labels):
@@ -305,10 +305,10 @@ class MemoryRecorder(AOTPropagator):
         self.now = self.number
         self.note_newest()
         event = ["reference", self.now, self.list_frames()]
-        self.events.append([*event, self.engine.open] if self.engine.challenge else event)
+        self.events.append([*event, self.engine.used_identities] if self.engine.challenge else event)
 
     def step(self, frame):
-        self.settle()
+        self.commit_pending()
         frames = self.list_frames()
         probabilities = super().step(frame)
         self.now = self.number

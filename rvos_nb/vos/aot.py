@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.linear_Q, self.linear_K, self.linear_V, self.projection = (
             nn.Linear(dim, dim) for _ in range(4)
-        )
+        )  # published names
 
     def forward(
         self,
@@ -119,12 +119,8 @@ def depthwise_conv(
 ) -> Tensor:  # (B, h*w, C)
     "A depth-wise convolution over tokens."
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(
-        rearrange(x, "b (h w) c -> b c h w", h=size[0]),
-        weight,
-        padding=conv.padding,
-        groups=conv.groups,
-    )
+    maps = rearrange(x, "b (h w) c -> b c h w", h=size[0])
+    y = F.conv2d(maps, weight, padding=conv.padding, groups=conv.groups)
     return rearrange(y, "b c h w -> b (h w) c")
 
 
@@ -139,11 +135,11 @@ def group_norm(
     def per_group(t):
         return t.unflatten(-1, (gn.num_groups, -1))
 
-    var = per_group(x.square().mean(1, keepdim=True)).mean(-1, keepdim=True) + per_group(mean).var(
-        -1, correction=0, keepdim=True
-    )
+    means = per_group(mean)
+    within = per_group(x.square().mean(1, keepdim=True)).mean(-1, keepdim=True)
+    var = within + means.var(-1, correction=0, keepdim=True)
     scale = per_group(gn.weight) * (var + gn.eps).rsqrt()
-    shift = per_group(gn.bias) + (per_group(mean) - per_group(mean).mean(-1, keepdim=True)) * scale
+    shift = per_group(gn.bias) + (means - means.mean(-1, keepdim=True)) * scale
     return torch.addcmul(shift.flatten(-2), x, scale.flatten(-2))
 
 # %% ../../nbs/03p_vos.aot.ipynb #ca016155
@@ -152,10 +148,8 @@ class LocalActivation(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gn, self.conv = (
-            nn.GroupNorm(32, dim),
-            nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False),
-        )  # published names
+        self.gn = nn.GroupNorm(32, dim)  # published names
+        self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False)
 
     def forward(
         self,
@@ -193,15 +187,13 @@ class LSTTBlock(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.activation = LocalActivation(4 * dim)
 
-    def remember(
+    def make_memory(
         self,
-        seen: tuple[
-            Tensor, Tensor
-        ],  # K, x, each (B, h*w, C): what `forward` returned for the frame
+        unlabelled: tuple[Tensor, Tensor],  # K, x, each (B, h*w, C), of `forward` for the frame
         identity: Tensor,  # (B, h*w, C) its identity embedding
     ) -> tuple[Tensor, Tensor]:  # K, V, each (B, h*w, C)
         "The memory of a frame whose labels are known."
-        k, x = seen
+        k, x = unlabelled
         return k, self.linear_V(x + identity)
 
     def forward(
@@ -212,13 +204,13 @@ class LSTTBlock(nn.Module):
         long=None,  # (K, V) of all remembered frames, each (B, S, C)
         short=None,  # (K, V) of the last frame, each (B, h*w, C)
         identity: Tensor | None = None,  # (B, h*w, C) of a reference frame, which reads itself
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # t; what was seen: K, x
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # t; the unlabelled memory: K, x
         drop = self.drop if self.training else 0
         t = t + drop_path(self.self_attn(self.norm1(t), pos), drop)
         x = self.norm2(t)
         q = self.linear_Q(x)
         if identity is not None:
-            long = short = self.remember((q, x), identity)
+            long = short = self.make_memory((q, x), identity)
         t = t + self.long_term_attn(q, *long) + self.short_term_attn(q, *short, size)
         t = t + drop_path(self.linear2(self.activation(self.linear1(self.norm3(t)), size)), drop)
         return t, (q, x)
@@ -233,40 +225,35 @@ class LSTT(nn.Module):
         self.decoder_norms = nn.ModuleList(nn.LayerNorm(c.dim) for _ in range(c.layers))
         self.width = c.dim * (c.layers + 1)  # channels for the decoder
 
-    def output(self, t: Tensor, i: int) -> Tensor:
-        return self.decoder_norms[i](t)  # (B, h*w, C) of layer i
+    def normalise_output(self, t: Tensor, i: int) -> Tensor:  # (B, h*w, C) of layer i
+        return self.decoder_norms[i](t)
 
     def forward(
         self,
         f: Tensor,  # (B, C, h, w) projected feature map
-        long=None,
-        short=None,  # per layer what `LSTTBlock.remember` gave, long: of all remembered frames in one
+        long: list | None = None,  # per layer (K, V) of all remembered frames in one
+        short: list | None = None,  # per layer (K, V) of the last frame
         identity: Tensor | None = None,  # (B, h*w, C) of a reference frame
-    ) -> tuple[
-        list[Tensor], list[tuple]
-    ]:  # per layer: output (B, h*w, C); what was seen, for `LSTTBlock.remember`
+    ) -> tuple[list[Tensor], list[tuple]]:
+        "Per layer: output (B, h*w, C); unlabelled memory, for `LSTTBlock.make_memory`."
         size, none = f.shape[-2:], [None] * len(self.layers)
-        t, pos, outputs, seen = (
-            rearrange(f, "b c h w -> b (h w) c"),
-            sine_position(*size, f.shape[1], f.device).to(f.dtype),
-            [],
-            [],
-        )
-        for i, (layer, l, s) in enumerate(zip(self.layers, long or none, short or none)):
-            t, found = layer(t, pos, size, l, s, identity)
-            outputs.append(self.output(t, i))
-            seen.append(found)
-        return outputs, seen
+        t = rearrange(f, "b c h w -> b (h w) c")
+        pos = sine_position(*size, f.shape[1], f.device).to(f.dtype)
+        outputs, unlabelled = [], []
+        for i, (layer, far, near) in enumerate(zip(self.layers, long or none, short or none)):
+            t, memory = layer(t, pos, size, far, near, identity)
+            outputs.append(self.normalise_output(t, i))
+            unlabelled.append(memory)
+        return outputs, unlabelled
 
-    def as_map(
+    def decoder_input(
         self,
         outputs: list[Tensor],  # per layer (B, h*w, C)
         last: Tensor,  # (B, C, h, w) the projected feature map
     ) -> Tensor:  # (B, width, h, w)
         "What the decoder reads."
-        return torch.cat(
-            [last, *(rearrange(o, "b (h w) c -> b c h w", h=last.shape[-2]) for o in outputs)], 1
-        )
+        maps = [rearrange(o, "b (h w) c -> b c h w", h=last.shape[-2]) for o in outputs]
+        return torch.cat([last, *maps], 1)
 
 # %% ../../nbs/03p_vos.aot.ipynb #3053b034
 class ConvGN(nn.Module):
@@ -274,18 +261,14 @@ class ConvGN(nn.Module):
 
     def __init__(self, before: int, after: int, side: int):
         super().__init__()
-        self.conv, self.gn = (
-            nn.Conv2d(before, after, side, padding=side // 2),
-            nn.GroupNorm(8, after),
-        )  # published names
+        self.conv = nn.Conv2d(before, after, side, padding=side // 2)  # published names
+        self.gn = nn.GroupNorm(8, after)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C', h, w)
         x = to_channels_last(self.conv(x))
-        return rearrange(
-            F.relu_(group_norm(rearrange(x, "b c h w -> b (h w) c"), self.gn)),
-            "b (h w) c -> b c h w",
-            h=x.shape[-2],
-        )
+        tokens = rearrange(x, "b c h w -> b (h w) c")
+        tokens = F.relu_(group_norm(tokens, self.gn))
+        return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
 class AOTDecoder(nn.Module):
@@ -302,11 +285,9 @@ class AOTDecoder(nn.Module):
         self.align = c.align_corners
         self.conv_in, self.conv_16x = ConvGN(width, dim, 1), ConvGN(dim, dim, 3)
         self.conv_8x, self.conv_4x = ConvGN(dim, half, 3), ConvGN(half, half, 3)
-        self.adapter_16x, self.adapter_8x, self.adapter_4x = (
-            nn.Conv2d(channels[2], dim, 1),
-            nn.Conv2d(channels[1], dim, 1),
-            nn.Conv2d(channels[0], half, 1),
-        )
+        self.adapter_16x = nn.Conv2d(channels[2], dim, 1)  # published names
+        self.adapter_8x = nn.Conv2d(channels[1], dim, 1)
+        self.adapter_4x = nn.Conv2d(channels[0], half, 1)
         self.conv_out = nn.Conv2d(half, c.max_objects + 1, 1)
 
     def resize(self, x: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size)
@@ -314,7 +295,7 @@ class AOTDecoder(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, width, h, w) of `LSTT.as_map`
+        x: Tensor,  # (B, width, h, w) of `LSTT.decoder_input`
         maps: list[Tensor],  # the encoder's first three, fine to coarse
     ) -> Tensor:  # (B, N+1, h4, w4) logits
         f4, f8, f16 = maps
@@ -352,13 +333,8 @@ class AOT(OnHub, nn.Module):
         self.LSTT = self.transformer(c)
         self.decoder = AOTDecoder(c, self.LSTT.width, self.encoder.channels)
         stride, side = self.encoder.stride, c.id_kernel
-        self.patch_wise_id_bank = nn.Conv2d(
-            c.max_objects + 1,
-            c.dim,
-            side,
-            stride,
-            side // 2 if c.align_corners else (side - stride) // 2,
-        )
+        padding = side // 2 if c.align_corners else (side - stride) // 2
+        self.patch_wise_id_bank = nn.Conv2d(c.max_objects + 1, c.dim, side, stride, padding)
         self.register_load_state_dict_pre_hook(
             lambda module, state, prefix, *_: state.pop(prefix + "LSTT.mask_token", None)
         )
@@ -369,34 +345,34 @@ class AOT(OnHub, nn.Module):
         nn.init.normal_(self.patch_wise_id_bank.weight, std=1 / side)
 
     @property
-    def body(self) -> nn.Module:  # the backbone itself
+    def body(self) -> nn.Module:
+        "The backbone itself."
         return self.encoder
 
     def encode(
         self,
         x: Tensor,  # (B, 3, H, W) normalised
     ) -> list[Tensor]:  # four maps, fine to coarse, the last one projected to C channels
-        "What is seen in a frame, whatever objects are asked for."
+        "What of a frame does not depend on the objects."
         *maps, last = self.encoder(x.to(self.encoder_projector.weight.dtype))
         return [*maps, self.encoder_projector(last)]
 
-    def identify(
+    def embed_identities(
         self,
         hot: Tensor,  # (B, N+1, H, W) one-hot labels at input size
     ) -> Tensor:  # (B, h*w, C)
         "Identity embedding of a label map."
-        return rearrange(
-            self.patch_wise_id_bank(hot.to(self.patch_wise_id_bank.weight.dtype)),
-            "b c h w -> b (h w) c",
-        )
+        hot = hot.to(self.patch_wise_id_bank.weight.dtype)
+        return rearrange(self.patch_wise_id_bank(hot), "b c h w -> b (h w) c")
 
-    def fuse(
+    def make_memory(
         self,
-        seen: list[tuple],  # per layer, of `LSTT`
+        unlabelled: list[tuple],  # per layer, of `LSTT`
         identity: Tensor,  # (B, h*w, C)
     ) -> list[tuple[Tensor, ...]]:  # per layer keys and values, each (B, h*w, ·)
         "What is remembered of a frame: keys, and values that carry the identities."
-        return [layer.remember(s, identity) for layer, s in zip(self.LSTT.layers, seen)]
+        pairs = zip(self.LSTT.layers, unlabelled)
+        return [layer.make_memory(x, identity) for layer, x in pairs]
 
     def decode(
         self,
@@ -404,7 +380,7 @@ class AOT(OnHub, nn.Module):
         maps: list[Tensor],  # of `encode`
     ) -> Tensor:  # (B, N+1, h4, w4)
         "Logits of all identities, a quarter of the input's size (or half, for the tiny encoder)."
-        return self.decoder(self.LSTT.as_map(outputs, maps[-1]), maps[:-1])
+        return self.decoder(self.LSTT.decoder_input(outputs, maps[-1]), maps[:-1])
 
     def normalise(
         self,

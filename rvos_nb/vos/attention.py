@@ -46,8 +46,8 @@ def attend_wide(
     q: Tensor,  # (B, P, C) queries
     k: Tensor,  # (B, S, C) keys
     v: Tensor,  # (B, S, D) values of any width
-    weights: int = 2**21,  # how many attention weights may exist at once,
-    least: int = 256,  # but so many queries go together at least
+    weights: int = 2**21,  # most attention weights that exist at once
+    least: int = 256,  # queries that go together all the same
 ) -> Tensor:  # (B, P, D)
     "Attention of one head, a portion of queries at a time."
     portions = (q * q.shape[-1] ** -0.5).split(max(least, weights // (len(q) * k.shape[1])), 1)
@@ -60,10 +60,9 @@ def cut_strips(
     heads: int,  # H
     count: int,  # strips side by side
     halo: int = 0,  # zeros around the map, and columns shared with the neighbours
-) -> Iterator[
-    Tensor
-]:  # B*H*count of (h + 2 halo, t + 2 halo, d), contiguous; t = w / count, rounded up
-    "The map in vertical strips, sample by sample and head by head."
+) -> Iterator[Tensor]:
+    """The map in vertical strips, sample by sample and head by head: B*H*count times
+    (h + 2 halo, t + 2 halo, d), contiguous; t = w / count, rounded up."""
     w = x.shape[1] // h
     t = -(-w // count)
     x = F.pad(
@@ -82,10 +81,8 @@ def join_strips(
     w: int,  # columns of the map
 ) -> Tensor:  # (B, h*w, H*d) tokens
     "The inverse of `cut_strips` without a halo."
-    return rearrange(
-        rearrange(x, "(b n s) h t d -> b h (s t) n d", n=heads, s=count)[:, :, :w],
-        "b h w n d -> b (h w) (n d)",
-    )
+    maps = rearrange(x, "(b n s) h t d -> b h (s t) n d", n=heads, s=count)[:, :, :w]
+    return rearrange(maps, "b h w n d -> b (h w) (n d)")
 
 
 def row_windows(
@@ -154,36 +151,23 @@ class NearbySearch(nn.Module):
         "The attention weights, strip by strip, over all that a row sees; zero outside the window."
         (h, w), n, heads = size, self.side, self.heads
         outside = [*cut_strips(outside_map(h, w, self.reach, q.device), h, 1, count)]
-        worth, bias = (
-            self.relative_emb_k.weight.reshape(heads, n * n, -1),
-            self.relative_emb_k.bias.reshape(heads, -1),
-        )
-        for i, (q1, k1) in enumerate(
-            zip(cut_strips(q, h, heads, count), cut_strips(k, h, heads, count, self.reach))
-        ):
+        filters = self.relative_emb_k.weight.reshape(heads, n * n, -1)
+        bias = self.relative_emb_k.bias.reshape(heads, -1)
+        pairs = zip(cut_strips(q, h, heads, count), cut_strips(k, h, heads, count, self.reach))
+        for i, (q1, k1) in enumerate(pairs):
             head = i // count % heads
-            place = F.linear(q1, worth[head], bias[head]).masked_fill(
-                outside[i % count], -torch.inf
-            )
-            band = (
-                block_to_band(place.unflatten(-1, (n, n)).transpose(1, 2), -torch.inf)
-                .transpose(1, 2)
-                .flatten(2)
-            )
-            yield (
-                torch.baddbmm(band, q1, row_windows(k1, n).mT, alpha=q1.shape[-1] ** -0.5)
-                .float()
-                .softmax(-1)
-                .to(q.dtype)
-            )
+            worth = F.linear(q1, filters[head], bias[head])  # (h, t, n*n) of every offset
+            worth = worth.masked_fill(outside[i % count], -torch.inf)
+            blocks = worth.unflatten(-1, (n, n)).transpose(1, 2)  # (h, n, t, n)
+            band = block_to_band(blocks, -torch.inf).transpose(1, 2).flatten(2)
+            keys = row_windows(k1, n)  # (h, n*(t + 2r), d)
+            scores = torch.baddbmm(band, q1, keys.mT, alpha=q1.shape[-1] ** -0.5)
+            yield scores.float().softmax(-1).to(q.dtype)
 
     def per_offset(self, a: Tensor) -> Tensor:  # (h, t, n*(t + 2r)) -> (h, t, n*n)
         "The weights of a strip, offset by offset."
-        return (
-            band_to_block(a.unflatten(-1, (self.side, -1)).transpose(1, 2), self.side)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        bands = a.unflatten(-1, (self.side, -1)).transpose(1, 2)
+        return band_to_block(bands, self.side).transpose(1, 2).flatten(2)
 
     def weights(
         self,
@@ -194,12 +178,8 @@ class NearbySearch(nn.Module):
     ) -> Tensor:  # (h, B*H, w, n*n)
         "The attention weights of every pixel over its window, to be looked at."
         a = torch.stack([self.per_offset(a) for a in self.strip_weights(q, k, size, count)])
-        return rearrange(
-            join_strips(a, self.heads, count, size[1]),
-            "b (h w) (n o) -> h (b n) w o",
-            h=size[0],
-            n=self.heads,
-        )
+        a = join_strips(a, self.heads, count, size[1])
+        return rearrange(a, "b (h w) (n o) -> h (b n) w o", h=size[0], n=self.heads)
 
     def search(
         self,
@@ -210,20 +190,15 @@ class NearbySearch(nn.Module):
         offsets: Tensor | None = None,  # (H, D/H, n*n) a value of every offset
     ) -> Tensor:  # (B, h*w, D)
         "What every pixel finds in its window."
-        count, found = max(1, size[1] // 10), []
-        for i, (a, v1) in enumerate(
-            zip(
-                self.strip_weights(q, k, size, count),
-                cut_strips(v, size[0], self.heads, count, self.reach),
-            )
-        ):
+        h, w = size
+        count, found = max(1, w // 10), []
+        values = cut_strips(v, h, self.heads, count, self.reach)
+        for i, (a, v1) in enumerate(zip(self.strip_weights(q, k, size, count), values)):
             y = torch.bmm(a, row_windows(v1, self.side))
-            found.append(
-                y
-                if offsets is None
-                else y + self.per_offset(a) @ offsets[i // count % self.heads].mT
-            )
-        return join_strips(torch.stack(found), self.heads, count, size[1])
+            if offsets is not None:
+                y = y + self.per_offset(a) @ offsets[i // count % self.heads].mT
+            found.append(y)
+        return join_strips(torch.stack(found), self.heads, count, w)
 
 # %% ../../nbs/03o_vos.attention.ipynb #073326da
 class ShortTermAttention(NearbySearch):

@@ -67,12 +67,10 @@ class GatedOutput:
     "How every attention of a block ends (DeAOT, §4.2). A mixin of modules."
 
     def add_gate(self, dim: int):  # C
-        self.dw_conv, self.projection = (
-            DepthWise(4 * dim),
-            nn.Linear(4 * dim, 2 * dim),
-        )  # published names
+        self.dw_conv = DepthWise(4 * dim)  # published names
+        self.projection = nn.Linear(4 * dim, 2 * dim)
 
-    def gated(
+    def gate_output(
         self,
         found: Tensor,  # (B, h*w, 4C)
         gate: Tensor,  # (B, h*w, 4C)
@@ -91,7 +89,7 @@ class GatedLongTerm(GatedOutput, nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
     ) -> Tensor:  # (B, P, C/2), (B, S, C/2), (B, S, 4C), (B, P, 4C) -> (B, P, 2C)
-        return self.gated(attend_wide(q, k, v), gate, size)
+        return self.gate_output(attend_wide(q, k, v), gate, size)
 
 
 class GatedShortTerm(GatedOutput, NearbySearch):
@@ -104,7 +102,7 @@ class GatedShortTerm(GatedOutput, NearbySearch):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
     ) -> Tensor:  # as above, S = P
-        return self.gated(self.search(q, k, v, size), gate, size)
+        return self.gate_output(self.search(q, k, v, size), gate, size)
 
 
 class GatedSelf(GatedOutput, nn.Module):
@@ -126,7 +124,7 @@ class GatedSelf(GatedOutput, nn.Module):
             F.silu(torch.cat([a(t), b(u)], -1))
             for a, b in ((self.linear_V1, self.linear_V2), (self.linear_U1, self.linear_U2))
         )
-        return self.gated(attend_wide(q, q, values), gate, size)
+        return self.gate_output(attend_wide(q, q, values), gate, size)
 
 # %% ../../nbs/03r_vos.deaot.ipynb #97f8363f
 class GatedBlock(nn.Module):
@@ -143,21 +141,18 @@ class GatedBlock(nn.Module):
         self.linear_ID_V = nn.Linear(dim if first else 2 * dim, 2 * dim)
         if not first:
             self.id_norm1, self.linear_ID_U = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
-        self.long_term_attn, self.short_term_attn, self.self_attn = (
-            GatedLongTerm(dim),
-            GatedShortTerm(dim, c.reach),
-            GatedSelf(dim),
-        )
+        self.long_term_attn = GatedLongTerm(dim)
+        self.short_term_attn = GatedShortTerm(dim, c.reach)
+        self.self_attn = GatedSelf(dim)
 
-    def remember(
+    def make_memory(
         self,
-        seen: tuple[
-            Tensor, ...
-        ],  # K (B, h*w, C/2), V (B, h*w, 2C), and behind the first block y (B, h*w, C)
+        # K (B, h*w, C/2), V (B, h*w, 2C), and after the first block y (B, h*w, C)
+        unlabelled: tuple[Tensor, ...],
         identity: Tensor,  # (B, h*w, C)
     ) -> tuple[Tensor, Tensor]:  # K, [V, V_id] (B, h*w, 4C)
         "The memory of a frame whose labels are known."
-        k, v, *y = seen
+        k, v, *y = unlabelled
         return k, torch.cat([v, F.silu(self.linear_ID_V(torch.cat([*y, identity], -1)))], -1)
 
     def forward(
@@ -165,33 +160,28 @@ class GatedBlock(nn.Module):
         state: Tensor,  # (B, h*w, 2C), or (B, h*w, C) before the first block
         pos: Tensor,  # position embedding: not used
         size: tuple[int, int],  # h, w
-        long=None,
-        short=None,  # K, [V, V_id] of all remembered frames; of the last frame
+        long=None,  # K, [V, V_id] of all remembered frames
+        short=None,  # the same of the last frame
         identity: Tensor | None = None,  # (B, h*w, C) of a reference frame, which reads itself
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # state (B, h*w, 2C); what was seen
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # state (B, h*w, 2C); the unlabelled memory
         x = self.norm1(state[..., : self.dim])
         q, v = self.linear_QV(x).split((self.dim // 2, 2 * self.dim), -1)
         gate = F.silu(self.linear_U(x))
         if self.first:
-            seen, gate, state = (
-                (q, F.silu(v)),
-                torch.cat([gate, torch.ones_like(gate)], -1),
-                F.pad(state, (0, self.dim)),
-            )
+            unlabelled = q, F.silu(v)
+            gate = torch.cat([gate, torch.ones_like(gate)], -1)
+            state = F.pad(state, (0, self.dim))
         else:
             y = self.id_norm1(state[..., self.dim :])
-            seen, gate = (q, F.silu(v), y), torch.cat([gate, F.silu(self.linear_ID_U(y))], -1)
+            unlabelled, gate = (q, F.silu(v), y), torch.cat([gate, F.silu(self.linear_ID_U(y))], -1)
         if identity is not None:
-            long = short = self.remember(seen, identity)
-        state = (
-            state
-            + self.long_term_attn(q, *long, gate, size)
-            + self.short_term_attn(q, *short, gate, size)
-        )
+            long = short = self.make_memory(unlabelled, identity)
+        far = self.long_term_attn(q, *long, gate, size)
+        near = self.short_term_attn(q, *short, gate, size)
+        state = state + far + near
         t, u = state.split(self.dim, -1)
-        return state + drop_path(
-            self.self_attn(self.norm2(t), self.id_norm2(u), size), self.drop if self.training else 0
-        ), seen
+        own = self.self_attn(self.norm2(t), self.id_norm2(u), size)
+        return state + drop_path(own, self.drop if self.training else 0), unlabelled
 
 # %% ../../nbs/03r_vos.deaot.ipynb #cd4d8c17
 class GatedLSTT(LSTT):
@@ -205,10 +195,10 @@ class GatedLSTT(LSTT):
         )  # published names
         self.width = 2 * c.dim
 
-    def output(self, t: Tensor, i: int) -> Tensor:  # (B, h*w, 2C) of layer i
+    def normalise_output(self, t: Tensor, i: int) -> Tensor:  # (B, h*w, 2C) of layer i
         return group_norm(t, self.decoder_norms[0].gn) if i == len(self.layers) - 1 else t
 
-    def as_map(self, outputs: list[Tensor], last: Tensor) -> Tensor:  # (B, 2C, h, w)
+    def decoder_input(self, outputs: list[Tensor], last: Tensor) -> Tensor:  # (B, 2C, h, w)
         return outputs[-1].mT.unflatten(-1, last.shape[-2:])
 
 
@@ -224,9 +214,9 @@ class DeAOT(AOT):
             if isinstance(m, DepthWise):
                 m.conv.reset_parameters()  # Xavier's would count the other channels too
 
-    def identify(self, hot: Tensor) -> Tensor:  # (B, N+1, H, W) one-hot -> (B, h*w, C)
+    def embed_identities(self, hot: Tensor) -> Tensor:  # (B, N+1, H, W) one-hot -> (B, h*w, C)
         "Identity embedding of a label map, normalised."
-        return self.id_norm(super().identify(hot))
+        return self.id_norm(super().embed_identities(hot))
 
 # %% ../../nbs/03r_vos.deaot.ipynb #6e62e663
 FAMILY = register(

@@ -59,10 +59,9 @@ def conv_norm(
     )
 
 
-def to_channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(
-        memory_format=torch.channels_last
-    )  # (B, C, H, W): the same values, channels innermost
+def to_channels_last(x: Tensor) -> Tensor:  # (B, C, H, W), the same values
+    "A map whose channels lie innermost in memory."
+    return x.contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/03n_vos.encoders.ipynb #5f2f039b
 class ResNet50Encoder(nn.Module):
@@ -81,9 +80,11 @@ class ResNet50Encoder(nn.Module):
         for part in (self.conv1, self.layer1):
             part.requires_grad_(False)
 
-    def block(
-        self, b: nn.Module, x: Tensor
-    ) -> Tensor:  # a bottleneck, (B, C, h, w) -> (B, C', h', w')
+    def run_block(
+        self,
+        b: nn.Module,  # a bottleneck of torchvision
+        x: Tensor,  # (B, C, h, w)
+    ) -> Tensor:  # (B, C', h', w')
         y = F.relu(conv_norm(x, b.conv1, b.bn1), inplace=True)
         y = F.relu(conv_norm(y, b.conv2, b.bn2), inplace=True)
         return F.relu_(
@@ -96,10 +97,11 @@ class ResNet50Encoder(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, W) normalised
     ) -> list[Tensor]:  # (B, C_i, h_i, w_i) at strides 4, 8, 16, 16
-        x, maps = self.maxpool(F.relu_(conv_norm(to_channels_last(x), self.conv1, self.bn1))), []
+        x = self.maxpool(F.relu_(conv_norm(to_channels_last(x), self.conv1, self.bn1)))
+        maps = []
         for stage in (self.layer1, self.layer2, self.layer3):
             for b in stage:
-                x = self.block(b, x)
+                x = self.run_block(b, x)
             maps.append(x)
         return [*maps, x]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT_SIDE', 'MemoryFrame', 'Memory', 'merge_engines', 'mask_unused', 'embed_labels', 'AOTEngine', 'permute_objects',
-           'forward_sequence', 'fit_input_size', 'EncodedFrame', 'resize_labels', 'AOTPropagator']
+           'deal_identities', 'forward_sequence', 'fit_input_size', 'EncodedFrame', 'resize_labels', 'AOTPropagator']
 
 # %% ../../nbs/03q_vos.memory.ipynb #ac253c98
 from dataclasses import dataclass, field
@@ -19,7 +19,12 @@ from torch import Tensor
 from ..core import Problem
 from .aot import AOT, AOTConfig, one_hot
 from .encoders import ENCODERS
-from .propagator import Propagator, most_likely
+from rvos_nb.vos.propagator import (
+    Propagator,
+    check_frame_size,
+    check_labels_shape,
+    most_likely,
+)
 
 # %% ../../nbs/03q_vos.memory.ipynb #d1212d7f
 @dataclass(eq=False)
@@ -27,7 +32,7 @@ class MemoryFrame:
     """One frame of the memory. Its own tensors go when the short-term memory moves on; the
     long-term memory has copies."""
 
-    layers: list[tuple[Tensor, ...]]  # per layer keys and values, each (B, h*w, ·), of `AOT.fuse`
+    layers: list[tuple[Tensor, ...]]  # per layer keys and values, each (B, h*w, ·)
     reference: bool = False
 
 
@@ -35,18 +40,14 @@ class MemoryFrame:
 class Memory:
     "Which frames are remembered. Raises `Problem` for a limit below one frame."
 
-    gap: int
-    short_skip: int = 1
-    challenge: bool = False
-    max_frames: int | None = None
+    gap: int  # steps between two long-term entries
+    short_skip: int = 1  # the short-term memory lies this many steps back
+    challenge: bool = False  # a reference sets the clock to zero
+    max_frames: int | None = None  # of the long-term memory; None: no limit
     long: list[MemoryFrame] = field(default_factory=list)  # newest first
     recent: list[MemoryFrame] = field(default_factory=list)  # oldest first
-    places: list[MemoryFrame] = field(
-        default_factory=list
-    )  # the long-term frames as they lie in `store`
-    store: list[tuple[Tensor, ...]] = field(
-        default_factory=list
-    )  # per layer, each (B, frames*h*w, ·)
+    places: list[MemoryFrame] = field(default_factory=list)  # `long` as it lies in `store`
+    store: list[tuple[Tensor, ...]] = field(default_factory=list)  # (B, frames*h*w, ·) per layer
     steps: int = 0  # frames propagated
     last: int = 0  # the step of the last long-term entry
 
@@ -56,54 +57,56 @@ class Memory:
                 "max_memory_frames", self.max_frames, "at least 1, or None", "raise the limit"
             )
 
-    def refer(self, layers: list[tuple[Tensor, ...]]):
+    def add_reference(self, layers: list[tuple[Tensor, ...]]):
         "A reference frame."
-        self.enter(frame := MemoryFrame(layers, reference=True))
-        self.hold([frame])
+        frame = MemoryFrame(layers, reference=True)
+        self.add_long(frame)
+        self.set_recent([frame])
         self.last = 0 if self.challenge else self.steps
 
     def commit(self, layers: list[tuple[Tensor, ...]]):
         "The frame of the current step, with its labels."
         frame = MemoryFrame(layers)
         if self.steps - self.last >= self.gap:
-            self.enter(frame)
+            self.add_long(frame)
             self.last = self.steps
-        self.hold([*self.recent, frame][-self.short_skip :])
+        self.set_recent([*self.recent, frame][-self.short_skip :])
 
-    def hold(self, frames: list[MemoryFrame]):
+    def set_recent(self, frames: list[MemoryFrame]):
         "Replace the short-term memory."
         for gone in set(self.recent) - set(frames):
             gone.layers = []
         self.recent = frames
 
-    def read(
-        self,
-    ) -> tuple[list, list]:  # per layer: all long-term frames in one; the short-term frame
-        "What the next step attends to."
+    def read(self) -> tuple[list, list]:
+        "What the next step attends to, per layer: all long-term frames; the short-term frame."
         return self.store, self.recent[0].layers
 
-    def enter(self, frame: MemoryFrame):
-        """Add to the long-term memory, in the place of the oldest frame that is no reference where
-        the limit is reached."""
-        full, others = (
-            len(self.long) >= (self.max_frames or len(self.long) + 1),
-            [f for f in self.long if not f.reference],
-        )
+    def add_long(self, frame: MemoryFrame):
+        "Add to the long-term memory; where it is full, instead of the oldest that is no reference."
+        full = self.max_frames is not None and len(self.long) >= self.max_frames
+        others = [f for f in self.long if not f.reference]
         if full and others:
-            self.long.remove(others[-1])
-            at = self.places.index(others[-1])
-            self.places[at] = frame
-            for all_, own in zip(self.store, frame.layers):
-                for a, x in zip(all_, own):
-                    a.unflatten(1, (-1, x.shape[1]))[:, at] = x
+            self._replace(others[-1], frame)
         elif full and not frame.reference:
             return
         else:
-            self.places.append(frame)
-            self.store = self.store or [tuple(x[:, :0] for x in own) for own in frame.layers]
-            for i, own in enumerate(frame.layers):
-                self.store[i] = tuple(torch.cat([a, x], 1) for a, x in zip(self.store[i], own))
+            self._append(frame)
         self.long.insert(0, frame)
+
+    def _replace(self, old: MemoryFrame, new: MemoryFrame):
+        self.long.remove(old)
+        at = self.places.index(old)
+        self.places[at] = new
+        for stored, own in zip(self.store, new.layers):
+            for all_frames, x in zip(stored, own):
+                all_frames.unflatten(1, (-1, x.shape[1]))[:, at] = x
+
+    def _append(self, frame: MemoryFrame):
+        self.places.append(frame)
+        self.store = self.store or [tuple(x[:, :0] for x in own) for own in frame.layers]
+        for i, own in enumerate(frame.layers):
+            self.store[i] = tuple(torch.cat([a, x], 1) for a, x in zip(self.store[i], own))
 
 # %% ../../nbs/03q_vos.memory.ipynb #e3cbb34e
 def merge_engines(
@@ -119,14 +122,13 @@ def merge_engines(
 
 def mask_unused(
     logits: Tensor,  # (B, N+1, h, w)
-    objects,  # how many identities are in use: an int or (B,) integers
+    objects: int | Tensor,  # how many identities are in use; an int or (B,) integers
 ) -> Tensor:  # (B, N+1, h, w)
-    "Logits with the unused identities out of the race."
+    "Logits with those of unused identities at -1e10 (-1e4 in half precision)."
     objects = torch.as_tensor(objects, device=logits.device).reshape(-1, 1)
     unused = torch.arange(logits.shape[1], device=logits.device) > objects
-    return logits.masked_fill(
-        unused[..., None, None], -1e10 if logits.dtype == torch.float32 else -1e4
-    )
+    low = -1e10 if logits.dtype == torch.float32 else -1e4
+    return logits.masked_fill(unused[..., None, None], low)
 
 # %% ../../nbs/03q_vos.memory.ipynb #b6d3f625
 def embed_labels(
@@ -138,48 +140,42 @@ def embed_labels(
     n = model.config.max_objects
     if labels.ndim == 3:
         mine = labels[n * i + 1 : n * (i + 1) + 1]
-        return model.identify(
-            torch.cat(
-                [
-                    1 - mine.sum(0, keepdim=True),
-                    mine,
-                    mine.new_zeros(n - len(mine), *mine.shape[1:]),
-                ]
-            )[None]
-        )
+        background = 1 - mine.sum(0, keepdim=True)
+        unused = mine.new_zeros(n - len(mine), *mine.shape[1:])
+        return model.embed_identities(torch.cat([background, mine, unused])[None])
     mine = torch.where((labels > n * i) & (labels <= n * (i + 1)), labels - n * i, 0)
-    return model.identify(one_hot(mine[None].long(), n + 1))
+    return model.embed_identities(one_hot(mine[None].long(), n + 1))
 
 # %% ../../nbs/03q_vos.memory.ipynb #e5ba48a8
 class AOTEngine:
     """AOT, or a model of its form, over time. Of the last frame it holds, per sub-engine, `outputs`
-    and `seen` of LSTT, and after a step `raw` (decoder logits)."""
+    and `unlabelled` of LSTT, and after a step `raw` (decoder logits)."""
 
     def __init__(
         self,
         model: AOT,
         gap: int | None = None,  # as the model's configuration says, if None
         short_skip: int | None = None,  # the same
-        challenge: bool = False,  # no identity is closed; a reference sets the clock to zero
+        challenge: bool = False,  # no identity is masked; a reference sets the clock to zero
         max_memory_frames: int | None = None,  # long-term frames of a sub-engine; None: no limit
     ):
-        given = {k: v for k, v in {"gap": gap, "short_skip": short_skip}.items() if v is not None}
         self.model, self.challenge = model, challenge
         self.policy = {
-            "gap": model.config.gap,
-            "short_skip": model.config.short_skip,
+            "gap": model.config.gap if gap is None else gap,
+            "short_skip": model.config.short_skip if short_skip is None else short_skip,
             "challenge": challenge,
             "max_frames": max_memory_frames,
-        } | given
-        Memory(**self.policy)  # a wrong policy is said now
+        }
+        Memory(**self.policy)  # refuses a wrong policy at once
         self.restart()
 
     def restart(self):
         "Forget everything."
-        self.objects, self.memories, self.outputs, self.seen, self.raw = 0, [], [], [], []
+        self.objects, self.memories = 0, []
+        self.outputs, self.unlabelled, self.raw = [], [], []
 
     @property
-    def open(self) -> list[int]:
+    def used_identities(self) -> list[int]:
         "How many identities of each sub-engine are in use (in the challenge's version all)."
         return [
             n if self.challenge else min(self.objects - n * i, n)
@@ -187,33 +183,34 @@ class AOTEngine:
         ]
 
     @torch.inference_mode()
-    def refer(
+    def add_reference(
         self,
         maps: list[Tensor],  # of `model.encode`, one frame
         labels: Tensor,  # (H, W) integer at input size
         objects: int,  # how many there are, the highest id
     ):
         "A frame whose labels are given. May be called at any time."
-        self.objects, self.outputs, self.seen, self.raw = max(self.objects, objects), [], [], []
+        self.objects = max(self.objects, objects)
+        self.outputs, self.unlabelled, self.raw = [], [], []
         clock = self.memories[0].steps if self.memories else 0
         while len(self.memories) * self.model.config.max_objects < max(self.objects, 1):
             self.memories.append(Memory(**self.policy, steps=clock))
         for i, memory in enumerate(self.memories):
             identity = embed_labels(self.model, labels, i)
-            outputs, seen = self.model.LSTT(maps[-1], identity=identity)
-            memory.refer(self.model.fuse(seen, identity))
+            outputs, unlabelled = self.model.LSTT(maps[-1], identity=identity)
+            memory.add_reference(self.model.make_memory(unlabelled, identity))
             self.outputs.append(outputs)
-            self.seen.append(seen)
+            self.unlabelled.append(unlabelled)
 
     @torch.inference_mode()
     def step(self, maps: list[Tensor]):  # of `model.encode`, the next frame
         "Propagate to the next frame; `logits` reads the result."
-        self.outputs, self.seen, self.raw = [], [], []
+        self.outputs, self.unlabelled, self.raw = [], [], []
         for memory in self.memories:
             memory.steps += 1
-            outputs, seen = self.model.LSTT(maps[-1], *memory.read())
+            outputs, unlabelled = self.model.LSTT(maps[-1], *memory.read())
             self.outputs.append(outputs)
-            self.seen.append(seen)
+            self.unlabelled.append(unlabelled)
             self.raw.append(self.model.decode(outputs, maps))
 
     @torch.inference_mode()
@@ -224,18 +221,16 @@ class AOTEngine:
             raise Problem(
                 "logits", "a reference, or nothing", "the frame of a step", "call step first"
             )
-        return merge_engines(
-            [
-                self.model.decoder.resize(mask_unused(x, m)[:, : m + 1], size)
-                for x, m in zip(self.raw, self.open)
-            ]
-        )
+        masked = [
+            mask_unused(x, used)[:, : used + 1] for x, used in zip(self.raw, self.used_identities)
+        ]
+        return merge_engines([self.model.decoder.resize(x, size) for x in masked])
 
     @torch.inference_mode()
     def commit(self, labels: Tensor):  # at input size: (H, W) integer, or (N+1, H, W) probabilities
         "Say what the last frame shows, before the next one."
-        for i, (memory, seen) in enumerate(zip(self.memories, self.seen)):
-            memory.commit(self.model.fuse(seen, embed_labels(self.model, labels, i)))
+        for i, (memory, unlabelled) in enumerate(zip(self.memories, self.unlabelled)):
+            memory.commit(self.model.make_memory(unlabelled, embed_labels(self.model, labels, i)))
 
 # %% ../../nbs/03q_vos.memory.ipynb #122c316a
 def permute_objects(
@@ -247,51 +242,56 @@ def permute_objects(
     return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[-2:]))
 
 # %% ../../nbs/03q_vos.memory.ipynb #038275b3
+def deal_identities(
+    batch: int,  # B
+    identities: int,  # N
+    shuffle: bool,
+    device,
+) -> Tensor:  # (B, N)
+    "A permutation of the identities for each sample; the usual order without `shuffle`."
+    if shuffle:
+        return torch.rand(batch, identities, device=device).argsort(1)
+    return torch.arange(identities, device=device).expand(batch, identities)
+
+
 def forward_sequence(
     model: AOT,
     frames: Tensor,  # (T, B, 3, H, W) uint8, or float already normalised
     labels: Tensor,  # (T, B, H, W) uint8; 255 is ignored
     objects: Tensor,  # (B,) integer: how many objects a sample has, ids 1…
     use_prediction: bool,  # memory gets the model's own labels instead of the true ones
-    shuffle: bool | None = None,  # permute_objects identities at random; None: in training mode
-    detach_identity: bool = False,  # no gradient to the identity bank, as published where use_prediction
-) -> list[
-    Tensor
-]:  # T tensors (B, N+1, H, W): logits, unused identities at -1e10; the first is the reference's own
+    shuffle: bool | None = None,  # permute identities at random; None: in training mode
+    detach_identity: bool = False,  # no gradient to the identity bank (published: use_prediction)
+) -> list[Tensor]:
     """AOT over a training sequence (AOT, §4.1): a reference, propagation, the memory gap of
-    training."""
+    training. T tensors (B, N+1, H, W) of logits, unused identities at -1e10; the first are the
+    reference's own."""
     T, B, _, H, W = frames.shape
     n = model.config.max_objects
     x = model.normalise(frames) if frames.dtype == torch.uint8 else frames
     maps = [m.unflatten(0, (T, B)) for m in model.encode(x.flatten(0, 1))]
-    shuffle = model.training if shuffle is None else shuffle
-    order = (
-        torch.rand(B, n, device=x.device).argsort(1)
-        if shuffle
-        else torch.arange(n, device=x.device).expand(B, n)
-    )
+    order = deal_identities(B, n, model.training if shuffle is None else shuffle, x.device)
 
-    def identity(l):
-        e = model.identify(permute_objects(one_hot(l, n + 1), order))
-        return e.detach() if detach_identity else e
+    def embed(known):
+        identity = model.embed_identities(permute_objects(one_hot(known, n + 1), order))
+        return identity.detach() if detach_identity else identity
 
     memory, answers = Memory(model.config.train_gap, model.config.short_skip), []
     for t in range(T):
         now = [m[t] for m in maps]
-        e = identity(labels[0]) if t == 0 else None
-        outputs, seen = model.LSTT(now[-1], *(memory.read() if t else (None, None)), identity=e)
+        identity = embed(labels[0]) if t == 0 else None
+        read = memory.read() if t else (None, None)
+        outputs, unlabelled = model.LSTT(now[-1], *read, identity=identity)
         raw = permute_objects(model.decode(outputs, now), order.argsort(1))
         answers.append(model.decoder.resize(mask_unused(raw, objects), (H, W)))
         if t == T - 1:
             break
-        if t:
-            e = identity(most_likely(answers[-1], 1) if use_prediction else labels[t])
-        frame = model.fuse(seen, e)
-        if t:
-            memory.steps += 1
-            memory.commit(frame)
-        else:
-            memory.refer(frame)
+        if t == 0:
+            memory.add_reference(model.make_memory(unlabelled, identity))
+            continue
+        known = most_likely(answers[-1], 1) if use_prediction else labels[t]
+        memory.steps += 1
+        memory.commit(model.make_memory(unlabelled, embed(known)))
     return answers
 
 # %% ../../nbs/03q_vos.memory.ipynb #e50d7861
@@ -319,7 +319,7 @@ def fit_input_size(
 
 # %% ../../nbs/03q_vos.memory.ipynb #22ec375b
 class EncodedFrame(NamedTuple):
-    "What AOT sees of a frame."
+    "A frame as the encoder gives it."
 
     size: tuple[int, int]  # (H, W) of the frame
     maps: list[Tensor]  # of `AOT.encode`
@@ -346,12 +346,12 @@ class AOTPropagator(Propagator):
     def __init__(
         self,
         model: AOT,
-        gap: int | None = None,
-        short_skip: int | None = None,
-        challenge: bool = False,
-        max_memory_frames: int | None = None,
-        soft: bool = False,
-        scale: float | None = None,
+        gap: int | None = None,  # steps between two long-term entries
+        short_skip: int | None = None,  # the short-term memory lies this many steps back
+        challenge: bool = False,  # as in the challenge's version, see `Memory` and `AOTEngine`
+        max_memory_frames: int | None = None,  # of the long-term memory; None: no limit
+        soft: bool = False,  # memory takes probabilities instead of labels
+        scale: float | None = None,  # of the frames, one of several
     ):
         self.policy = {
             "gap": gap,
@@ -359,35 +359,27 @@ class AOTPropagator(Propagator):
             "challenge": challenge,
             "max_memory_frames": max_memory_frames,
         }
-        self.model, self.engine, self.soft, self.scale = (
-            model.eval(),
-            AOTEngine(model, **self.policy),
-            soft,
-            scale,
-        )
-        self.size = self.pending = self.stepped = None
+        self.model, self.engine = model.eval(), AOTEngine(model, **self.policy)
+        self.soft, self.scale = soft, scale
+        self.size = self.pending = self.last_frame = None
 
     def fork(self, scale: float | None = None) -> "AOTPropagator":
-        return type(self)(
-            self.model, soft=self.soft, scale=self.scale if scale is None else scale, **self.policy
-        )
+        scale = self.scale if scale is None else scale
+        return type(self)(self.model, soft=self.soft, scale=scale, **self.policy)
 
-    def input_size(self, size: tuple[int, int]):  # (H, W) of a frame -> of the network's input
-        return fit_input_size(
-            size,
-            self.model.config,
-            self.scale,
-            SHORT_SIDE if self.scale and not self.policy["challenge"] else 0,
-        )
+    def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        "(H, W) of a frame -> of the network's input."
+        limit = SHORT_SIDE if self.scale and not self.policy["challenge"] else 0
+        return fit_input_size(size, self.model.config, self.scale, limit)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def start(self, size: tuple[int, int]):
         "Forget; the frames to come are (H, W)."
-        self.size, self.inner, self.pending, self.stepped = (
-            tuple(size),
-            self.input_size(size),
-            None,
-            None,
-        )
+        self.size, self.inner = tuple(size), self.input_size(size)
+        self.pending = self.last_frame = None
         self.engine.restart()
 
     @torch.inference_mode()
@@ -395,62 +387,45 @@ class AOTPropagator(Propagator):
         size, inner = frame.shape[:2], self.input_size(frame.shape[:2])
         if size != inner:
             frame = cv2.resize(frame.astype(np.float32), inner[::-1], interpolation=cv2.INTER_CUBIC)
-        x = torch.from_numpy(np.ascontiguousarray(frame)).to(next(self.model.parameters()).device)
+        x = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
         return EncodedFrame(size, self.model.encode(self.model.normalise(x.permute(2, 0, 1)[None])))
 
-    def maps(self, frame: np.ndarray | EncodedFrame) -> list[Tensor]:
+    def encoder_maps(self, frame: np.ndarray | EncodedFrame) -> list[Tensor]:
         "Encoder maps of a frame of the right size."
-        size = tuple(frame.size if isinstance(frame, EncodedFrame) else frame.shape[:2])
-        if size != self.size:
-            raise Problem(
-                "frame",
-                f"{size[0]}x{size[1]} pixels",
-                f"the size given to start ({self.size})",
-                "call start with the size of the frames",
-            )
-        return (frame if isinstance(frame, EncodedFrame) else self.see(frame)).maps
+        is_encoded = isinstance(frame, EncodedFrame)
+        check_frame_size(frame.size if is_encoded else frame.shape[:2], self.size)
+        return (frame if is_encoded else self.see(frame)).maps
 
-    def at_input(self, labels) -> Tensor:
-        return resize_labels(
-            labels,
-            self.inner,
-            self.model.config.align_corners,
-            next(self.model.parameters()).device,
-        )
+    def input_labels(self, labels) -> Tensor:
+        return resize_labels(labels, self.inner, self.model.config.align_corners, self.device)
 
-    def settle(self):
+    def commit_pending(self):
         "Give the memory the labels of the last step."
         if self.pending is not None:
-            self.engine.commit(self.at_input(self.pending))
+            self.engine.commit(self.input_labels(self.pending))
             self.pending = None
 
     def remember(self, frame: np.ndarray | EncodedFrame, labels: np.ndarray):
-        "A reference: frame (H, W, 3) uint8 RGB or seen, labels (H, W) uint8."
-        if np.shape(labels) != self.size:
-            raise Problem(
-                "labels",
-                f"shape {np.shape(labels)}",
-                f"{self.size}, as the frames",
-                "give one label per pixel",
-            )
-        maps = self.maps(frame)
-        if frame is self.stepped:
+        "A reference: frame (H, W, 3) uint8 RGB or of `see`, labels (H, W) uint8."
+        check_labels_shape(labels, self.size)
+        maps = self.encoder_maps(frame)
+        if frame is self.last_frame:
             self.pending = None
-        self.settle()
-        self.engine.refer(maps, self.at_input(labels), int(np.max(labels)))
+        self.commit_pending()
+        self.engine.add_reference(maps, self.input_labels(labels), int(np.max(labels)))
 
-    def step(
-        self, frame: np.ndarray | EncodedFrame
-    ) -> Tensor:  # (N+1, H, W) float32 probabilities on the model's device
-        "Propagate to the next frame. Raises `Problem` before the first `remember`."
+    def step(self, frame: np.ndarray | EncodedFrame) -> Tensor:
+        """Propagate to the next frame: (N+1, H, W) float32 probabilities on the model's device.
+        Raises `Problem` before the first `remember`."""
         if not self.engine.memories:
             raise Problem(
                 "step", "nothing remembered", "at least one reference", "call remember first"
             )
-        maps = self.maps(frame)
-        self.settle()
+        maps = self.encoder_maps(frame)
+        self.commit_pending()
         self.engine.step(maps)
-        p, self.stepped = self.engine.logits(self.size)[0].float().softmax(0), frame
+        p = self.engine.logits(self.size)[0].float().softmax(0)
+        self.last_frame = frame
         self.pending = p if self.soft else most_likely(p)
         return p
 

@@ -44,7 +44,7 @@ def logits(tracker, frames, labels):
     tracker.remember(frames[0], labels)
     for frame in frames[1:]:
         tracker.session.clock += 1
-        found = tracker.session.look(tracker.see(frame))
+        found = tracker.session.run_model(tracker.see(frame))
     return found
 
 

@@ -47,10 +47,10 @@ class Propagator:
 # %% ../../nbs/03m_vos.propagator.ipynb #aba183b5
 def check_frame_size(
     found: tuple[int, int],  # (H, W) of a frame
-    expected: tuple[int, int],  # (H, W) given to `start`
+    expected: tuple[int, int] | None,  # (H, W) given to `start`, None before
 ):
     "Raises `Problem` where they differ."
-    if tuple(found) != tuple(expected):
+    if tuple(found) != expected:
         raise Problem(
             "frame",
             f"{found[0]}x{found[1]} pixels",
@@ -61,7 +61,7 @@ def check_frame_size(
 
 def check_labels_shape(
     labels,  # anything with a shape
-    expected: tuple[int, int],  # (H, W) given to `start`
+    expected: tuple[int, int] | None,  # (H, W) given to `start`, None before
 ):
     "Raises `Problem` where they are not one label per pixel."
     if np.shape(labels) != expected:

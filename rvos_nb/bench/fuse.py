@@ -34,7 +34,8 @@ from ..fuse import fuse
 from ..members import foreground, levels, votes
 
 # %% ../../nbs/10d_bench.fuse.ipynb #a71774de
-CLIP_SIZE, FRAMES, EXPRESSIONS = (360, 640), 25, 4
+CLIP_SIZE = 360, 640  # (H, W)
+FRAMES, EXPRESSIONS = 25, 4
 
 
 def member_logits(
@@ -124,8 +125,8 @@ def write_members(
                     "class_info": scores.tolist(),
                 }
         for i in range(4, videos):
-            for kept in (run / "candidates", run / "Annotations"):
-                _link(kept, listed[i % 4], listed[i])
+            for folder in (run / "candidates", run / "Annotations"):
+                _link(folder, listed[i % 4], listed[i])
         write_json(run / "run.json", {"stage": "predict", "params": {}, "units": {}})
         (root / f"soft{m}").mkdir()
         (root / f"soft{m}" / "candidates").symlink_to(run / "candidates")
@@ -484,8 +485,9 @@ def store_figures(
                 )
     print(f"{'form':22}{'bytes':>10}{'write ms':>10}{'read ms':>10}{'pixels wrong':>14}")
     for name, r in rows.items():
+        sizes, write, read, wrong = zip(*r)
         print(
-            f"{name:22}{np.mean([k[0] for k in r]):10.0f}{min(k[1] for k in r):10.2f}{min(k[2] for k in r):10.2f}{sum(k[3] for k in r):14d}",
+            f"{name:22}{np.mean(sizes):10.0f}{min(write):10.2f}{min(read):10.2f}{sum(wrong):14d}",
             flush=True,
         )
     exact = [n for n in rows if not n.startswith("float16")]
@@ -555,7 +557,8 @@ def process_figures(
             )
     (wall1, cpu1), (wall2, cpu2) = (np.min(spent[n], axis=0) for n in (1, 2))
     print(
-        f"{videos} videos: {wall1:.1f} s by one process ({cpu1:.1f} s of CPU), {wall2:.1f} s by two ({cpu2:.1f})",
+        f"{videos} videos: {wall1:.1f} s by one process ({cpu1:.1f} s of CPU), "
+        f"{wall2:.1f} s by two ({cpu2:.1f})",
         flush=True,
     )
     return [

@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_MODULES', 'FRAME_SIZE', 'RACED_MODELS', 'ZOO_FPS', 'attend
            'PublishedShortTerm', 'PublishedGatedShortTerm', 'UnfoldedShortTerm', 'PublishedResNet50', 'PublishedConvGN',
            'PublishedActivation', 'PublishedDepthWise', 'make_published', 'make_disc_clip', 'make_walker', 'race_walks',
            'walk_clip', 'load_walk', 'model_figures', 'window_work', 'window_figures', 'memory_growth', 'long_clip',
-           'sentence_figures', 'gpu_frame_rates', 'figures']
+           'sentence_figures', 'step_through', 'gpu_frame_rates', 'figures']
 
 # %% ../../nbs/10b_bench.propagate.ipynb #5c36e321
 from collections.abc import Callable
@@ -194,10 +194,9 @@ def make_published(
     return model
 
 # %% ../../nbs/10b_bench.propagate.ipynb #5ab0d436
-FRAME_SIZE, RACED_MODELS = (
-    (480, 854),
-    {"R50-AOTL": (AOT, "r50_aotl", 2.0), "R50-DeAOTL": (DeAOT, "r50_deaotl", 1.6)},
-)
+FRAME_SIZE = 480, 854  # (H, W)
+# title -> class, variant, how many times faster it should be
+RACED_MODELS = {"R50-AOTL": (AOT, "r50_aotl", 2.0), "R50-DeAOTL": (DeAOT, "r50_deaotl", 1.6)}
 
 
 def make_disc_clip(
@@ -250,7 +249,7 @@ def race_walks(
         walk.start(film.shape[1:3])
         walk.remember(film[0], labels[0])
     for frame, truth in zip(film[1:], labels[1:]):
-        times.append(tuple(seconds(lambda: walk.step(frame)) for walk in (ours, theirs)))
+        times.append(tuple(seconds(partial(walk.step, frame)) for walk in (ours, theirs)))
         a, b = (walk.engine.logits(truth.shape) for walk in (ours, theirs))
         worst = max(worst, (a - b).abs().max().item())
         for walk in (ours, theirs):
@@ -286,7 +285,9 @@ def model_figures() -> list[Figure]:
             for p in (False, True)
         )
         print(
-            f"{title}: {np.mean(times.thing):.2f} s a frame, published way {np.mean(times.yardstick):.2f} s; peak above the weights {ours:.0f} and {theirs:.0f} MB",
+            f"{title}: {np.mean(times.thing):.2f} s a frame, "
+            f"published way {np.mean(times.yardstick):.2f} s; "
+            f"peak above the weights {ours:.0f} and {theirs:.0f} MB",
             flush=True,
         )
         found += [
@@ -334,8 +335,10 @@ def window_figures() -> list[Figure]:
                 in_turn(ours, window_work(form, heads), rounds=5),
                 peak_memory(partial(window_work, form, heads)) / 2**20,
             )
+            ms, their_ms = 1000 * median(times.thing), 1000 * median(times.yardstick)
             print(
-                f"window, {heads} heads: {1000 * median(times.thing):.0f} ms, {form} {1000 * median(times.yardstick):.0f} ms; peak {peak:.0f} and {theirs:.0f} MB",
+                f"window, {heads} heads: {ms:.0f} ms, {form} {their_ms:.0f} ms; "
+                f"peak {peak:.0f} and {theirs:.0f} MB",
                 flush=True,
             )
             found += [
@@ -350,7 +353,7 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
     found = []
     for title, (cls, name, _) in RACED_MODELS.items():
         torch.manual_seed(0)
-        model, memories = cls((aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name]).LSTT.eval(), {}
+        model = cls((aot.AOT_VARIANTS | deaot.DEAOT_VARIANTS)[name]).LSTT.eval()
         f, e = torch.randn(1, 256, 31, 54), torch.randn(1, 31 * 54, 256)
         with torch.inference_mode():
             own = [
@@ -359,7 +362,7 @@ def memory_growth(frames: tuple[int, ...] = (4, 8, 16, 32)) -> list[Figure]:
             cost = {}
             for n in frames:
                 long = [tuple(x.repeat(1, n, 1) for x in layer) for layer in own]
-                cost[n] = min(seconds(lambda: model(f, long, own)) for _ in range(3))
+                cost[n] = min(seconds(partial(model, f, long, own)) for _ in range(3))
         print(
             f"{title}: " + ", ".join(f"{n} frames {t:.2f} s" for n, t in cost.items()), flush=True
         )
@@ -382,14 +385,15 @@ def long_clip(frames: int = 600, size: tuple[int, int] = (129, 225)) -> list[Fig
     walk.start(size)
     walk.remember(film[0], labels[0])
     for frame, truth in zip(film[1:], labels[1:]):
-        times.append(seconds(lambda: walk.step(frame)))
+        times.append(seconds(partial(walk.step, frame)))
         walk.amend(truth)
     short, whole = (
         peak_memory(partial(load_walk, n, size, **small)) / 2**20 for n in (part, frames)
     )
+    first, last = 1000 * median(times[20:part]), 1000 * median(times[-part:])
     print(
-        f"{frames} frames with room for 8: {1000 * median(times[20:part]):.0f} ms a frame at first, {1000 * median(times[-part:]):.0f} ms in the end; "
-        f"peak {whole:.0f} MB, of the first {part} frames {short:.0f} MB",
+        f"{frames} frames with room for 8: {first:.0f} ms a frame at first, {last:.0f} ms in the "
+        f"end; peak {whole:.0f} MB, of the first {part} frames {short:.0f} MB",
         flush=True,
     )
     return [
@@ -423,6 +427,11 @@ def sentence_figures(
 ZOO_FPS = {"r50_aotl": 14.9, "r50_deaotl": 22.4, "swinb_deaotl": 11.9}
 
 
+def step_through(walk: AOTPropagator, frames: np.ndarray):
+    for frame in frames:
+        walk.step(frame)
+
+
 def gpu_frame_rates(frames: int = 60) -> list[Figure]:
     "Prints a table; a line where there is no GPU."
     if not torch.cuda.is_available():
@@ -440,7 +449,7 @@ def gpu_frame_rates(frames: int = 60) -> list[Figure]:
                     walk.remember(film[0], labels[0])
                     for frame in film[1:10]:
                         walk.step(frame)
-                    spent = seconds(lambda: [walk.step(frame) for frame in film[10:]], "cuda")
+                    spent = seconds(partial(step_through, walk, film[10:]), "cuda")
                 found.append(
                     Figure(
                         f"{name}.{objects}.{'half' if half else 'float32'}",

@@ -87,7 +87,7 @@ def shifted_window_mask(
 
 def cut_windows(x: Tensor, window: tuple) -> Tensor:
     "Cut (B, T, h, w, C) into (B·windows, tokens, C)."
-    b, c = len(x), x.shape[-1]
+    c = x.shape[-1]
     x = x.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, math.prod(window), c)
 
@@ -96,7 +96,7 @@ def naive_block(
     self: video_swin.SwinBlock,
     x: Tensor,  # (B, T, h, w, C)
 ) -> Tensor:  # the same
-    "`Block.forward` with all weights of all windows at once."
+    "`SwinBlock.forward` with all weights of all windows at once."
     size = tuple(x.shape[1:4])
     window, shift = video_swin.fit_window(size, self.window, self.shifted, self.shrinks)
     y = F.pad(
@@ -149,10 +149,10 @@ def naive_deform_attn(
     read = [
         F.grid_sample(
             v.flatten(2).transpose(1, 2).reshape(n * m, d, h, w),
-            (2 * locations[:, :, :, l] - 1).transpose(1, 2).flatten(0, 1),
+            (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1),
             align_corners=False,
         )
-        for l, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes))
+        for level, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes))
     ]
     weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]
     return (
@@ -255,16 +255,12 @@ def make_published_model(
         else ReferFormerConfig(backbone=backbone),
         tokenizer,
     ).eval()
-    for layer in (
-        *model.transformer.encoder.layers,
-        *model.transformer.decoder.layers,
-    ):  # as trained ones do, points leave the compass
-        torch.nn.init.normal_(
-            getattr(
-                layer, "self_attn" if hasattr(layer.self_attn, "sampling_offsets") else "cross_attn"
-            ).sampling_offsets.weight,
-            std=0.01,
-        )
+    # as trained ones do, points leave the compass
+    transformer = model.transformer
+    deformable = [layer.self_attn for layer in transformer.encoder.layers]
+    deformable += [layer.cross_attn for layer in transformer.decoder.layers]
+    for module in deformable:
+        torch.nn.init.normal_(module.sampling_offsets.weight, std=0.01)
     return model.to(device)
 
 
@@ -311,8 +307,11 @@ def time_figures(
             rounds,
             warm=False,
         )
+        _, h, w, _ = frames.shape
+        ours, theirs = min(race.thing), n * min(race.yardstick)
         print(
-            f"{backbone}, {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, {n} sentences: {min(race.thing):.1f} s of CPU time, naively {n * min(race.yardstick):.1f} s",
+            f"{backbone}, {len(frames)} frames of {h}×{w}, {n} sentences: "
+            f"{ours:.1f} s of CPU time, naively {theirs:.1f} s",
             flush=True,
         )
         figures.append(Figure(f"{backbone}.{n}_sentences", n * race.ratio, goal, "x", least=True))
@@ -345,7 +344,8 @@ def memory_figures(
     bound = make_published_model(backbone).memory_needed(frames, size, sentences)
     name = f"{backbone}.memory.{sentences}_sentences"
     print(
-        f"{name}: {ours / 1e6:.0f} MB above the weights, naively {theirs / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB",
+        f"{name}: {ours / 1e6:.0f} MB above the weights, naively {theirs / 1e6:.0f} MB, "
+        f"bound {bound / 1e6:.0f} MB",
         flush=True,
     )
     return [
@@ -357,12 +357,12 @@ def memory_figures(
 FIRST_FRAME_SCRIPT = """
 import sys
 from rvos_nb.models.referformer import ReferFormer
-class Arrived(Exception): pass
-def look(*_): raise Arrived
+class FirstFrame(Exception): pass
+def look(*_): raise FirstFrame
 ReferFormer.look = look
 from rvos_nb.cli import main
 try: main(sys.argv[1:])
-except Arrived: pass
+except FirstFrame: pass
 else: raise SystemExit('no frame arrived')
 """
 
@@ -441,7 +441,7 @@ def option_figures(
     from rvos_nb.data import refshapes
 
     plain, figures = make_published_model(backbone), []
-    told = refer_work(plain, frames, 1)()
+    answer = refer_work(plain, frames, 1)()
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         refshapes.write(folder, "valid", "easy", videos=videos, seed=1)
         base = score_tiny_model(folder)
@@ -453,8 +453,10 @@ def option_figures(
             model = make_published_model(backbone).optimise(**option)
             race = in_turn(refer_work(model, frames, 1), refer_work(plain, frames, 1), 1)
             jf = score_tiny_model(folder, **option)
+            off = logit_difference(refer_work(model, frames, 1)(), answer)
             print(
-                f"{name}: {race.ratio:.2f} times as fast as float32, logits differ by {logit_difference(refer_work(model, frames, 1)(), told):.1e}; referformer-tiny J&F {jf:.1f} (float32 {base:.1f})",
+                f"{name}: {race.ratio:.2f} times as fast as float32, logits differ by {off:.1e}; "
+                f"referformer-tiny J&F {jf:.1f} (float32 {base:.1f})",
                 flush=True,
             )
             figures.append(Figure(f"{name}.J&F", jf, base - 0.5, "", least=True))

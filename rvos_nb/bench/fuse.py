@@ -76,7 +76,7 @@ def _link(folder: Path, name: str, copy: str):
             )
             os.link(f, new)
 
-
+# %% ../../nbs/10d_bench.fuse.ipynb #3ae4967f
 def write_members(
     root: Path,
     videos: int = 20,
@@ -353,7 +353,7 @@ def plain_trees(root: Path, out: Path, members: int = 4):
                         out / "Annotations" / video / e / f"{name}.png"
                     )
 
-
+# %% ../../nbs/10d_bench.fuse.ipynb #8077dee7
 def rewrite_with_pillow(root: Path):
     "Write every PNG below `root` again with Pillow."
     done = set()
@@ -365,7 +365,7 @@ def rewrite_with_pillow(root: Path):
             picture.save(buffer, "PNG")
             p.write_bytes(buffer.getvalue())
 
-
+# %% ../../nbs/10d_bench.fuse.ipynb #ff8fb8aa
 def round2_figures(
     videos: int = 20,
     rounds: int = 4,
@@ -459,7 +459,7 @@ def store_forms(
         ),
     }
 
-
+# %% ../../nbs/10d_bench.fuse.ipynb #eaac3fdb
 def store_figures(
     frames: int = FRAMES,
     size: tuple[int, int] = (720, 1280),

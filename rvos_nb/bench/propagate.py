@@ -126,7 +126,7 @@ class PublishedWindow(NearbySearch):
             y = y + torch.einsum("bnpo,ndo->bnpd", near, offsets)
         return rearrange(y, "b n p d -> b p (n d)")
 
-
+# %% ../../nbs/10b_bench.propagate.ipynb #2cf6b246
 class PublishedShortTerm(PublishedWindow, ShortTermAttention):
     pass
 
@@ -272,7 +272,7 @@ def load_walk(frames: int, size: tuple[int, int], **options) -> Callable:
     walk_clip(walk, *small)
     return partial(walk_clip, walk, *make_disc_clip(frames, size))
 
-
+# %% ../../nbs/10b_bench.propagate.ipynb #5135ba2f
 def model_figures() -> list[Figure]:
     "The published size, both ways."
     found = []

@@ -91,7 +91,7 @@ def cut_windows(x: Tensor, window: tuple) -> Tensor:
     x = x.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, math.prod(window), c)
 
-
+# %% ../../nbs/10a_bench.referformer.ipynb #a29b7cbe
 def naive_block(
     self: video_swin.SwinBlock,
     x: Tensor,  # (B, T, h, w, C)
@@ -403,7 +403,7 @@ def time_start(
         after.children_user + after.children_system - before.children_user - before.children_system,
     )
 
-
+# %% ../../nbs/10a_bench.referformer.ipynb #243f69d6
 def start_figures() -> list[Figure]:
     "Start-up with a checkpoint of the published size; the disk has been read before."
     from rvos_nb.models import zoo

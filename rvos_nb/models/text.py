@@ -454,7 +454,7 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
         )
         return answer.last_hidden_state, answer.pooler_output
 
-
+# %% ../../nbs/02f_models.text.ipynb #8b111501
 class TextEncoder(TransformersEncoder, RobertaModel):
     "RoBERTa: sentences → word vectors and sentence vectors."
 
@@ -535,7 +535,7 @@ def build_text_encoder(
         model = load_encoder_weights(cls, folder, tokenizer, pooler)
     return model.requires_grad_(not freeze).eval()
 
-
+# %% ../../nbs/02f_models.text.ipynb #32864d1b
 def load_encoder_weights(
     family: type, folder: Path, tokenizer, pooler: bool
 ) -> TextEncoder | BertEncoder:

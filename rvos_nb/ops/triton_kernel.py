@@ -386,7 +386,7 @@ def add_gradients(
     lower = (1 - fx) * dot_sw + fx * dot_se
     return dx, dy, (1 - fy) * upper + fy * lower
 
-
+# %% ../../nbs/02j_ops.triton_kernel.ipynb #6c930586
 @triton.jit
 def store_sample(dlocations, dweights, sample, valid, near, dx, dy, dweight):
     "Write a sample's gradients, zeros where it lies outside."

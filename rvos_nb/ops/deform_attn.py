@@ -175,7 +175,7 @@ IMPLEMENTATIONS = {
     "pytorch": "",  # `PytorchKernel`
 }
 ORDER = {"cpu": ("cpp", "pytorch"), "cuda": ("triton", "cuda", "pytorch")}
-_ASKED: list[str] = []  # by `use_implementation`; the last one counts
+_REQUESTED: list[str] = []  # by `use_implementation`; the last one counts
 
 
 @cache
@@ -199,11 +199,11 @@ def use_implementation(name: str):  # 'cpp', 'cuda', 'triton' or 'pytorch'
     """Inside, deformable attention takes this way, its backward pass too; in all threads. Problem
     for an unknown name."""
     _find_implementation(name)
-    _ASKED.append(name)
+    _REQUESTED.append(name)
     try:
         yield
     finally:
-        _ASKED.remove(name)
+        _REQUESTED.remove(name)
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #37033060
 def why_unavailable(
@@ -219,20 +219,20 @@ def why_unavailable(
 
 
 def _list_available(
-    device: torch.device, dtype: torch.dtype, asked: str, passed: list[str]
+    device: torch.device, dtype: torch.dtype, requested: str, passed: list[str]
 ) -> Iterator[str]:
     """Names of the implementations that can run, best first, while `passed` collects why others
     cannot; Problem where the one that was asked for cannot."""
-    for name in (asked,) if asked else ORDER.get(device.type, ("pytorch",)):
+    for name in (requested,) if requested else ORDER.get(device.type, ("pytorch",)):
         if reason := why_unavailable(name, device, dtype):
             passed.append(f"not {name}: {reason}")
         else:
             yield name
-    if asked:
-        kind, reason = str(dtype).removeprefix("torch."), why_unavailable(asked, device, dtype)
+    if requested:
+        kind, reason = str(dtype).removeprefix("torch."), why_unavailable(requested, device, dtype)
         raise Problem(
             "deformable attention",
-            f"{asked!r} asked for, which cannot run {kind} on {device.type} ({reason})",
+            f"{requested!r} asked for, which cannot run {kind} on {device.type} ({reason})",
             "an implementation that can",
             "ask for another one by `use_implementation` or RVOS_DEFORM_ATTN, or for none: "
             "`rvos doctor` says which there are",
@@ -245,9 +245,9 @@ def choose_implementation(
 ) -> tuple[str, str]:  # name, why it was chosen
     """Which implementation `ms_deform_attn` uses on `device`; builds nothing. Problem where the one
     that is asked for cannot run."""
-    asked, passed = requested_implementation(), []
-    name = next(_list_available(torch.device(device), dtype, asked, passed))
-    reasons = ["asked for by name"] if asked else []
+    requested, passed = requested_implementation(), []
+    name = next(_list_available(torch.device(device), dtype, requested, passed))
+    reasons = ["asked for by name"] if requested else []
     if name in ("cpp", "cuda"):
         reasons.append(native.library_state(_find_implementation(name).name)[1])
     return name, "; ".join([*reasons, *passed]) or "the first choice there"
@@ -255,12 +255,16 @@ def choose_implementation(
 
 def requested_implementation() -> str:
     "The implementation that `use_implementation` or RVOS_DEFORM_ATTN asks for, or ''."
-    return _ASKED[-1] if _ASKED else os.environ.get("RVOS_DEFORM_ATTN", "")
+    return _REQUESTED[-1] if _REQUESTED else os.environ.get("RVOS_DEFORM_ATTN", "")
 
 
-def _run(function: str, asked: str, value: Tensor, *args) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+def _run(
+    function: str, requested: str, value: Tensor, *args
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     "`function` of the first implementation that can run on values like `value`."
-    for name in _list_available(value.device, value.dtype, asked or requested_implementation(), []):
+    for name in _list_available(
+        value.device, value.dtype, requested or requested_implementation(), []
+    ):
         try:
             return getattr(_find_implementation(name), function)(*args)
         except native.Unavailable:
@@ -310,7 +314,7 @@ _LIBRARY = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
 _OPS = getattr(torch.ops, _LIBRARY.ns)
 _LIBRARY.define(
     "ms_deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights, "
-    "Tensor? reference, bool softmax, str asked) -> Tensor"
+    "Tensor? reference, bool softmax, str requested) -> Tensor"
 )
 
 
@@ -327,20 +331,20 @@ def _pairs(flat):
     return list(zip(flat[::2], flat[1::2]))
 
 
-def _forward(value, shapes, locations, weights, reference, softmax, asked):
+def _forward(value, shapes, locations, weights, reference, softmax, requested):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
     return _run(
-        "forward", asked, value, value, _pairs(shapes), locations, weights, softmax, reference
+        "forward", requested, value, value, _pairs(shapes), locations, weights, softmax, reference
     )
 
 
-def _forward_pretend(value, shapes, locations, weights, reference, softmax, asked):
+def _forward_pretend(value, shapes, locations, weights, reference, softmax, requested):
     check_sizes(value, _pairs(shapes), locations, weights, reference)
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
 def _save(ctx, inputs, output):
-    value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.asked = inputs
+    value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.requested = inputs
     ctx.save_for_backward(value, locations, weights, reference)
 
 
@@ -348,7 +352,7 @@ def _gradients(ctx, grad):
     value, locations, weights, reference = ctx.saved_tensors
     wanted = ctx.needs_input_grad[4]
     dvalue, dlocations, dweights, dreference = _OPS.ms_deform_attn_backward(
-        grad, value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.asked, wanted
+        grad, value, ctx.shapes, locations, weights, reference, ctx.softmax, ctx.requested, wanted
     )
     return dvalue, None, dlocations, dweights, dreference if wanted else None, None, None
 
@@ -358,7 +362,7 @@ _operator("ms_deform_attn", _forward, _forward_pretend, _gradients, _save)
 # %% ../../nbs/02k_ops.deform_attn.ipynb #764833ba
 _LIBRARY.define(
     "ms_deform_attn_backward(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, "
-    "Tensor weights, Tensor? reference, bool softmax, str asked, bool of_reference) "
+    "Tensor weights, Tensor? reference, bool softmax, str requested, bool of_reference) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -368,8 +372,8 @@ def _through(gradient, factor) -> Tensor:
     return torch.where(gradient == 0, 0.0, gradient * factor)
 
 
-def _backward(grad, value, shapes, locations, weights, reference, *how):
-    softmax, asked, of_reference = how
+def _backward(grad, value, shapes, locations, weights, reference, *options):
+    softmax, requested, of_reference = options
     shapes = _pairs(shapes)
     check_sizes(value, shapes, locations, weights, reference)
     shape = value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]
@@ -379,7 +383,7 @@ def _backward(grad, value, shapes, locations, weights, reference, *how):
             f"got {tuple(grad.shape)} of {grad.dtype}"
         )
     inputs = value, shapes, locations, weights, softmax, reference
-    dvalue, dplaces, dweights = _run("backward", asked, value, grad, *inputs)
+    dvalue, dplaces, dweights = _run("backward", requested, value, grad, *inputs)
     if reference is None:
         return dvalue, dplaces, dweights, dplaces.new_empty(0)
     doffsets = _through(dplaces, _reach(reference, locations, shapes))
@@ -393,8 +397,8 @@ def _backward(grad, value, shapes, locations, weights, reference, *how):
     return dvalue, doffsets, dweights, dreference
 
 
-def _backward_pretend(grad, value, shapes, locations, weights, reference, *how):
-    of_reference = how[-1]
+def _backward_pretend(grad, value, shapes, locations, weights, reference, *options):
+    of_reference = options[-1]
     return (
         *(x.new_empty(x.shape) for x in (value, locations, weights)),
         locations.new_empty(reference.shape if of_reference else 0),
@@ -415,12 +419,12 @@ def _autocast(device: str):
     "The operator's rule under autocast on `device`."
     key = getattr(torch._C.DispatchKey, "Autocast" + device.upper())
 
-    def narrowed(value, shapes, locations, weights, reference, softmax, asked):
+    def narrowed(value, shapes, locations, weights, reference, softmax, requested):
         if value.dtype == torch.float32:
             value = value.to(torch.get_autocast_dtype(device))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return _OPS.ms_deform_attn(
-                value, shapes, locations, weights.to(value.dtype), reference, softmax, asked
+                value, shapes, locations, weights.to(value.dtype), reference, softmax, requested
             )
 
     _LIBRARY.impl("ms_deform_attn", narrowed, "Autocast" + device.upper())
@@ -452,7 +456,7 @@ def ms_deform_attn(
         weights.to(value.dtype),
         None if reference is None else reference.to(exact),
         softmax,
-        _ASKED[-1] if _ASKED else "",
+        _REQUESTED[-1] if _REQUESTED else "",
     )
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #26f17c93

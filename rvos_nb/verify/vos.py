@@ -305,7 +305,9 @@ class MemoryRecorder(AOTPropagator):
         self.now = self.number
         self.note_newest()
         event = ["reference", self.now, self.list_frames()]
-        self.events.append([*event, self.engine.used_identities] if self.engine.challenge else event)
+        self.events.append(
+            [*event, self.engine.used_identities] if self.engine.challenge else event
+        )
 
     def step(self, frame):
         self.commit_pending()

@@ -101,7 +101,7 @@ class GatedShortTerm(GatedOutput, NearbySearch):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
-    ) -> Tensor:  # as above, S = P
+    ) -> Tensor:  # (B, P, 2C); shapes as of `GatedLongTerm`, with S = P
         return self.gate_output(self.search(q, k, v, size), gate, size)
 
 

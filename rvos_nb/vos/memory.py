@@ -35,7 +35,7 @@ class MemoryFrame:
     layers: list[tuple[Tensor, ...]]  # per layer keys and values, each (B, h*w, ·)
     reference: bool = False
 
-
+# %% ../../nbs/03q_vos.memory.ipynb #b9a66a19
 @dataclass(eq=False)
 class Memory:
     "Which frames are remembered. Raises `Problem` for a limit below one frame."

@@ -93,7 +93,7 @@ def mirror(
 class ViewFrames(tuple):
     "What each view of `AugmentedPropagator` sees of a frame."
 
-
+# %% ../../nbs/03m_vos.propagator.ipynb #c768b07b
 class AugmentedPropagator(Propagator):
     """One propagator at several scales, plain and mirrored; the mean of the probabilities. Raises
     `Problem` for one that has no forks."""

@@ -308,7 +308,7 @@ class SamFrame(NamedTuple):
     pixels: Tensor  # (3, S, S), as the encoder wants them
     features: dict  # as the session's cache keeps them
 
-
+# %% ../../nbs/03s_vos.sam2.ipynb #c9752079
 class SamSession:
     """A video session of transformers fed frame by frame; its memory does not grow with the clip,
     only with the masks given."""
@@ -358,9 +358,9 @@ class SamSession:
         for prompts in s.mask_inputs_per_obj.values():
             prompts.clear()
         for index, outputs in s.output_dict_per_obj.items():
-            for kept in (outputs["non_cond_frame_outputs"], s.frames_tracked_per_obj[index]):
-                for t in [t for t in kept if t <= self.clock - self.reach]:
-                    del kept[t]
+            for by_frame in (outputs["non_cond_frame_outputs"], s.frames_tracked_per_obj[index]):
+                for t in [t for t in by_frame if t <= self.clock - self.reach]:
+                    del by_frame[t]
             for about in (x for part in outputs.values() for x in part.values()):
                 about.pop("high_res_masks", None)
             for about in outputs["non_cond_frame_outputs"].values():

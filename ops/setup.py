@@ -71,7 +71,7 @@ def architectures(nvcc):
 
 def compiler_options(tools, source, nvcc):
     "Options for machines other than this one too."
-    options = tools.flags(source, "portable")
+    options = tools.compiler_flags(source, "portable")
     if source.suffix != ".cu":
         return options
     options = [o for o in options if not o.startswith("-arch")] + ["--threads=0"]
@@ -104,7 +104,7 @@ def build(folder):
     ends the program where a compiler fails, or where there is none at all."""
     tools, libraries = import_native(), []
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.cu")]):
-        command = tools.compiler(source)
+        command = tools.find_compiler(source)
         if command:
             libraries.append(compile_source(tools, source, command, folder))
             continue

@@ -96,20 +96,20 @@ def in_turn(
     )
 
 # %% ../nbs/10_benchmarks.ipynb #5ea704b2
-def _water() -> tuple[int, int]:
+def _read_memory() -> tuple[int, int]:
     "Bytes of this process in memory: at most since the mark was reset, and now."
-    said = Path("/proc/self/status").read_text()
-    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", said)[1]) for key in ("VmHWM", "VmRSS"))
+    status = Path("/proc/self/status").read_text()
+    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmHWM", "VmRSS"))
 
 
-def _peak(load: Callable, device: str) -> int:
+def _measure_peak(load: Callable, device: str) -> int:
     "Runs in a process of its own; see `peak_memory`."
     work = load()
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
-        before = _water()[1]
+        before = _read_memory()[1]
         work()
-        return _water()[0] - before
+        return _read_memory()[0] - before
     import torch
 
     torch.cuda.synchronize()
@@ -133,7 +133,7 @@ def peak_memory(
             "measure the memory on a Linux machine",
         )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, load, device).result()
+        return pool.submit(_measure_peak, load, device).result()
 
 # %% ../nbs/10_benchmarks.ipynb #7aac22ad
 def demo_figures(
@@ -142,15 +142,11 @@ def demo_figures(
     """Total time, and time and peak memory of every stage that ran; a stage may take what the total
     may."""
     ran = [o for o in ends if o.state != "skipped"]
-    each = [
-        f
-        for o in ran
-        for f in (
-            Figure(f"demo.{o.name}.seconds", o.seconds, 360, "s"),
-            Figure(f"demo.{o.name}.memory", o.memory / 2**20, 2048, "MB"),
-        )
-    ]
-    return [*each, Figure("demo.seconds", sum(o.seconds for o in ran), 360, "s")]
+    figures = []
+    for o in ran:
+        figures.append(Figure(f"demo.{o.name}.seconds", o.seconds, 360, "s"))
+        figures.append(Figure(f"demo.{o.name}.memory", o.memory / 2**20, 2048, "MB"))
+    return [*figures, Figure("demo.seconds", sum(o.seconds for o in ran), 360, "s")]
 
 
 def demo() -> list[Figure]:
@@ -206,9 +202,11 @@ def scores(
             found = evaluate(folder, Path(folder) / "run", Path(folder) / "evaluation")
             kinds = "  ".join(f"{k} {v['J&F']:.1f}" for k, v in sorted(found["kinds"].items()))
             given = {name: propagator_jf(data, p) for name, p in propagators.items()}
+        j, f, jf = (found[name] for name in ("J", "F", "J&F"))
+        propagated = ", ".join(f"{name} {score:.1f}" for name, score in given.items())
         print(
-            f"{level}: referformer-tiny J {found['J']:.1f}  F {found['F']:.1f}  J&F {found['J&F']:.1f}  ({kinds}); from the true first mask J&F "
-            + ", ".join(f"{name} {jf:.1f}" for name, jf in given.items()),
+            f"{level}: referformer-tiny J {j:.1f}  F {f:.1f}  J&F {jf:.1f}  ({kinds}); "
+            f"from the true first mask J&F {propagated}",
             flush=True,
         )
         if level == "easy":

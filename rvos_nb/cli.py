@@ -49,10 +49,10 @@ def describe_attention(device: str) -> str:
 
 def describe_deformable(device: str) -> str:
     "Which implementation of deformable attention a device gets, and why."
-    from rvos_nb.ops.deform_attn import implementation
+    from rvos_nb.ops.deform_attn import choose_implementation
 
     try:
-        return ": ".join(implementation(device))
+        return ": ".join(choose_implementation(device))
     except Problem as e:
         return str(e)
 

@@ -23,14 +23,14 @@ from rvos_nb.models.text import (
     ROBERTA_BASE,
     FeatureResizer,
     TextEncoder,
+    build_text_encoder,
+    load_tokenizer,
     make_tokenizer,
-    normalise,
+    normalise_sentence,
     sine_position_1d,
     small_text_config,
-    text_encoder,
-    tokenizer_from,
 )
-from rvos_nb.models.video_swin import SwinBlock, VideoSwin, fit_window, make_plan
+from rvos_nb.models.video_swin import SwinBlock, VideoSwin, fit_window, make_window_plan
 from rvos_nb.verify.cases import compare, image, load_case, load_filled, published_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "referformer"
@@ -171,7 +171,7 @@ def test_video_swin_loads_with_and_without_index_and_trains():
     with pytest.raises(RuntimeError):
         net.load_state_dict({k: v for k, v in state.items() if "norm1" not in k}, strict=True)
     x, grads = torch.randn(1, 9, 3, 64, 64), []
-    make_plan.cache_clear()
+    make_window_plan.cache_clear()
     with torch.inference_mode():
         net(x)  # what it keeps must serve training too
     for net.checkpointing in (False, True):
@@ -224,7 +224,7 @@ def published_way(block, x):
         .roll(shift, (1, 2, 3))
     )
     x = x + out[:, : size[0], : size[1], : size[2]]
-    return x + block.perceive(x)
+    return x + block.feed_forward(x)
 
 
 def test_windows_equal_the_published_way(monkeypatch):
@@ -509,8 +509,8 @@ def test_conv_tiny_can_be_saved():
         (lambda: Swin("tiny", stages=5), "1 to 4 stages"),
         (lambda: Swin("tiny")(torch.zeros(2, 3, 32, 32)), "(B, T, 3, H, W)"),
         (lambda: sine_position_2d(torch.zeros(1, 2, 2, dtype=torch.bool), 6), "multiple of 4"),
-        (lambda: normalise("  "), "at least one word"),
-        (lambda: tokenizer_from("/nonexistent"), "no tokenizer"),
+        (lambda: normalise_sentence("  "), "at least one word"),
+        (lambda: load_tokenizer("/nonexistent"), "no tokenizer"),
         (lambda: TextEncoder(small_text_config(8)).encode(["a"]), "no tokenizer"),
     ],
 )
@@ -530,7 +530,7 @@ def test_tokenizer_of_another_family_is_refused(tmp_path):
         t["id"] = held["model"]["vocab"][t["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(held))
     with pytest.raises(Problem) as e:
-        tokenizer_from(tmp_path)
+        load_tokenizer(tmp_path)
     assert "0, 1, 2" in str(e.value)
 
 
@@ -635,9 +635,9 @@ def saved(request, tmp_path):
     folder.mkdir()
     write_tokenizer(request.param, folder)
     torch.manual_seed(0)
-    encoder = text_encoder(
+    encoder = build_text_encoder(
         TINY | {"model_type": request.param, "pad_token_id": int(request.param == "roberta")},
-        tokenizer=tokenizer_from(folder),
+        tokenizer=load_tokenizer(folder),
     )
     encoder.save_pretrained(folder)
     return folder, encoder
@@ -659,16 +659,16 @@ def test_saved_encoder_comes_back_from_folder_and_hub_cache(saved, tmp_path, mon
     )  # nothing but our own rule keeps it off the network
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("opened a connection"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    message = said_by(lambda: text_encoder("roberta-base"))
+    message = said_by(lambda: build_text_encoder("roberta-base"))
     assert all(w in message for w in ("folder", "Hub cache", "online=True"))
-    assert "no tokenizer" in said_by(lambda: tokenizer_from("roberta-base"))
-    assert "no such folder" in said_by(lambda: text_encoder(tmp_path / "nowhere"))
+    assert "no tokenizer" in said_by(lambda: load_tokenizer("roberta-base"))
+    assert "no such folder" in said_by(lambda: build_text_encoder(tmp_path / "nowhere"))
     kept = tmp_path / "hub" / "models--FacebookAI--roberta-base"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, kept / "snapshots" / ("0" * 40))
     for source in (folder, str(folder), "roberta-base", "FacebookAI/roberta-base"):
-        again = text_encoder(source)
+        again = build_text_encoder(source)
         assert (
             type(again) is type(encoder)
             and not again.training
@@ -678,7 +678,7 @@ def test_saved_encoder_comes_back_from_folder_and_hub_cache(saved, tmp_path, mon
             torch.equal(a, b) for a, b in zip(again.encode(SENTENCES), (words, mask, sentence))
         )
     (kept / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
-    assert "cannot be read" in said_by(lambda: text_encoder("roberta-base"))
+    assert "cannot be read" in said_by(lambda: build_text_encoder("roberta-base"))
 
 
 @torch.no_grad()
@@ -699,12 +699,14 @@ def test_published_form_of_old_language_models(saved):
     }
     (folder / "model.safetensors").unlink()
     torch.save(file, folder / "pytorch_model.bin")
-    assert all(torch.equal(t, states[n]) for n, t in text_encoder(folder).state_dict().items())
+    assert all(
+        torch.equal(t, states[n]) for n, t in build_text_encoder(folder).state_dict().items()
+    )
     torch.save({n: t for n, t in file.items() if "pooler" not in n}, folder / "pytorch_model.bin")
-    assert "pooler=False" in said_by(lambda: text_encoder(folder))
-    assert text_encoder(folder, pooler=False).encode(["red"])[2] is None
+    assert "pooler=False" in said_by(lambda: build_text_encoder(folder))
+    assert build_text_encoder(folder, pooler=False).encode(["red"])[2] is None
     torch.save({n: t for n, t in file.items() if "layer.1" not in n}, folder / "pytorch_model.bin")
-    assert "layer.1" in said_by(lambda: text_encoder(folder, pooler=False))
+    assert "layer.1" in said_by(lambda: build_text_encoder(folder, pooler=False))
 
 
 def test_pickled_weights_run_no_code(saved):
@@ -716,7 +718,7 @@ def test_pickled_weights_run_no_code(saved):
 
     (folder / "model.safetensors").unlink()
     torch.save({"embeddings.word_embeddings.weight": Command()}, folder / "pytorch_model.bin")
-    assert "cannot be read" in said_by(lambda: text_encoder(folder)) and not canary.exists()
+    assert "cannot be read" in said_by(lambda: build_text_encoder(folder)) and not canary.exists()
 
 
 def test_wrong_folders_and_tokenizers_are_named(saved):
@@ -728,7 +730,7 @@ def test_wrong_folders_and_tokenizers_are_named(saved):
         ({"vocab_size": 7}, "tokens"),
     ):
         (folder / "config.json").write_text(json.dumps(said | change))
-        assert word in said_by(lambda: text_encoder(folder)), change
+        assert word in said_by(lambda: build_text_encoder(folder)), change
     assert "padding" in said_by(
         lambda: type(encoder)(TINY | {"pad_token_id": 5}, encoder.tokenizer)
     )
@@ -743,9 +745,9 @@ def test_the_hub_is_asked_only_on_request(saved, monkeypatch):
         ),
     )
     asked = []
-    text_encoder("some-name/of-a-model", online=True)
+    build_text_encoder("some-name/of-a-model", online=True)
     assert asked == [("some-name/of-a-model", True)]
-    tokenizer_from("some-name/of-a-model", online=True)
+    load_tokenizer("some-name/of-a-model", online=True)
     assert asked[1:] == [("some-name/of-a-model", False)]
 
 
@@ -763,7 +765,7 @@ def test_batch_and_single_sentence_agree(saved):
     ]
     texts += texts[:3]
     words, mask, sentence = encoder.encode(texts)
-    ids, plain = encoder.tokens(texts)
+    ids, plain = encoder.tokenise(texts)
     whole, pooled = encoder(ids, plain)  # one batch, nothing remembered
     assert (
         torch.equal(mask, plain)
@@ -773,7 +775,7 @@ def test_batch_and_single_sentence_agree(saved):
     if encoder.config.model_type == "roberta":
         assert torch.allclose(words, whole, atol=1e-5)  # padded rows as well, which WaveCL averages
     for e, text in enumerate(texts):
-        encoder.memory.of(None)
+        encoder.sentence_cache.select(None)
         alone, _, single = encoder.encode([text])
         assert torch.allclose(alone[0], words[e, ~mask[e]], atol=1e-5) and torch.allclose(
             single[0], sentence[e], atol=1e-5
@@ -824,10 +826,10 @@ def test_a_sentence_is_read_once_per_set_of_weights(saved):
     with torch.autocast("cpu", torch.bfloat16):
         assert ask("red")[0] == 1
     twin = copy.deepcopy(encoder)
-    assert not twin.memory.held and encoder.memory.held
-    encoder.memory.limit = 2
+    assert not twin.sentence_cache.vectors and encoder.sentence_cache.vectors
+    encoder.sentence_cache.limit = 2
     ask(*SENTENCES)
-    assert len(encoder.memory.held) == 2
+    assert len(encoder.sentence_cache.vectors) == 2
 
 
 def test_training_reads_every_copy_and_inference_answers_can_be_trained_on(saved):
@@ -838,7 +840,7 @@ def test_training_reads_every_copy_and_inference_answers_can_be_trained_on(saved
         read == [3] and not torch.allclose(words[0], words[1]) and words.requires_grad
     )  # dropout differs
     assert torch.equal(
-        *(encoder.tokens([t])[0] for t in ("RED  ball", "red ball"))
+        *(encoder.tokenise([t])[0] for t in ("RED  ball", "red ball"))
     )  # lower case in training
     encoder.eval().requires_grad_(False)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rvos_nb.ops import native
-from rvos_nb.ops.deform_attn import place, read_points
+from rvos_nb.ops.deform_attn import read_points, sampling_points
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ROOT / "ops"
@@ -24,7 +24,7 @@ GPU = torch.cuda.is_available()
 ALLOWED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-class Emulated(native.Compiled):
+class Emulated(native.CompiledKernel):
     "A CUDA source that runs on the CPU, with all of its types."
 
     def _plain(self, *tensors):
@@ -86,8 +86,12 @@ class OnGpu:
         return x.cuda() if isinstance(x, torch.Tensor) else x
 
 
-def triton_kernel():
+def triton_module():
     return pytest.importorskip("rvos_nb.ops.triton_kernel")
+
+
+def triton_kernel():
+    return triton_module().TritonKernel
 
 
 KINDS = ["triton", "cuda"] + ["triton on a GPU", "cuda on a GPU"] * GPU
@@ -101,8 +105,8 @@ def kernel(request):
         return request.getfixturevalue("emulate")("ms_deform_attn")
     if kind == "triton":
         return triton_kernel()
-    home = triton_kernel() if kind.startswith("triton") else native.cuda
-    if why := home.why_not(torch.device("cuda"), torch.float32):
+    home = triton_kernel() if kind.startswith("triton") else native.cuda_kernel
+    if why := home.why_unavailable(torch.device("cuda"), torch.float32):
         pytest.skip(why)
     return OnGpu(home)
 
@@ -135,7 +139,7 @@ def reference(grad, value, shapes, locations, weights, softmax=False, around=Non
     places that are not finite count as far outside."""
     value, weights = value.double().requires_grad_(), weights.double().requires_grad_()
     places = (
-        place(around.double(), locations.double(), shapes)
+        sampling_points(around.double(), locations.double(), shapes)
         if around is not None
         else locations.double()
     )
@@ -218,7 +222,7 @@ def test_sizes(kernel, levels, queries, heads, dim, points, images):
 
 def test_random_sizes(kernel):
     rng = np.random.default_rng(7)
-    for turn in range(4 if isinstance(kernel, (OnGpu, native.Compiled)) else 2):
+    for turn in range(4 if isinstance(kernel, (OnGpu, native.CompiledKernel)) else 2):
         levels = [tuple(map(int, rng.integers(1, 7, 2))) for _ in range(rng.integers(1, 4))]
         queries = sum(h * w for h, w in levels) if rng.random() < 0.4 else int(rng.integers(1, 30))
         dtype = [torch.float32, torch.float16][turn % 2]
@@ -414,23 +418,21 @@ def test_large_offsets(root):
     and the kernels take them; smaller ones do not."""
     import triton.language as tl
 
-    home = triton_kernel()
+    plan = triton_module().plan_launch
 
     def index(cells):
-        return home.plan(
-            1, cells, 8, 32, 4, 4, ((1, cells),), False, (1, 1, 0), torch.bfloat16, False
-        )[1]["index"]
+        shape = 1, cells, 8, 32
+        return plan(shape, 4, 4, ((1, cells),), False, (1, 1, 0), torch.bfloat16, False)[1]["index"]
 
     assert index(2**23) == tl.int64 and index(2**23 - 1) == tl.int32
     inputs = example([(3, 4)], 5)
-    plan = home.plan
 
     def wide(*args):
         grid, sizes = plan(*args)
         return grid, sizes | {"index": tl.int64}
 
-    with patch("rvos_nb.ops.triton_kernel.plan", wide):
-        check(home, inputs, 1e-6)
+    with patch("rvos_nb.ops.triton_kernel.plan_launch", wide):
+        check(triton_kernel(), inputs, 1e-6)
 
 
 @pytest.mark.skipif(GPU, reason="launches are real here")
@@ -460,7 +462,7 @@ def test_launches_compile(dtype, monkeypatch):
 
     made = []
     monkeypatch.setattr(
-        "rvos_nb.ops.triton_kernel.launch",
+        "rvos_nb.ops.triton_kernel.launch_kernel",
         lambda kernel, device, grid, *tensors, **sizes: made.append(
             kernel.warmup(*tensors, grid=grid, **sizes).asm["ptx"]
         ),
@@ -488,14 +490,14 @@ def test_launches_compile(dtype, monkeypatch):
 def test_nvcc(name, tmp_path):
     """Compiles without warnings, spills no registers (the fast one),
     exports two functions, and without a GPU they say so."""
-    command = native.compiler(OPS / f"{name}.cu")
+    command = native.find_compiler(OPS / f"{name}.cu")
     if not command:
         pytest.skip("no nvcc")
     library = tmp_path / f"{name}.so"
     done = subprocess.run(
         [
             *command,
-            *native.flags(OPS / f"{name}.cu", "sm_90"),
+            *native.compiler_flags(OPS / f"{name}.cu", "sm_90"),
             "-Xptxas",
             "-v",
             str(OPS / f"{name}.cu"),
@@ -535,24 +537,24 @@ def setup():
 
 def test_built_ahead(setup, tmp_path, capfd):
     tools = setup["import_native"]()
-    if not tools.compiler(OPS / "a.cpp"):
+    if not tools.find_compiler(OPS / "a.cpp"):
         pytest.skip("no C++ compiler")
     quick = ["-O0", "-std=c++17", "-shared", "-fPIC", "-pthread"]
-    compiler = tools.compiler
+    compiler = tools.find_compiler
 
     def without_nvcc(source):
         return compiler(source) if source.suffix == ".cpp" else []
 
     with (
-        patch.object(tools, "flags", lambda *args: quick),
-        patch.object(tools, "compiler", without_nvcc),
+        patch.object(tools, "compiler_flags", lambda *args: quick),
+        patch.object(tools, "find_compiler", without_nvcc),
     ):
         built = setup["build"](tmp_path)
     assert [p.name for p in built] == [tools.library_name(OPS / "ms_deform_attn_cpu.cpp")]
     assert "ms_deform_attn.cu is left out: no nvcc" in capfd.readouterr().err
     assert ctypes.CDLL(str(built[0])).backward
     with (
-        patch.object(tools, "compiler", lambda source: []),
+        patch.object(tools, "find_compiler", lambda source: []),
         pytest.raises(SystemExit, match="nothing can be built here"),
     ):
         setup["build"](tmp_path)

@@ -31,27 +31,29 @@ from rvos_nb.models.pixel_decoder import CrossModalFPN
 from rvos_nb.ops import native
 from rvos_nb.ops.deform_attn import (
     MSDeformAttn,
-    implementation,
+    choose_implementation,
     ms_deform_attn,
-    place,
     read_points,
-    using,
-    why_not,
+    sampling_points,
+    use_implementation,
+    why_unavailable,
 )
 
 WAYS = [
-    w for w in ("cpp", "pytorch") if not why_not(w, torch.device("cpu"), torch.float32)
+    w for w in ("cpp", "pytorch") if not why_unavailable(w, torch.device("cpu"), torch.float32)
 ]  # the Triton and CUDA ways: test_deform_gpu.py
 
 
 @pytest.fixture(params=WAYS)
 def way(request):
     "Each implementation that a CPU can run, in turn."
-    with using(request.param):
+    with use_implementation(request.param):
         yield request.param
 
 
-needs_compiler = pytest.mark.skipif(not native.compiler(Path("x.cpp")), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not native.find_compiler(Path("x.cpp")), reason="no C++ compiler"
+)
 GOLDEN = Path(__file__).parent / "golden" / "referformer"
 
 
@@ -252,7 +254,7 @@ def by_the_formula(value, shapes, locations, weights, reference=None, softmax=Fa
         x if x is None else x.double() for x in (value, locations, weights, reference)
     )
     if reference is not None:
-        locations = place(reference, locations, shapes)
+        locations = sampling_points(reference, locations, shapes)
     if softmax:
         weights = weights.flatten(3).softmax(-1).view(weights.shape)
     out = 0
@@ -663,7 +665,7 @@ def test_wrong_sizes_are_refused():
             [torch.zeros(1, 8, 8, 8)], [], None, torch.zeros(1, 2, 8), None, torch.zeros(1, 2, 8), 1
         )
     with pytest.raises(ValueError, match="expected 2 maps"):
-        DeformableTransformer(8, 2, 1, 1, 8, levels=2)(
+        DeformableTransformer(8, 2, (1, 1), 8, levels=2)(
             [torch.zeros(1, 8, 4, 4)], [], None, torch.zeros(2, 8), torch.zeros(1, 2, 8)
         )
 
@@ -734,16 +736,21 @@ def test_sentences_of_one_video_agree_with_copies_of_it(seed):
 def test_an_implementation_can_be_asked_for(monkeypatch):
     for name in WAYS:
         monkeypatch.setenv("RVOS_DEFORM_ATTN", name)
-        assert implementation("cpu")[0] == name and "asked for" in implementation("cpu")[1]
-    with using("pytorch"):
-        assert implementation("cpu")[0] == "pytorch"
+        assert (
+            choose_implementation("cpu")[0] == name
+            and "asked for" in choose_implementation("cpu")[1]
+        )
+    with use_implementation("pytorch"):
+        assert choose_implementation("cpu")[0] == "pytorch"
     value, shapes, locations, weights, *_ = sample_inputs(3, n=1, queries=2)
     for name in ("cuda", "numpy"):
         monkeypatch.setenv("RVOS_DEFORM_ATTN", name)
         with pytest.raises(Problem, match=name):
             ms_deform_attn(value, shapes, locations, weights)
     monkeypatch.delenv("RVOS_DEFORM_ATTN")
-    assert implementation("cpu")[0] == WAYS[0] and implementation("meta")[0] == "pytorch"
+    assert (
+        choose_implementation("cpu")[0] == WAYS[0] and choose_implementation("meta")[0] == "pytorch"
+    )
     ms_deform_attn(value, shapes, locations, weights)
 
 
@@ -751,7 +758,7 @@ BUILD = """
 import sys, warnings
 warnings.simplefilter('always')
 from rvos_nb.ops import native
-try: print('answer', native.load(sys.argv[1]).answer())
+try: print('answer', native.load_library(sys.argv[1]).answer())
 except native.Unavailable as e: print('unavailable', e)
 """
 
@@ -775,7 +782,7 @@ def builder(source, cache, **env):
 def counting_compiler(folder, before=""):
     "A compiler that notes each build in `folder`/builds and then does it; CXX for `builder`."
     script = folder / "cxx"
-    compiler = native.compiler(Path("x.cpp"))[0]
+    compiler = native.find_compiler(Path("x.cpp"))[0]
     script.write_text(
         f"""#!/bin/sh
         case "$*" in
@@ -888,7 +895,7 @@ def test_a_home_that_cannot_be_written_and_a_folder_open_to_all(tmp_path, answer
 
 @needs_compiler
 def test_a_library_built_ahead_is_found_without_a_compiler(tmp_path, answer):
-    native.compile_to(answer, tmp_path / native.library_name(answer), "portable")
+    native.compile_library(answer, tmp_path / native.library_name(answer), "portable")
     out, err = builder(answer, tmp_path / "cache", CXX="no-such-compiler").communicate(timeout=60)
     assert out.strip() == "answer 42" and not err and not (tmp_path / "cache").exists()
     answer.write_text(answer.read_text() + " // changed since")
@@ -906,15 +913,18 @@ def test_a_library_that_fails_when_it_is_needed_gives_way_to_the_next(monkeypatc
         raise native.Unavailable("it did not compile")
 
     monkeypatch.setattr(native, "_LOADED", {})
-    monkeypatch.setattr(native, "_open", broken)
-    monkeypatch.setattr(native, "state", lambda name: (True, "will be built"))
+    monkeypatch.setattr(native, "_open_library", broken)
+    monkeypatch.setattr(native, "library_state", lambda name: (True, "will be built"))
     torch.testing.assert_close(
         ms_deform_attn(value, shapes, locations, weights),
         read_points(value, shapes, locations, weights),
     )
-    assert implementation("cpu")[0] == "pytorch" and "did not compile" in implementation("cpu")[1]
+    assert (
+        choose_implementation("cpu")[0] == "pytorch"
+        and "did not compile" in choose_implementation("cpu")[1]
+    )
     if "cpp" in WAYS:
-        with using("cpp"), pytest.raises(Problem, match="did not compile"):
+        with use_implementation("cpp"), pytest.raises(Problem, match="did not compile"):
             ms_deform_attn(value, shapes, locations, weights)
 
 

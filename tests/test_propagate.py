@@ -23,7 +23,7 @@ from rvos_nb.propagate import propagate
 from rvos_nb.propagation import propagate_clip, propagate_vos, walk
 from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 from rvos_nb.vos.memory import AOTPropagator
-from rvos_nb.vos.propagator import Augmented, Propagator, Track, walk_tracks
+from rvos_nb.vos.propagator import AugmentedPropagator, Propagator, Track, walk_tracks
 
 
 class Shift(Propagator):
@@ -556,12 +556,12 @@ def test_references_in_mid_clip(tiny):
 
 
 def test_views_in_their_published_order(tiny):
-    views = Augmented(AOTPropagator(tiny), (0.8, 1.0, 1.2), True)
+    views = AugmentedPropagator(AOTPropagator(tiny), (0.8, 1.0, 1.2), True)
     assert [(v.scale, f) for v, f in views.views] == [
         (s, f) for s in (0.8, 1.0, 1.2) for f in (False, True)
     ]
     with pytest.raises(Problem, match="feedback"):
-        Augmented(AOTPropagator(tiny), feedback="none")
+        AugmentedPropagator(AOTPropagator(tiny), feedback="none")
 
 
 def test_a_benchmark_of_masks(tmp_path, tiny):

@@ -8,7 +8,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
 from rvos_nb.models.zoo import foreign_family
-from rvos_nb.vos.sam2 import NAMES, SamPropagator, load_sam, small_sam_config, small_tracker
+from rvos_nb.vos.sam2 import PUBLISHED_SAM, SamPropagator, load_sam, small_sam_config, small_tracker
 
 KINDS = ("sam2", "sam2.1", "edgetam", "sam3")
 SCENE = scenes.scene(3, "easy", frames=8, size=(48, 72))
@@ -44,7 +44,7 @@ def logits(tracker, frames, labels):
     tracker.remember(frames[0], labels)
     for frame in frames[1:]:
         tracker.session.clock += 1
-        found = tracker.session.look(tracker.see(frame))
+        found = tracker.session.run_model(tracker.see(frame))
     return found
 
 
@@ -200,7 +200,7 @@ def test_walk_in_both_directions(trackers):
 
 
 def test_sentences_share_what_is_seen(trackers, monkeypatch):
-    from rvos_nb.vos.propagator import Augmented, Track, walk_tracks
+    from rvos_nb.vos.propagator import AugmentedPropagator, Track, walk_tracks
 
     tracker, calls = trackers["edgetam"], []
     monkeypatch.setattr(
@@ -219,12 +219,12 @@ def test_sentences_share_what_is_seen(trackers, monkeypatch):
             np.array_equal(m, both[i, t])
             for _, t, m in walk_tracks([Track(tracker.fork(), g)], enumerate(FRAMES))
         )
-    flipped = track(Augmented(tracker, (1.0,), True), FRAMES[:3], BLOCK)
+    flipped = track(AugmentedPropagator(tracker, (1.0,), True), FRAMES[:3], BLOCK)
     assert flipped[-1].shape == (2, 48, 72) and not torch.equal(
         flipped[-1], track(tracker, FRAMES[:3], BLOCK)[-1]
     )
     with pytest.raises(Problem, match="scales"):
-        Augmented(tracker, (0.8, 1.0), False)
+        AugmentedPropagator(tracker, (0.8, 1.0), False)
 
 
 def test_without_an_object_all_is_background(trackers):
@@ -321,7 +321,7 @@ def test_the_tracker_of_a_whole_sam3(tmp_path):
     assert track(found, FRAMES[:2], BLOCK)[0].shape == (2, 48, 72)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED_SAM)
 def test_absent_weights_say_how_to_get_them(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert foreign_family(name)
@@ -330,6 +330,6 @@ def test_absent_weights_say_how_to_get_them(name, tmp_path, monkeypatch):
     assert (
         name in str(e.value)
         and "online=True" in str(e.value)
-        and ("log in" in str(e.value)) == NAMES[name].get("gated", False)
+        and ("log in" in str(e.value)) == PUBLISHED_SAM[name].get("gated", False)
         and "\n" not in str(e.value)
     )

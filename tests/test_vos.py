@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rvos_nb.bench.propagate import Published, as_published
+from rvos_nb.bench.propagate import PublishedWindow, make_published
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.vos import aot, deaot
@@ -30,7 +30,7 @@ def walk(model, frames=4, size=(64, 96), objects=3, **policy):
             model.encode(torch.randn(1, 3, *size, dtype=next(model.parameters()).dtype))
             for _ in range(frames)
         ]
-    engine.refer(maps[0], labels, objects)
+    engine.add_reference(maps[0], labels, objects)
     found = []
     for m in maps[1:]:
         engine.step(m)
@@ -53,7 +53,7 @@ def test_the_window_is_the_masked_product(h, w, reach, heads, dim, wide):
     offsets = torch.randn(heads, wide // heads, layer.side**2)
     with torch.no_grad():
         ours = layer.search(q, k, v, (h, w), offsets)
-        layer.__class__ = Published
+        layer.__class__ = PublishedWindow
         assert torch.allclose(ours, layer.search(q, k, v, (h, w), offsets), atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_the_window_has_the_gradient_of_the_masked_product():
         [torch.randn(2, 35, 8, requires_grad=True) for _ in range(3)],
         [],
     )
-    for form in (NearbySearch, Published):
+    for form in (NearbySearch, PublishedWindow):
         layer.__class__ = form
         found.append(
             torch.autograd.grad(
@@ -105,7 +105,7 @@ def test_twelve_objects_are_twelve_objects(cls, config):
     "Two engines, of ten and of two, and an answer for each object."
     torch.manual_seed(0)
     engine, logits = walk(cls(replace(config, max_objects=10)).eval(), objects=12)
-    assert logits.shape[1] == 13 and engine.open == [10, 2] and logits.isfinite().all()
+    assert logits.shape[1] == 13 and engine.used_identities == [10, 2] and logits.isfinite().all()
     assert all(len(m.long) == 1 for m in engine.memories)
 
 
@@ -118,7 +118,7 @@ def test_a_new_object_opens_a_new_engine(cls, config):
         maps = model.encode(torch.randn(1, 3, 64, 96))
     labels = torch.zeros(64, 96).long()
     labels[20:40, 20:40] = 6
-    engine.refer(maps, labels, 6)
+    engine.add_reference(maps, labels, 6)
     engine.step(maps)
     assert engine.logits((64, 96)).shape[1] == 7 and [len(m.long) for m in engine.memories] == [
         2,
@@ -148,7 +148,7 @@ def test_committing_twice_commits_the_same(cls, config):
     torch.manual_seed(0)
     model = cls(config).eval()
     engine, _ = walk(model)
-    seen, labels = engine.seen[0], torch.ones(64, 96).long()
+    seen, labels = engine.unlabelled[0], torch.ones(64, 96).long()
     before = [x.clone() for layer in seen for x in layer]
     engine.commit(labels)
     first = [x.clone() for layer in engine.memories[0].recent[0].layers for x in layer]
@@ -164,7 +164,7 @@ def test_the_published_way_gives_the_same(cls, config):
     torch.manual_seed(0)
     model = cls(replace(config, layers=2, gap=1)).eval()
     ours = walk(model)[1]
-    assert torch.allclose(ours, walk(as_published(model))[1], atol=1e-4)
+    assert torch.allclose(ours, walk(make_published(model))[1], atol=1e-4)
 
 
 @both

@@ -20,10 +20,8 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"heads: expected a divisor of {dim}, got {heads}")
         self.heads, self.dropout = heads, dropout
-        self.in_proj_weight, self.in_proj_bias = (
-            nn.Parameter(torch.empty(3 * dim, dim)),
-            nn.Parameter(torch.zeros(3 * dim)),
-        )
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))  # published names
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -33,7 +31,7 @@ class Attention(nn.Module):
         query: Tensor,  # (N, Lq, C)
         key: Tensor,  # (N, Lk, C); N may be 1 here or in `query`: one video, many sentences
         value: Tensor,  # (N, Lk, C)
-        padding: Tensor | None = None,  # (N, Lk) True where a key must not be seen
+        padding: Tensor | None = None,  # (N, Lk) bool, True where a key is padding
     ) -> Tensor:  # (N, Lq, C)
         inputs = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q, k, v = (

@@ -10,6 +10,7 @@ __all__ = ['BACKBONES', 'Shapes', 'SWIN_SIZES', 'fold_time', 'ResNet', 'ConvBloc
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class ResNet(nn.Module):
     """Torchvision's ResNet with frozen normalisation, no classifier, and untrained stem and
     `layer1` (ReferFormer §3)."""
 
-    strides = [4, 8, 16, 32]
+    strides: ClassVar[list[int]] = [4, 8, 16, 32]
 
     def __init__(
         self,
@@ -58,7 +59,8 @@ class ResNet(nn.Module):
         x: Tensor,  # (B, T, 3, H, W) normalised pixels
     ) -> list[Tensor]:  # four of (B·T, C, h, w)
         "Features at strides 4, 8, 16, 32."
-        x, levels = self.maxpool(self.relu(self.bn1(self.conv1(fold_time(x))))), []
+        x = self.maxpool(self.relu(self.bn1(self.conv1(fold_time(x)))))
+        levels = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
             levels.append(x)
@@ -110,51 +112,36 @@ class TimeConv(nn.Module):
         if frames == 1:
             return F.relu(x + F.conv2d(x, self.conv.weight[:, :, 1:2], self.conv.bias))
         h, w = x.shape[-2:]
-        y = self.conv(
-            rearrange(x.permute(0, 2, 3, 1), "(b t) h w c -> b t (h w) c", t=frames).permute(
-                0, 3, 1, 2
-            )
-        )
-        return F.relu(
-            x
-            + rearrange(y.permute(0, 2, 3, 1), "b t (h w) c -> (b t) h w c", h=h, w=w).permute(
-                0, 3, 1, 2
-            )
-        )
+        rows = rearrange(x.permute(0, 2, 3, 1), "(b t) h w c -> b t (h w) c", t=frames)
+        y = self.conv(rows.permute(0, 3, 1, 2))  # (B, C, T, h·w)
+        maps = rearrange(y.permute(0, 2, 3, 1), "b t (h w) c -> (b t) h w c", h=h, w=w)
+        return F.relu(x + maps.permute(0, 3, 1, 2))
 
 # %% ../../nbs/02c_models.backbones.ipynb #46e2838f
 class ConvTiny(nn.Module):
     "A small convolutional backbone that sees motion; trained from scratch."
 
-    strides = [4, 8, 16, 32]
+    strides: ClassVar[list[int]] = [4, 8, 16, 32]
 
     def __init__(
         self,
         widths: Sequence[int] = (32, 48, 64, 96),  # channels at strides 4, 8, 16, 32
         groups: int = 8,  # channel groups of the normalisation; must divide half the first width
-        time_strides: Sequence[int] = (
-            8,
-            16,
-            32,
-        ),  # strides that are followed by a convolution over time
+        time_strides: Sequence[int] = (8, 16, 32),  # followed by a convolution over time
     ):
         super().__init__()
-        if (
-            len(widths) != 4
-            or any(w % groups for w in (widths[0] // 2, *widths))
-            or not set(time_strides) <= set(self.strides)
-        ):
+        divided = not any(w % groups for w in (widths[0] // 2, *widths))
+        if len(widths) != 4 or not divided or not set(time_strides) <= set(self.strides):
             raise Problem(
                 "conv_tiny",
                 f"widths {list(widths)}, groups {groups}, time_strides {list(time_strides)}",
-                "four widths that the groups divide (also half the first), and strides out of 4, 8, 16, 32",
+                "four widths that the groups divide (also half the first), and strides out of "
+                "4, 8, 16, 32",
                 "correct the configuration",
             )
         self.channels, before = list(widths), widths[0] // 2
-        self.stem, self.norm = (
-            nn.Conv2d(3, before, 3, 2, 1, bias=False),
-            nn.GroupNorm(groups, before),
-        )
+        self.stem = nn.Conv2d(3, before, 3, 2, 1, bias=False)
+        self.norm = nn.GroupNorm(groups, before)
         self.blocks = nn.ModuleList(
             ConvBlock(a, b, groups) for a, b in zip((before, *widths), widths)
         )
@@ -194,7 +181,7 @@ BACKBONES: dict[str, tuple[str, dict]] = {
 
 def build_backbone(
     name: str,  # a key of `BACKBONES`
-    **options,  # what the class takes besides, such as `widths` of 'conv_tiny' or `drop` of the Swins
+    **options,  # what the class takes, such as `widths` of 'conv_tiny' or `drop` of the Swins
 ) -> nn.Module:  # has `channels`, `strides`, and maps (B, T, 3, H, W) to four (B·T, C, h, w)
     """A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published
     files; raises `Problem`."""
@@ -224,11 +211,8 @@ def resize_mask(
 ) -> Tensor:  # (..., h, w) bool
     "The padding mask at a feature level's size (nearest, as in DETR)."
     flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-    return (
-        F.interpolate(flat, size=tuple(size), mode="nearest")
-        .bool()
-        .reshape(*mask.shape[:-2], *size)
-    )
+    small = F.interpolate(flat, size=tuple(size), mode="nearest").bool()
+    return small.reshape(*mask.shape[:-2], *size)
 
 # %% ../../nbs/02c_models.backbones.ipynb #2b3b4e7b
 def sine_features(
@@ -263,12 +247,8 @@ def sine_position_2d(
 
 # %% ../../nbs/02c_models.backbones.ipynb #305f2b12
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
-SWIN_SIZES = {
-    (96, 6): "t",
-    (96, 18): "s",
-    (128, 18): "b",
-    (192, 18): "l",
-}  # width, depth of stage 3
+# (width, depth of stage 3) -> size
+SWIN_SIZES = {(96, 6): "t", (96, 18): "s", (128, 18): "b", (192, 18): "l"}
 
 
 def count_modules(

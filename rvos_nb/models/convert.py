@@ -21,7 +21,7 @@ from . import zoo
 from .backbones import recognise_backbone
 from .family import all_facts, available_families, find_family, recognise_family
 from .files import Published, read_pickle, split_published
-from .text import ROBERTA_BASE, tokenizer_from
+from .text import ROBERTA_BASE, load_tokenizer
 
 # %% ../../nbs/03t_models.convert.ipynb #493629b0
 START = ("patch_embed.", "backbone.patch_embed.", "conv1.", "features.0.", "stem.")  # of a backbone
@@ -175,7 +175,7 @@ def tokenizer_for(
 ):  # a tokenizer to be copied, or the name of one
     "The tokenizer that goes with a text encoder; Problem where none is named and none is known."
     if tokenizer:
-        words = tokenizer_from(tokenizer)
+        words = load_tokenizer(tokenizer)
         if len(words) > vocabulary:
             raise Problem(
                 tokenizer,

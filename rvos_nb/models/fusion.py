@@ -13,20 +13,23 @@ from .pieces import run_in_pieces
 
 # %% ../../nbs/02g_models.fusion.ipynb #c20314e5
 class VisionLanguageFusion(nn.Module):
-    """Early fusion of ReferFormer: pixels times what they heard. Published name `fusion_module`, no
-    dropout there."""
+    """Early fusion of ReferFormer: pixels times what they attend to in the sentence. Published name
+    `fusion_module`, no dropout there."""
 
-    def __init__(self, dim=256, heads=8, dropout=0.0):
+    def __init__(self, dim: int = 256, heads: int = 8, dropout: float = 0.0):
         super().__init__()
-        self.multihead_attn = Attention(dim, heads, dropout)
+        self.multihead_attn = Attention(dim, heads, dropout)  # published name
 
     def forward(
         self,
-        vision: Tensor,  # (B, T·h·w, C) pixels of a clip; B may be 1 where there are several sentences
+        vision: Tensor,  # (B, T·h·w, C) pixels of a clip; B may be 1 where there are many sentences
         words: Tensor,  # (B, L, C)
-        word_mask: Tensor | None,  # (B, L) True at padding
+        word_mask: Tensor | None,  # (B, L) bool, True at padding
         word_pos: Tensor,  # (B, L, C)
     ) -> Tensor:  # (B, T·h·w, C)
-        return run_in_pieces(
-            lambda v: v * self.multihead_attn(v, words + word_pos, words, word_mask), vision
-        )
+        keys = words + word_pos
+
+        def multiply(pixels):
+            return pixels * self.multihead_attn(pixels, keys, words, word_mask)
+
+        return run_in_pieces(multiply, vision)

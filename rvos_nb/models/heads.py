@@ -11,6 +11,7 @@ __all__ = ['MLP', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'inverse_sigmoid', 'refine
 import copy
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class MLP(nn.Module):
     def __init__(self, dim_in, hidden, dim_out, depth=3):
         super().__init__()
         sizes = [dim_in] + [hidden] * (depth - 1) + [dim_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
         for layer in self.layers[:-1]:
@@ -101,43 +102,38 @@ def coordinate_plane(
 ) -> Tensor:  # (B·T·Q, channels, h·w)
     "`mix` applied to reference minus cell centre."
     x, y = pixel_centres(*size, stride, reference.device)
-    at = (reference * sizes.to(reference)[:, None, None].flip(-1)).flatten(
-        0, 2
-    )  # (B·T·Q, 2) in pixels
-    column, row = mix[..., :1] * (at[:, :1] - x)[:, None], mix[..., 1:] * (at[:, 1:] - y)[:, None]
+    pixels = reference * sizes.to(reference)[:, None, None].flip(-1)
+    at = pixels.flatten(0, 2)  # (B·T·Q, 2)
+    column = mix[..., :1] * (at[:, :1] - x)[:, None]
+    row = mix[..., 1:] * (at[:, 1:] - y)[:, None]
     return (row[..., None] + column[..., None, :]).flatten(2)
 
 # %% ../../nbs/02l_models.heads.ipynb #dfe4052f
 def convolve_few(
-    weights: Tensor,  # (N, O, C) applied to the channels of what `conv` would answer; O well below C
+    weights: Tensor,  # (N, O, C) for the channels of what `conv` would answer; O well below C
     conv: nn.Conv2d,  # C_in to C channels, stride 1, the map keeps its size
     x: Tensor,  # (N, C_in, h, w)
 ) -> Tensor:  # (N, O, h·w)
     "`weights` @ `conv`(x), without computing `conv`(x)."
-    kernels = torch.einsum("noc,cikl->nokli", weights, conv.weight.flip(2, 3)).flatten(
-        1, 3
-    )  # (N, O·k·k, C_in)
+    kernels = torch.einsum("noc,cikl->nokli", weights, conv.weight.flip(2, 3))
+    kernels = kernels.flatten(1, 3)  # (N, O·k·k, C_in)
     taps = torch.bmm(kernels, x.flatten(2))
-    return (
-        F.fold(taps, x.shape[-2:], conv.kernel_size, padding=conv.padding).flatten(2)
-        + weights @ conv.bias[:, None]
-    )
+    out = F.fold(taps, x.shape[-2:], conv.kernel_size, padding=conv.padding).flatten(2)
+    return out + weights @ conv.bias[:, None]
 
 # %% ../../nbs/02l_models.heads.ipynb #5c2cf00b
 def dynamic_mask_head(
     features: Tensor,  # (B, T, C, h, w) mask features
-    params: Tensor,  # (B, T, Q, n) what the controller says, n = `dynamic_size`
-    reference: Tensor
-    | None = None,  # (B, T, Q, 2) x, y in [0, 1]; None: a head without coordinates
+    params: Tensor,  # (B, T, Q, n) of the controller, n = `dynamic_size`
+    reference: Tensor | None = None,  # (B, T, Q, 2) x, y in [0, 1]; None: without coordinates
     sizes: Tensor | None = None,  # (B, 2) h, w in pixels, of which `reference` is a fraction
     channels: int = 8,  # width of the small networks
     layers: int = 3,  # their depth
     stride: int = 4,  # of `features` on the input
-    conv: nn.Conv2d
-    | None = None,  # `features` are what this convolution would turn into mask features
+    conv: nn.Conv2d | None = None,  # makes mask features of `features`
 ) -> Tensor:  # (B, T, Q, h, w) mask logits
-    """Run each query's own small network over the features of its frame. ValueError where `params`
-    has not the right length."""
+    """Run each query's own small network over the features of its frame. Raises
+    `ValueError` where `params` has not the right length (CondInst, §3.2)."""
     (b, t, c, h, w), q = features.shape, params.shape[2]
     if conv is not None:
         c = conv.out_channels
@@ -148,10 +144,8 @@ def dynamic_mask_head(
             f"params: expected {sum(sections)} numbers per query, got {params.shape[-1]}"
         )
     numbers = params.flatten(0, 2).split(sections, -1)
-    weights, biases = (
-        [n.unflatten(-1, s) for n, s in zip(numbers, shapes)],
-        [n[..., None] for n in numbers[layers:]],
-    )
+    weights = [n.unflatten(-1, s) for n, s in zip(numbers, shapes)]
+    biases = [n[..., None] for n in numbers[layers:]]
     first = weights[0][..., :c].reshape(b * t, -1, c)  # (B·T, Q·channels, C)
     x = features.flatten(0, 1)
     x = torch.bmm(first, x.flatten(2)) if conv is None else convolve_few(first, conv, x)
@@ -194,7 +188,8 @@ def input_projections(
 
 # %% ../../nbs/02l_models.heads.ipynb #e0b55e07
 def prediction_heads(
-    config,  # with `hidden_dim`, `dec_layers`, `num_classes`, `class_prior`, `with_box_refine` and those of the mask head
+    config,  # `hidden_dim`, `dec_layers`, `num_classes`, `class_prior`, `with_box_refine`,
+    # and the options of the mask head
 ) -> tuple[nn.ModuleList, nn.ModuleList, MLP]:
     """Class heads and box heads, one per decoder layer (the same one everywhere without box
     refinement), and the controller."""

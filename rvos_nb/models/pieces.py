@@ -16,8 +16,7 @@ from torch import Tensor
 def piece_size(
     device: torch.device,  # where the map lives
 ) -> int:  # tokens
-    """How many tokens are worked through at a time: what fits the caches of the cores, or bounds
-    the memory of an accelerator."""
+    "Tokens of a piece: 2048 for each thread of a CPU, 2^17 on an accelerator."
     return 2048 * torch.get_num_threads() if device.type == "cpu" else 2**17
 
 # %% ../../nbs/02a_models.pieces.ipynb #bd8a8854
@@ -76,7 +75,7 @@ def select_frames(
 
 def split_frames(
     frames: int,  # T
-    cells: int,  # of one frame, for all sentences of a batch
+    cells: int,  # tokens of one frame, in all rows of a batch
     like: Tensor,  # gives the device
 ) -> list[tuple[int, int]]:
     "Cut a clip into spans of frames that are as large as a piece, or of one frame."

@@ -22,7 +22,7 @@ from rvos_nb.models.backbones import (
     resize_mask,
     sine_position_2d,
 )
-from .deformable import Decoded, DeformableTransformer, split_heads
+from .deformable import DeformableTransformer, TransformerOutput, split_heads
 from .family import Family, register
 from .fusion import VisionLanguageFusion
 from .heads import input_projections, prediction_heads, recognise_mask_head
@@ -155,14 +155,14 @@ class ReferFormer(QueryModel):
         pos = sine_position_1d(word_mask, self.config.hidden_dim).transpose(1, 2)
         return TextFeatures(self.resizer(words), word_mask, pos, self.resizer(sentence))
 
-    def decode(self, seen: Seen, text: TextFeatures, span=None) -> Decoded:
+    def decode(self, seen: Seen, text: TextFeatures, span=None) -> TransformerOutput:
         "Fusion, encoder and decoder over the frames of `span` (first, end), or over all of them."
         levels, positions, masks, frames = take_span(seen, span or (0, seen.frames))
         fused = fuse_levels(self.fusion_module, levels, text, frames)
         content = repeat_queries(text.sentence, frames, self.config.num_queries)
         return self.transformer(fused, positions, masks, self.query_embed.weight, content)
 
-    def pyramid(self, seen: Seen, text: TextFeatures, decoded: Decoded) -> tuple:
+    def pyramid(self, seen: Seen, text: TextFeatures, decoded: TransformerOutput) -> tuple:
         "Arguments of the pixel decoder: levels, positions, masks, words, frames."
         levels, masks = [seen.fine, *decoded.memory[:3]], seen.masks and seen.masks[:4]
         return levels, seen.positions[:4], masks, text.words, text.mask, text.pos, seen.frames
@@ -181,13 +181,11 @@ def build_transformer(c: ReferFormerConfig) -> DeformableTransformer:
     return DeformableTransformer(
         c.hidden_dim,
         c.nheads,
-        c.enc_layers,
-        c.dec_layers,
+        (c.enc_layers, c.dec_layers),
         c.dim_feedforward,
         c.dropout,
         c.num_feature_levels,
-        c.enc_n_points,
-        c.dec_n_points,
+        (c.enc_n_points, c.dec_n_points),
     )
 
 

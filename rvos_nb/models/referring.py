@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Problem
-from .deformable import Decoded, join_frames
+from .deformable import TransformerOutput, join_frames
 from .heads import dynamic_mask_head, refine_boxes
 from .hub import OnHub
 from .pieces import piece_size, split_frames
@@ -239,7 +239,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
 
     def check_sentence(self, text: str):
         "Raises `Problem` for a sentence without words or longer than the encoder reads."
-        self.text_encoder.pieces([text])
+        self.text_encoder.token_ids([text])
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Words (B, L, C_text), their padding (B, L), sentences (B, C_text). Raises `Problem` for
@@ -329,13 +329,13 @@ class QueryModel(SentenceModel):
         seen = self.look(frames, mask, valid_indices)
         return self.all_queries(seen, self.listen(words, word_mask, sentence), sizes, aux)
 
-    def classes(self, decoded: Decoded, layer: int) -> Tensor:
+    def classes(self, decoded: TransformerOutput, layer: int) -> Tensor:
         "Class logits (B*T, Q, K) of one decoder layer."
         return self.class_embed[layer](decoded.hs[layer])
 
-    def boxes(self, decoded: Decoded, layer: int) -> Tensor:
+    def boxes(self, decoded: TransformerOutput, layer: int) -> Tensor:
         "Boxes (B*T, Q, 4), cxcywh in [0, 1] of the padded input, of one decoder layer."
-        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.before(layer))
+        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer))
 
     def masks(
         self, features: Tensor, states: Tensor, centres: Tensor, sizes: Tensor, conv=None
@@ -351,7 +351,7 @@ class QueryModel(SentenceModel):
             numbers = self.controller(states.float())
             return dynamic_mask_head(features.float(), numbers, *place, *shape, conv=conv)
 
-    def ground(self, seen: Seen, text: TextFeatures) -> tuple[Decoded, Tensor]:
+    def ground(self, seen: Seen, text: TextFeatures) -> tuple[TransformerOutput, Tensor]:
         """Transformer and pixel decoder, all frames together; mask features (B*T, mask_dim, h/4,
         w/4)."""
         decoded = self.decode(seen, text)
@@ -462,7 +462,7 @@ def answer_with_all(
     if aux:
         out["aux_outputs"] = [answer(i) for i in range(last)]
     if not model.training:
-        out["reference_points"] = by_clip(decoded.before(last)[..., :2])
+        out["reference_points"] = by_clip(decoded.references_before(last)[..., :2])
     return out
 
 # %% ../../nbs/03e_models.referring.ipynb #a57ab2e6

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..core import Problem
 from .backbones import fold_time
-from .video_swin import Merge, Stages
+from .video_swin import PatchMerging, SwinStages
 
 # %% ../../nbs/02e_models.swin.ipynb #e40a1f89
-class Swin(Stages):
+class Swin(SwinStages):
     """Swin without head, normalised levels; tensors named as under `backbone.0.body.` (ReferFormer)
     or `encoder.` (AOT) of published files."""
 
@@ -37,8 +37,8 @@ class Swin(Stages):
         for i, c in enumerate(self.channels):
             self.add_module(f"norm{i}", nn.LayerNorm(c))  # published name
             if i < stages - 1:
-                self.layers[i]["downsample"] = Merge(c)
-        self.start()
+                self.layers[i]["downsample"] = PatchMerging(c)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class Swin(Stages):
         "Normalised features at strides 4, 8, 16, 32."
         levels, x = [], self.patch_embed(fold_time(x)[:, None])
         for i, layer in enumerate(self.layers):
-            x = self.stage(i, x)
+            x = self.run_stage(i, x)
             levels.append(rearrange(self.get_submodule(f"norm{i}")(x), "n 1 h w c -> n c h w"))
             if "downsample" in layer:
                 x = layer["downsample"](x)

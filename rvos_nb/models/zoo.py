@@ -25,7 +25,7 @@ from ..core import Problem, find_shipped
 from ..files import read_json, replace_file, replace_folder, write_json
 from .backbones import BACKBONES
 from .family import Family, all_facts, available_families, family_of, find_family
-from .text import folder_of, tokenizer_from
+from .text import find_model_folder, load_tokenizer
 
 # %% ../../nbs/03c_models.zoo.ipynb #42e5ebdc
 def read_config(
@@ -235,7 +235,7 @@ def find(
             where_to_get(row),
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        return folder_of(str(name), ["config.json"], "checkpoint", online, weights=True)
+        return find_model_folder(str(name), ["config.json"], "checkpoint", online, weights=True)
     known = sorted(p.parent.name for p in home.glob("*/config.json"))
     raise Problem(
         name,
@@ -294,7 +294,7 @@ def read_tokenizer(
     "The tokenizer of a checkpoint; Problem where it is missing or unreadable."
     own, name = folder / "tokenizer", about.get("tokenizer")
     if own.is_dir():
-        return tokenizer_from(own, online)
+        return load_tokenizer(own, online)
     if not name:
         raise Problem(
             own,
@@ -303,7 +303,7 @@ def read_tokenizer(
             "copy the whole checkpoint again",
         )
     try:
-        return tokenizer_from(name, online)
+        return load_tokenizer(name, online)
     except Problem as p:
         remedy = (
             f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {own}, fetch it "

@@ -31,8 +31,8 @@ from .cases import LabelMap, image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position
 from ..vos.deaot import DeAOT, DeAOTConfig
-from ..vos.memory import AOTEngine, AOTPropagator, forward_sequence, identity_of
-from ..vos.propagator import Augmented, Propagator
+from ..vos.memory import AOTEngine, AOTPropagator, embed_labels, forward_sequence
+from ..vos.propagator import AugmentedPropagator, Propagator
 
 # %% ../../nbs/07h_verify.vos.ipynb #362162c4
 NETWORKS = {"aot": (AOT, AOTConfig), "deaot": (DeAOT, DeAOTConfig)}
@@ -98,7 +98,7 @@ def reference_outputs(
     for i, (memory, outputs) in enumerate(zip(engine.memories, engine.outputs)):
         where = f"_engine{i}/" if i else "/"
         with torch.no_grad():
-            identity = identity_of(engine.model, labels, i)
+            identity = embed_labels(engine.model, labels, i)
         yield where + "id_emb", sequence_first(identity)
         for number, (x, layer) in enumerate(zip(outputs, memory.recent[0].layers)):
             yield f"{where}lstt{number}", sequence_first(x)
@@ -188,7 +188,7 @@ class PropagationCase:
         labels, objects = self.labels[self.key], self.objects
         if self.late:
             labels, objects = labels.where(labels < objects, 0), objects - 1
-        self.engine.refer(self.maps[self.key], labels, objects)
+        self.engine.add_reference(self.maps[self.key], labels, objects)
         return labels
 
     def predict(self, t: int) -> Tensor:  # (H, W) at input size
@@ -212,7 +212,7 @@ class PropagationCase:
                 yield f"{name}/frame{t}/{part}", x
             labels = self.predict(t) if free else self.labels[t]
             if t == self.late:
-                engine.refer(self.maps[t], labels, self.objects)
+                engine.add_reference(self.maps[t], labels, self.objects)
             engine.commit(labels)
             for part, x in memory_outputs(engine, self.maps[t][-1].shape[-2:]):
                 yield f"{name}/frame{t}/{part}", x
@@ -296,9 +296,9 @@ class MemoryRecorder(AOTPropagator):
     def list_frames(self):
         return [self.numbers[id(frame)] for frame in self.engine.memories[0].long]
 
-    def settle(self):
+    def commit_pending(self):
         if self.pending is not None:
-            super().settle()
+            super().commit_pending()
             self.note_newest()
 
     def remember(self, frame, labels):
@@ -306,10 +306,12 @@ class MemoryRecorder(AOTPropagator):
         self.now = self.number
         self.note_newest()
         event = ["reference", self.now, self.list_frames()]
-        self.events.append([*event, self.engine.open] if self.engine.challenge else event)
+        self.events.append(
+            [*event, self.engine.used_identities] if self.engine.challenge else event
+        )
 
     def step(self, frame):
-        self.settle()
+        self.commit_pending()
         frames = self.list_frames()
         probabilities = super().step(frame)
         self.now = self.number
@@ -380,7 +382,7 @@ def run_bidirectional(
             yield f"{name}/png", propagate_with_stub(name, about, masks, Path(folder))
 
 # %% ../../nbs/07h_verify.vos.ipynb #1f40e869
-class AnswerRecorder(Augmented):
+class AnswerRecorder(AugmentedPropagator):
     "Keeps its last answer, (N+1, H, W) probabilities, as `answer`."
 
     def step(self, frame):

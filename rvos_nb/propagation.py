@@ -34,7 +34,7 @@ from rvos_nb.stage import (
     run_stage,
 )
 from .vos.aot import AOT
-from .vos.propagator import Augmented, Ids, Propagator, Track, walk_tracks
+from .vos.propagator import AugmentedPropagator, ObjectIds, Propagator, Track, walk_tracks
 
 # %% ../nbs/05d_propagation.ipynb #e37f4827
 def walk(
@@ -145,14 +145,14 @@ def make_propagator(
         )
     if how.scales == (1.0,) and not how.flip:
         return model
-    return Augmented(model, how.scales, how.flip, how.feedback)
+    return AugmentedPropagator(model, how.scales, how.flip, how.feedback)
 
 # %% ../nbs/05d_propagation.ipynb #2b5b8e68
 def read_object_ids(
     path,  # a mask in any of these forms
     size: tuple[int, int],  # (H, W) of the frames
 ) -> np.ndarray:  # (H, W) uint8 ids, 0 the background, 255 unknown (in palettes only)
-    """Ids of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another
+    """ObjectIds of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another
     size or empty, or shows objects as colours."""
     mask = read_mask(path, size)
     with Image.open(path) as picture:
@@ -185,7 +185,7 @@ class _LabelWalk:
 
     clip: Video
     track: Track
-    ids: Ids
+    ids: ObjectIds
 
     def entries(self) -> dict[int, int]:
         "In which frame each object is given first."
@@ -205,12 +205,12 @@ class _LabelWalk:
         entries = self.entries()
         if direction != "backward":
             for t, labels in self.sweep(range(min(given), last + 1)):
-                yield t, self.ids.widen(labels)
+                yield t, self.ids.to_ids(labels)
         if direction == "forward":
             return
         for t, labels in self.sweep(range(max(given), -1, -1)):
             if t < min(given) or direction == "backward":
-                yield t, self.ids.widen(labels)
+                yield t, self.ids.to_ids(labels)
                 continue
             late = np.isin(labels, [i for i, start in entries.items() if start > t])
             if not late.any():
@@ -218,7 +218,7 @@ class _LabelWalk:
             before = read(t)
             late &= before == 0
             if late.any():
-                yield t, np.where(late, self.ids.widen(labels), before)
+                yield t, np.where(late, self.ids.to_ids(labels), before)
 
 # %% ../nbs/05d_propagation.ipynb #dbfd4c85
 class FileWriter:
@@ -258,8 +258,8 @@ def propagate_labels(
     """Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or
     of another size."""
     paths = [folder / f"{check_id(n, clip.folder)}.png" for n in clip.frames]
-    ids = Ids()
-    narrow = {t: ids.narrow(m) for t, m in sorted(given.items())}
+    ids = ObjectIds()
+    narrow = {t: ids.to_numbers(m) for t, m in sorted(given.items())}
     size = next(read_video(clip, names=[clip.frames[min(given)]])).shape[:2]
     for t, m in given.items():
         if m.shape != size:

@@ -335,7 +335,9 @@ class QueryModel(SentenceModel):
 
     def boxes(self, decoded: TransformerOutput, layer: int) -> Tensor:
         "Boxes (B*T, Q, 4), cxcywh in [0, 1] of the padded input, of one decoder layer."
-        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer))
+        return refine_boxes(
+            self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer)
+        )
 
     def masks(
         self, features: Tensor, states: Tensor, centres: Tensor, sizes: Tensor, conv=None

@@ -7,7 +7,7 @@ __all__ = ['option', 'Option', 'describe_options', 'read_options']
 
 # %% ../nbs/00c_options.ipynb #f56d51e0
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from typing import Any, NamedTuple, get_type_hints
 
 from .core import Problem

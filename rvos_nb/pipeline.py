@@ -284,8 +284,11 @@ def read_reason(executed: Path, log: Path) -> tuple[str, str]:
             return "failed", o["evalue"]
         if o["ename"] == "Problem":
             return "stopped", o["evalue"]
-    lines = [l for l in log.read_text(encoding="utf-8", errors="replace").splitlines() if l.strip()]
-    return "stopped", "\n".join(["the last lines of its log:", *("  " + l for l in lines[-12:])])
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "stopped", "\n".join(
+        ["the last lines of its log:", *("  " + line for line in lines[-12:])]
+    )
 
 # %% ../nbs/09c_pipeline.ipynb #c4082bee
 def run_stage_process(
@@ -341,7 +344,7 @@ def run_stage_process(
 # %% ../nbs/09c_pipeline.ipynb #f889c1b7
 def take_member(
     data_dir,
-    source: str,  # a model's name or checkpoint folder; or results: a run, a tree, a zip, a .pth of predictions
+    source: str,  # a model's name or folder; or results: a run, a tree, a zip, a .pth
     out_dir,
     split: str = "valid",
     short_side: int = 0,  # of a model, as are the following: see `predict.predict`

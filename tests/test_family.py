@@ -1,5 +1,5 @@
-"""A family that stands in this file alone: it is listed, converted, predicted with, trained, resumed
-and verified, and the package knows nothing of it but its record."""
+"""A family that stands in this file alone: it is listed, converted, predicted with, trained,
+resumed and verified, and the package knows nothing of it but its record."""
 
 import json
 from collections.abc import Sequence

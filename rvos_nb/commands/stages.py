@@ -160,7 +160,7 @@ CLIP_OR_DATA = Annotated[
 MASKS = Annotated[
     list[Path] | None,
     typer.Option(
-        help="For a clip: a mask PNG, palette (several objects) or black and white; may be repeated."
+        help="For a clip: a mask PNG, palette (several objects) or black and white; repeatable."
     ),
 ]
 FRAMES = Annotated[

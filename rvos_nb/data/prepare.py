@@ -7,7 +7,6 @@ __all__ = ['JHMDB_SEED', 'JHMDB_FRAMES', 'CONVERSIONS', 'read_plain_pickle', 'pr
            'count_usable_frames', 'draw_jhmdb', 'prepare_jhmdb', 'prepare']
 
 # %% ../../nbs/01n_data.prepare.ipynb #37737fb9
-import csv
 import os
 import pickle
 import random

@@ -7,7 +7,6 @@ __all__ = ['JHMDB_LISTS', 'collect_samples', 'read_rows', 'CocoTruth', 'read_h5_
            'open_a2d', 'read_jhmdb_frame', 'open_jhmdb', 'find_listing', 'open_refcoco']
 
 # %% ../../nbs/01i_data.samples.ipynb #ed5a303c
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

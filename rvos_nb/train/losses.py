@@ -222,7 +222,7 @@ class Criterion:
 
     def __call__(
         self,
-        out: dict,  # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w), aux_outputs
+        out: dict,  # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w)
         target: dict,  # labels (B,T), boxes (B,T,4) cxcywh in [0,1], valid (B,T), masks (B,T,H,W)
     ) -> tuple[
         Tensor, dict, Tensor

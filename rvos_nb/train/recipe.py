@@ -246,7 +246,7 @@ def override_settings(
 
 # %% ../../nbs/04c_train.recipe.ipynb #7d0d469e
 def build_stage(values, where: str):
-    "A `SceneStage`, `StillStage` or `FilmStage`; which one, `source` says, or the settings that only one has."
+    "A stage of one of `SOURCES`: which one, `source` says, or the settings that only one has."
     kind = "refshapes"
     if isinstance(values, Mapping):
         values = dict(values)

@@ -137,7 +137,7 @@ def peak_memory(
 
 # %% ../nbs/10_benchmarks.ipynb #7aac22ad
 def demo_figures(
-    ends: list,  # what `pipeline.run` returned
+    ends: list,  # what `pipeline.run_workflow` returned
 ) -> list[Figure]:
     """Total time, and time and peak memory of every stage that ran; a stage may take what the total
     may."""
@@ -151,11 +151,13 @@ def demo_figures(
 
 def demo() -> list[Figure]:
     "Run the demo from nothing in a temporary folder and measure it."
-    from rvos_nb.pipeline import run
+    from rvos_nb.pipeline import run_workflow
 
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         return demo_figures(
-            run("demo", {"data": str(Path(folder) / "data"), "out": str(Path(folder) / "out")})
+            run_workflow(
+                "demo", {"data": str(Path(folder) / "data"), "out": str(Path(folder) / "out")}
+            )
         )
 
 # %% ../nbs/10_benchmarks.ipynb #52631e25
@@ -168,7 +170,7 @@ def propagator_jf(
 
     from rvos_nb.data.video import read_video
     from rvos_nb.metrics import j_and_f
-    from rvos_nb.propagate import walk
+    from rvos_nb.propagation import walk
 
     scores = []
     for name, video in data.videos.items():
@@ -192,7 +194,7 @@ def scores(
 
     referring, figures = zoo.load("referformer-tiny"), []
     propagators = {name: AOTPropagator(zoo.load(name)) for name in ("aot-tiny", "deaot-tiny")}
-    for level in shapes.LEVELS:
+    for level in shapes.LEVEL_SETTINGS:
         with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
             refshapes.write(folder, "valid", level, videos=videos, seed=1)
             data = open_dataset(folder)

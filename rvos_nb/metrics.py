@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from .core import Problem
-from .data.masks import run_pixels
+from .data.masks import count_pixels
 
 # %% ../nbs/04a_metrics.ipynb #b5bc5eba
 def _clips(
@@ -86,7 +86,7 @@ def _bits(
 # %% ../nbs/04a_metrics.ipynb #47ae6e12
 def _spread(
     bits: int,  # of `_bits`
-    width: int,  # bits of a row, with its gap; the gap is at least as wide as r, or as a row is long
+    width: int,  # bits of a row with its gap, which is at least r wide, or as long as a row
     height: int,  # rows
     r: float,  # radius in pixels
 ) -> int:  # of the same form; what lies in the gaps and beyond the first row means nothing
@@ -137,7 +137,7 @@ def _radius(shape: tuple[int, int], bound_th: float) -> float:
 def j_and_f(
     gt,  # (T, H, W) or (H, W) annotation
     pred,  # the same shape, segmentation
-    void=None,  # the same shape, True where nobody knows; set to background before outlines are taken
+    void=None,  # the same shape, True where nobody knows: background before outlines are taken
     bound_th: float = 0.008,  # below 1: share of the diagonal; from 1 on: pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # J and F, each as `jaccard` and `contour_f` give it
     "Both measures of every frame, in less time than one after the other."
@@ -209,7 +209,7 @@ def mask_overlap(truth: dict, pred: dict) -> tuple[float, float]:
             "predict again on the original frames",
         )
     for who, code in (("the truth", truth), ("results", pred)):
-        if run_pixels(code["counts"]) != math.prod(code["size"]):
+        if count_pixels(code["counts"]) != math.prod(code["size"]):
             raise Problem(
                 who,
                 "run lengths that do not fill the mask",

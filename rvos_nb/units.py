@@ -21,60 +21,79 @@ from threading import Thread
 from .core import Problem
 
 # %% ../nbs/00b_units.ipynb #d8878bba
+def _map_here(work: Callable, prepare: Callable | None, units: Sequence[str]):
+    "The units in this process: read one ahead, write one behind."
+    writing = None  # (unit, future) of the unit before
+    readings = deque()  # futures of what `prepare` returns
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for unit, following in zip(units, [*units[1:], None]):
+            if prepare and not readings:
+                readings.append(reader.submit(prepare, unit))
+            if prepare and following is not None:
+                readings.append(reader.submit(prepare, following))
+            try:
+                prepared = [readings.popleft().result()] if prepare else []
+                write, error = work(unit, *prepared), None
+            except Exception as e:
+                write, error = None, e
+            if writing:
+                yield writing[0], writing[1].exception()
+            writing = (unit, writer.submit(write)) if callable(write) else None
+            if not writing:
+                yield unit, error
+        if writing:
+            yield writing[0], writing[1].exception()
+
+# %% ../nbs/00b_units.ipynb #318a5e85
 def map_units(
-    work: Callable,  # (unit), or (unit, prepared), does one unit and writes its result, or returns a function that writes it
+    work: Callable,  # (unit) or (unit, prepared): does one unit, or returns what writes its result
     units: Sequence[str],  # their names; or lists of names, each done in one call
-    executor: str = "local",  # 'local': this process; 'processes:2': two worker processes; 'ray': a Ray cluster
+    executor: str = "local",  # 'local', 'processes:2' (two worker processes), or 'ray' (a cluster)
     prepare: Callable | None = None,  # (unit) -> what `work` is given beside the unit
 ) -> Iterator[tuple[str, Exception | None]]:
     """Yield `(unit, None)` or `(unit, exception)` in order; raises `Problem` for an unknown
     executor."""
-    if executor == "ray":
+    if executor == "local":
+        yield from _map_here(work, prepare, units)
+    elif executor == "ray":
         yield from _map_ray((work, prepare), units)
-        return
-    if executor != "local":
-        if not (workers := re.fullmatch(r"processes:([1-9]\d{0,2})", executor)):
-            raise Problem(
-                "executor",
-                repr(executor),
-                "'local', 'processes:2' or another number, or 'ray'",
-                "choose one of these",
-            )
+    elif workers := re.fullmatch(r"processes:([1-9]\d{0,2})", executor):
         yield from _map_processes((work, prepare), units, int(workers[1]))
-        return
-    behind, ahead = None, deque()
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        for u, following in zip(units, [*units[1:], None]):
-            if prepare and not ahead:
-                ahead.append(reader.submit(prepare, u))
-            if prepare and following is not None:
-                ahead.append(reader.submit(prepare, following))
-            try:
-                rest, error = work(u, *([ahead.popleft().result()] if prepare else [])), None
-            except Exception as e:
-                rest, error = None, e
-            if behind:
-                yield behind[0], behind[1].exception()
-            behind = (u, writer.submit(rest)) if callable(rest) else None
-            if not behind:
-                yield u, error
-        if behind:
-            yield behind[0], behind[1].exception()
+    else:
+        raise Problem(
+            "executor",
+            repr(executor),
+            "'local', 'processes:2' or another number, or 'ray'",
+            "choose one of these",
+        )
 
 # %% ../nbs/00b_units.ipynb #659df46a
 def _call(job, unit: str):
+    "Read, compute and write one unit."
     work, prepare = job
-    rest = work(unit, prepare(unit)) if prepare else work(unit)
-    if callable(rest):
-        rest()
+    write = work(unit, prepare(unit)) if prepare else work(unit)
+    if callable(write):
+        write()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _make_sendable(error: Exception | None) -> Exception | None:
+    "The error itself, or a plain one with its words where it does not survive pickling."
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _serve(pipe):
     "The life of a worker process: answers each unit with None or the exception that it met."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have workers of their own
     try:
         job = pickle.loads(pipe.recv_bytes())
@@ -91,48 +110,53 @@ def _serve(pipe):
             _call(job, unit)
         except Exception as e:
             error = e
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            error = RuntimeError(
-                f"{type(error).__name__}: {error}"
-            )  # some exceptions do not survive the way
-        pipe.send(error)
+        pipe.send(_make_sendable(error))
 
 # %% ../nbs/00b_units.ipynb #a155e249
+def _start_worker(context, job: bytes):
+    "A new worker process that was sent the work: its pipe and the process."
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    ours.send_bytes(job)
+    return ours, process
+
+
+def _receive_end(pipe, process, unit: str) -> tuple[Exception | None, bool]:
+    "How a unit ended, and whether its worker lives on."
+    try:
+        return pipe.recv(), True
+    except (EOFError, ConnectionError):
+        process.join()
+        error = Problem(
+            unit,
+            f"a worker process that ended (exit code {process.exitcode})",
+            "a worker that lives",
+            "look whether memory ran out, and run the same command again",
+        )
+        return error, False
+
+
 def _map_processes(job, units, count: int):
     "The units in `count` worker processes."
     context, sent = multiprocessing.get_context("spawn"), pickle.dumps(job)
-    todo, busy, idle, ends = deque(enumerate(units)), {}, [], {}
-
-    def start():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        ours.send_bytes(sent)
-        return ours, process
-
+    waiting = deque(enumerate(units))
+    busy, idle = {}, []  # pipe -> (process, position of its unit); (pipe, process)
+    ends = {}  # position -> None or the exception
     try:
         for n, unit in enumerate(units):
             while n not in ends:
-                while todo and len(busy) < count:
-                    pipe, process = idle.pop() if idle else start()
-                    busy[pipe] = process, todo[0][0]
-                    pipe.send(todo.popleft()[1])
+                while waiting and len(busy) < count:
+                    position, next_unit = waiting.popleft()
+                    pipe, process = idle.pop() if idle else _start_worker(context, sent)
+                    busy[pipe] = process, position
+                    pipe.send(next_unit)
                 for pipe in connection.wait(busy):
                     process, i = busy.pop(pipe)
-                    try:
-                        ends[i] = pipe.recv()
+                    ends[i], lives = _receive_end(pipe, process, units[i])
+                    if lives:
                         idle.append((pipe, process))
-                    except (EOFError, ConnectionError):
-                        process.join()
-                        ends[i] = Problem(
-                            units[i],
-                            f"a worker process that ended (exit code {process.exitcode})",
-                            "a worker that lives",
-                            "look whether memory ran out, and run the same command again",
-                        )
             yield unit, ends.pop(n)
     finally:
         workers = [*idle, *((pipe, process) for pipe, (process, _) in busy.items())]
@@ -157,9 +181,10 @@ def _map_ray(job, units):
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     task, shared = ray.remote(_call), ray.put(job)
-    for u, ref in [(u, task.remote(shared, u)) for u in units]:
+    tasks = [(u, task.remote(shared, u)) for u in units]
+    for u, reference in tasks:
         try:
-            ray.get(ref)
+            ray.get(reference)
             yield u, None
         except Exception as e:
             yield u, getattr(e, "cause", None) or e

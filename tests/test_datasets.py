@@ -13,10 +13,10 @@ from PIL import Image
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.index import read_code
-from rvos_nb.data.masks import rle_encode, run_pixels
+from rvos_nb.data.masks import count_pixels, rle_encode
 from rvos_nb.data.refshapes import write
 from rvos_nb.data.video import read_video
-from rvos_nb.data.videos import annotation
+from rvos_nb.data.videos import read_annotation
 
 JSON = "meta_expressions/valid/meta_expressions.json"
 
@@ -444,13 +444,15 @@ def test_run_lengths_are_measured():
         size, share = tuple(rng.integers(1, 60, 2)), rng.choice([0, 0.02, 0.5, 0.98, 1])
         code = rle_encode(rng.random(size) < share)
         assert (
-            run_pixels(code["counts"]) == run_pixels(code["counts"].decode()) == size[0] * size[1]
+            count_pixels(code["counts"])
+            == count_pixels(code["counts"].decode())
+            == size[0] * size[1]
         )
         cut = code["counts"][: rng.integers(0, len(code["counts"]))]
-        assert run_pixels(cut) < size[0] * size[1] or not share
+        assert count_pixels(cut) < size[0] * size[1] or not share
     big = np.zeros((3000, 4000), bool)
     big[1500:, 2000:] = True
-    assert run_pixels(rle_encode(big)["counts"]) == 12_000_000
+    assert count_pixels(rle_encode(big)["counts"]) == 12_000_000
 
 
 def test_codes_that_are_none():
@@ -611,7 +613,7 @@ def test_a_bad_annotation_is_named_when_read(mevis, damage):
     path = mevis / "valid_u/mask_dict.json"
     data = open_dataset(mevis, "")
     e = data.expressions["easy-00001"][-2]  # every object
-    last = data.union.named[e.video, e.id][-1]
+    last = data.union.annotation_ids[e.video, e.id][-1]
 
     def change(found):
         if damage == "short":
@@ -643,20 +645,20 @@ def test_annotations_given_twice_or_cut_off(mevis):
     text = path.read_text().strip()
     path.write_text(text[:-1] + ', "0": [null, null, null]}')
     with pytest.raises(Problem) as said:
-        annotation(path, "0")
+        read_annotation(path, "0")
     one_line(said.value, str(path), "annotation 0", "twice")
-    assert annotation(path, "1") == json.loads(text)["1"]
+    assert read_annotation(path, "1") == json.loads(text)["1"]
     path.write_text(text[:-1])
     last = list(json.loads(text))[-1]
     with pytest.raises(Problem) as said:
-        annotation(path, last)
+        read_annotation(path, last)
     one_line(said.value, "cut off")
 
 
 def test_predicting_on_mevis(mevis, tmp_path):
-    from rvos_nb.protocols import run
+    from rvos_nb.protocols import run_protocol
 
-    report, _ = run(mevis, tmp_path / "out", "referformer-tiny")
+    report, _ = run_protocol(mevis, tmp_path / "out", "referformer-tiny")
     data = open_dataset(mevis, "")
     assert not report.failed and all(
         len(list((tmp_path / f"out/Annotations/{e.video}/{e.id}").glob("*.png"))) == 3 for e in data

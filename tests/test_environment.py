@@ -83,7 +83,7 @@ def test_worker_processes_inherit(tmp_path):
     [
         "import rvos_nb, papermill; papermill.execute_notebook(*argv, progress_bar=False)",
         "from rvos_nb.pipeline import run_part; run_part(*argv, {})",
-        "from rvos_nb.pipeline import run; run({'name': 'a', 'parameters': {'out': argv[1] + 's'},"
+        "from rvos_nb.pipeline import run_workflow; run_workflow({'name': 'a', 'parameters': {'out': argv[1] + 's'},"
         " 'paths': ['out'], 'stages': [{'name': 'a', 'notebook': argv[0]}]})",
     ],
     ids=["papermill", "run part", "pipeline"],

@@ -30,15 +30,15 @@ from rvos_nb.data.masks import (
     write_tree,
 )
 from rvos_nb.data.video import open_clip
-from rvos_nb.evaluate import evaluate, evaluate_vos, findings, score_rows
-from rvos_nb.explore import overlays, report
+from rvos_nb.evaluate import evaluate, evaluate_vos, list_findings, score_rows
+from rvos_nb.explore import write_overlays, write_report
 from rvos_nb.files import read_json, write_json
-from rvos_nb.keyframe import choose, from_json
-from rvos_nb.label_maps import merge, score_maps
+from rvos_nb.keyframe import choose_key_frames, from_json
+from rvos_nb.label_maps import merge_annotators, score_maps
 from rvos_nb.metrics import contour_f, jaccard, statistics
-from rvos_nb.results import MEMBER_BYTES, check_code, open_results
+from rvos_nb.results import MAX_FILE_BYTES, check_code, open_results
 from rvos_nb.stage import StageFailed
-from rvos_nb.submit import Incomplete, submission
+from rvos_nb.submit import IncompleteSubmission, submission
 from rvos_nb.verify.cases import load_case
 
 GOLDEN = Path(__file__).parent / "golden/pipeline"
@@ -131,7 +131,7 @@ def test_a_split_without_masks_cannot_be_scored_but_looked_at_and_packed(made):
     with pytest.raises(NoTruth, match="cannot be scored"):
         evaluate(tmp / "data", tmp / "run", tmp / "scores")
     assert not (tmp / "scores").exists()
-    page = report(tmp / "data", {"run": tmp / "run"}, tmp / "r.html", examples=1).read_text()
+    page = write_report(tmp / "data", {"run": tmp / "run"}, tmp / "r.html", examples=1).read_text()
     assert "no true masks" in page and page.count("<figure>") == 2
     assert len(
         zipfile.ZipFile(submission(tmp / "data", tmp / "run", tmp / "s.zip")).namelist()
@@ -188,7 +188,7 @@ def test_every_unusable_mask_has_a_line(made):
     at(other, 0).unlink()
     at(other, 0).symlink_to(at(other, 0))
     with open(at(other, 1), "wb") as f:
-        f.truncate(MEMBER_BYTES + 1)
+        f.truncate(MAX_FILE_BYTES + 1)
     result = evaluate(tmp / "data", tmp / "run", tmp / "scores")
     lines = (tmp / "scores/missing.csv").read_text().splitlines()
     assert (
@@ -203,11 +203,11 @@ def test_every_unusable_mask_has_a_line(made):
         == [True] * 5
     )
     assert (
-        len(findings(result)) == 2
-        and "3 of 3" in findings(result)[0]
+        len(list_findings(result)) == 2
+        and "3 of 3" in list_findings(result)[0]
         and np.isclose(result["J"], 100 * (len(data) - 1 - 2 / 3) / len(data), atol=1e-3)
     )
-    with pytest.raises(Incomplete) as e:
+    with pytest.raises(IncompleteSubmission) as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert len(e.value.faults) == 5
 
@@ -222,7 +222,7 @@ def test_a_mask_that_strict_readers_refuse_is_not_packed(made):
     sound = path.read_bytes()
     path.write_bytes(sound[:-16] + b"sums" + sound[-12:])
     assert evaluate(tmp / "data", tmp / "run")["J"] == 100
-    with pytest.raises(Incomplete, match="check sums") as e:
+    with pytest.raises(IncompleteSubmission, match="check sums") as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert len(e.value.faults) == 1
 
@@ -231,8 +231,8 @@ def test_no_run(made):
     for call in (
         lambda: evaluate(made[0] / "data", made[0] / "nothing"),
         lambda: submission(made[0] / "data", made[0] / "nothing", made[0] / "x.zip"),
-        lambda: report(made[0] / "data", {}, made[0] / "x.html"),
-        lambda: overlays(
+        lambda: write_report(made[0] / "data", {}, made[0] / "x.html"),
+        lambda: write_overlays(
             made[0] / "data", {"run": made[0] / "run"}, made[0] / "x.mp4", videos=["nobody"]
         ),
     ):
@@ -346,7 +346,7 @@ def test_links_bombs_and_odd_zips_are_not_read(tmp_path):
     for content, method, words in (
         (bytes(1 << 22), zipfile.ZIP_DEFLATED, "unpack"),
         (bytes(9), zipfile.ZIP_LZMA, "compression method"),
-        (bytes(MEMBER_BYTES + 1), zipfile.ZIP_STORED, "at most"),
+        (bytes(MAX_FILE_BYTES + 1), zipfile.ZIP_STORED, "at most"),
     ):
         with pytest.raises(Problem, match=words) as e:
             open_results(pack(path, [(name, content)], method))
@@ -511,7 +511,7 @@ def test_masks_of_odd_forms_are_scored_and_named(made):
     p = Image.fromarray(data.masks(first)[0].astype(np.uint8))
     p.putpalette([255] * 3 + [0] * 3)
     p.save(at(first))
-    with pytest.raises(Incomplete, match="not black") as e:
+    with pytest.raises(IncompleteSubmission, match="not black") as e:
         submission(tmp / "data", tmp / "run", tmp / "s.zip")
     assert (
         len(e.value.faults) == 2
@@ -526,7 +526,7 @@ def test_zip_of_ref_davis17(tmp_path):
         folder = tmp_path / "run/Annotations" / e.video / e.id
         folder.mkdir(parents=True)
         write_tree(folder, data.videos[e.video].frames, data.masks(e))
-    merge(data, tmp_path / "run", tmp_path / "run" / "valid")
+    merge_annotators(data, tmp_path / "run", tmp_path / "run" / "valid")
     with zipfile.ZipFile(submission(root, tmp_path / "run", tmp_path / "s.zip")) as box:
         assert box.namelist() == [
             f"anno_{a}/{v}/{t:05d}.png" for v in data.videos for a in range(4) for t in range(5)
@@ -535,7 +535,7 @@ def test_zip_of_ref_davis17(tmp_path):
         with Image.open(io.BytesIO(box.read(f"anno_3/{v}/00001.png"))) as im:
             assert im.mode == "P" and (np.array(im) == data.labels(v)[1]).all()
     shutil.rmtree(tmp_path / "run/valid/anno_2" / v)
-    with pytest.raises(Incomplete, match="none of its 5") as e:
+    with pytest.raises(IncompleteSubmission, match="none of its 5") as e:
         submission(root, tmp_path / "run", tmp_path / "t.zip")
     assert (
         len(e.value.faults) == 1
@@ -591,7 +591,7 @@ def test_label_maps_of_a_zip_and_what_is_wrong_with_them(tmp_path):
         and len(notes["left out of the mean"]) == 1
         and path.name in notes["left out of the mean"][0]
     )
-    with pytest.raises(Incomplete) as e:
+    with pytest.raises(IncompleteSubmission) as e:
         submission(root, tmp_path / "maps", tmp_path / "u.zip")
     assert len(e.value.faults) == 4 and not (tmp_path / "u.zip").exists()
 
@@ -810,7 +810,7 @@ def test_report_is_self_contained_and_escapes(made):
     write_json(path, listing)
     shutil.rmtree(tmp / "run/Annotations" / next(iter(data.videos)))
     pages = [
-        report(
+        write_report(
             tmp / "data",
             {"first & best": tmp / "run", "again": tmp / "run"},
             tmp / f"{i}.html",
@@ -832,7 +832,7 @@ def test_overlays_show_a_run_with_holes(made):
     tmp, data = made
     v = next(iter(data.videos))
     shutil.rmtree(tmp / "run/Annotations" / v)
-    film = open_clip(overlays(tmp / "data", {"run": tmp / "run"}, tmp / "o.mp4", videos=[v]))
+    film = open_clip(write_overlays(tmp / "data", {"run": tmp / "run"}, tmp / "o.mp4", videos=[v]))
     assert len(film.frames) == 3 * len(data.expressions[v])
 
 
@@ -855,17 +855,17 @@ def test_key_frames(made):
             [0.2, 0.9, 0.9] if i % 2 else [0.1, 0.2, 0.3],
             data.videos[e.video].frames,
         )
-    keys = from_json(choose(tmp / "run"))
+    keys = from_json(choose_key_frames(tmp / "run"))
     assert [keys[e.video][e.id] for e in data][:4] == [2, 1, 2, 1]
     first = (tmp / "run/key_frame.json").read_bytes()
-    choose(tmp / "run")
+    choose_key_frames(tmp / "run")
     assert (tmp / "run/key_frame.json").read_bytes() == first
     e = list(data)[1]
     write_mask(
         tmp / "run/Annotations" / e.video / e.id / f"{data.videos[e.video].frames[1]}.png",
         np.zeros((64, 96), bool),
     )
-    other = from_json(choose(tmp / "run", "best_nonempty"))[e.video][e.id]
+    other = from_json(choose_key_frames(tmp / "run", "best_nonempty"))[e.video][e.id]
     assert other == (2 if data.masks(e)[2].any() else 0)
 
 
@@ -882,13 +882,13 @@ def test_key_frames_of_broken_candidates(made):
     path = tmp / "run/candidates" / cut.video / f"{cut.id}.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(StageFailed) as e:
-        choose(tmp / "run")
+        choose_key_frames(tmp / "run")
     assert f"{cut.video}/{cut.id}" in str(e.value) and f"{nan.video}/{nan.id}" in str(e.value)
     assert from_json(read_json(tmp / "run/key_frame.json")) == {good.video: {good.id: 2}}
     with pytest.raises(Problem, match="no candidates"):
-        choose(tmp / "data")
+        choose_key_frames(tmp / "data")
     with pytest.raises(Problem, match="policy"):
-        choose(tmp / "run", "luck")
+        choose_key_frames(tmp / "run", "luck")
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from rvos_nb.cli import main
-from rvos_nb.core import Problem, shipped
+from rvos_nb.core import Problem, find_shipped
 from rvos_nb.data import refshapes, scenes
-from rvos_nb.data.clips import Draw, refer_batch
+from rvos_nb.data.clips import SceneStage, draw_refer_batch
 from rvos_nb.evaluate import evaluate
 from rvos_nb.models import zoo
 from rvos_nb.models.family import (
@@ -92,8 +92,8 @@ class ToyTask:
         return loss, {"loss_mask": loss}
 
     def watched(self, watch):
-        draw = Draw(1, frames=2, clips=2, size=watch.size)
-        return [("easy", refer_batch(1, 0, draw))]
+        draw = SceneStage(1, frames=2, clips=2, size=watch.size)
+        return [("easy", draw_refer_batch(1, 0, draw))]
 
     def score(self, batches):
         return {f"loss {level}": float(self.loss(batch, 0)[0]) for level, batch in batches}
@@ -238,7 +238,7 @@ def test_their_records_name_what_is_there():
 
 def test_every_training_recipe_belongs_to_a_family():
     listed = {r for n in available_families() for r in find_family(n).recipes}
-    ship = {p.stem for p in shipped("recipes").glob("train-*.yaml")}
+    ship = {p.stem for p in find_shipped("recipes").glob("train-*.yaml")}
     assert ship == listed
 
 

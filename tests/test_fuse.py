@@ -22,23 +22,22 @@ from rvos_nb.data.masks import read_mask, write_mask, write_tree
 from rvos_nb.data.video import Expression
 from rvos_nb.files import read_json, write_json
 from rvos_nb.fuse import (
-    ALIKE,
     RULES,
+    SAME_OBJECT,
     Rule,
-    clusters,
+    average,
+    count_votes,
+    find_clusters,
     fuse,
-    fuse_video,
-    grouped,
-    mean,
+    group_expressions,
+    member_confidence,
     overlap,
-    packed,
-    pooled,
-    sureness,
-    tally,
-    united,
+    pack_bits,
+    pool_scores,
+    unite_clusters,
     vote,
 )
-from rvos_nb.keyframe import as_json, choose, from_json
+from rvos_nb.keyframe import as_json, choose_key_frames, from_json
 from rvos_nb.members import foreground
 from rvos_nb.verify.cases import compare, load_case
 from rvos_nb.verify.pipeline import fusion_round1, fusion_round2
@@ -58,7 +57,7 @@ def test_golden(name, run, count):
 def golden_videos(case):
     videos = json.loads(str(case.arrays["in/meta_expressions"]))["videos"]
     return {
-        v: grouped([Expression(v, e, d["exp"]) for e, d in about["expressions"].items()])
+        v: group_expressions([Expression(v, e, d["exp"]) for e, d in about["expressions"].items()])
         for v, about in videos.items()
     }
 
@@ -141,7 +140,7 @@ def plain(opinions, w, alone, rule, conf):
             seed = [min(left)]
             left -= set(seed)
             for i in seed:
-                near = [j for j in sorted(left) if iou(i, j) >= ALIKE]
+                near = [j for j in sorted(left) if iou(i, j) >= SAME_OBJECT]
                 seed += near
                 left -= set(near)
             found.append(sorted(seed))
@@ -203,7 +202,9 @@ def test_mean_against_its_definition(seed):
     members = int(rng.integers(1, 6))
     w = (rng.integers(1, 5, members) / 2).tolist()
     p = {(m, e): rng.random((2, 3, 4), np.float32) for m in range(members) for e in "abc"}
-    for g, x in fuse_video(lambda m, e: p[m, e], [["a", "b"], ["c"]], members, w, mode="mean"):
+    for g, x in Rule(weights=w, mode="mean").fuse(
+        lambda m, e: p[m, e], [["a", "b"], ["c"]], members
+    ):
         want = sum(w[m] * p[m, e].astype(float) for m in range(members) for e in g) / (
             sum(w) * len(g)
         )
@@ -213,7 +214,7 @@ def test_mean_against_its_definition(seed):
 def test_many_opinions_do_not_wrap_around():
     one = np.ones((1, 2, 2), bool)
     assert (
-        (tally(one for _ in range(300))[0] == 300).all()
+        (count_votes(one for _ in range(300))[0] == 300).all()
         and vote([one] * 300, threshold=300).all()
         and not vote([one] * 5, threshold=300).any()
     )
@@ -221,12 +222,12 @@ def test_many_opinions_do_not_wrap_around():
         vote([one, ~one], [0.1, 0.1]).all() and not vote([one, ~one], [0.1, 0.1], strict=True).any()
     )
     assert (
-        tally(np.ones((4, 6), bool)[::2, ::3][None] for _ in range(2))[0] == 2
+        count_votes(np.ones((4, 6), bool)[::2, ::3][None] for _ in range(2))[0] == 2
     ).all()  # no contiguous array
 
 
 def test_empty_and_misfitting_opinions():
-    for combine in (vote, mean, united):
+    for combine in (vote, average, unite_clusters):
         with pytest.raises(Problem, match="none"):
             combine([])
         with pytest.raises(Problem, match="shape"):
@@ -239,7 +240,7 @@ def test_likeness_of_bits_is_that_of_masks(seed):
     shape = tuple(rng.integers(1, 9, 3))
     a, b = (rng.random(shape) < 0.4 for _ in "ab")
     want = (a & b).sum() / (a | b).sum() if (a | b).any() else 1
-    assert overlap(a, b) == overlap(packed(a), packed(b)) == want
+    assert overlap(a, b) == overlap(pack_bits(a), pack_bits(b)) == want
 
 
 def test_the_guard_reads_the_first_member_only():
@@ -259,16 +260,16 @@ def test_the_guard_reads_the_first_member_only():
     def groups(guard, **rule):
         return [
             g
-            for g, _ in fuse_video(
-                lambda m, e: said[m, e], [["a", "b"], ["c", "d"]], 2, guard=guard, **rule
+            for g, _ in Rule(guard=guard, **rule).fuse(
+                lambda m, e: said[m, e], [["a", "b"], ["c", "d"]], 2
             )
         ]
 
     assert groups(0.3) == [["a", "b"], ["c"], ["d"]] and groups(0) == [["a", "b"], ["c", "d"]]
     assert [
         g
-        for g, _ in fuse_video(
-            lambda m, e: said[m, e].astype(np.float32), [["c", "d"]], 2, guard=0.3, mode="mean"
+        for g, _ in Rule(guard=0.3, mode="mean").fuse(
+            lambda m, e: said[m, e].astype(np.float32), [["c", "d"]], 2
         )
     ] == [["c"], ["d"]]
 
@@ -283,7 +284,9 @@ def test_matched_pairs(n):
         def never(a, b):
             raise AssertionError("asked")
 
-        assert grouped(expressions, "matched", alike=never) == grouped(expressions)
+        assert group_expressions(expressions, "matched", alike=never) == group_expressions(
+            expressions
+        )
         return
     for lone in range(0, n, 2):
         order = [str(i) for i in range(n)]
@@ -293,7 +296,7 @@ def test_matched_pairs(n):
         def likeness(a, b, object_of=object_of):
             return 0.8 if object_of[a] == object_of[b] else 0.1
 
-        found = grouped(expressions, "matched", alike=likeness)
+        found = group_expressions(expressions, "matched", alike=likeness)
         assert [str(lone)] in found
         assert all(len({object_of[i] for i in group}) == 1 for group in found)
         assert list(chain.from_iterable(found)) == order
@@ -302,7 +305,9 @@ def test_matched_pairs(n):
 def test_matched_pairs_beside_an_unusable_sentence():
     "Sentence 1 of five cannot be used; 0 was its partner, and 2 is alone."
     usable = [Expression("v", i, "it") for i in ("0", "2", "3", "4")]
-    assert grouped(usable, "matched", ["1"], lambda a, b: 0.9 if (a, b) == ("3", "4") else 0.0) == [
+    assert group_expressions(
+        usable, "matched", ["1"], lambda a, b: 0.9 if (a, b) == ("3", "4") else 0.0
+    ) == [
         ["0"],
         ["2"],
         ["3", "4"],
@@ -313,23 +318,23 @@ def test_clusters_hang_together_through_others():
     rng = np.random.default_rng(0)
     for _ in range(20):
         masks = blobs(rng, (1, 6, 10), 8)
-        found = clusters(masks, 0.3)
+        found = find_clusters(masks, 0.3)
         assert sorted(chain.from_iterable(found)) == list(range(8))
-        assert clusters(list(map(packed, masks)), 0.3) == found
+        assert find_clusters(list(map(pack_bits, masks)), 0.3) == found
         for a in found:
             for b in found:
                 assert a is b or all(overlap(masks[i], masks[j]) < 0.3 for i in a for j in b)
 
 
 def test_confidence_where_scores_are_odd():
-    assert sureness([np.float32([0.2, 0.4]), None]) == pytest.approx([0.3, 0.3])
-    assert pooled([None, np.float32([np.nan, 1])]).tolist() == [0, 1]
+    assert member_confidence([np.float32([0.2, 0.4]), None]) == pytest.approx([0.3, 0.3])
+    assert pool_scores([None, np.float32([np.nan, 1])]).tolist() == [0, 1]
     for scores, weights in (([None], None), ([np.ones(2), None], [0, 1])):
         with pytest.raises(Problem, match="keeps scores"):
-            pooled(scores, weights)
+            pool_scores(scores, weights)
     one, nothing = np.ones((1, 2, 2), bool), lambda m, e: 0.0
     assert [
-        x.all() for _, x in fuse_video(lambda m, e: one, [["a", "b"]], 2, confidence=nothing)
+        x.all() for _, x in Rule(confidence=True).fuse(lambda m, e: one, [["a", "b"]], 2, nothing)
     ] == [True]  # all equally unsure: all alike
 
 
@@ -425,7 +430,7 @@ def test_trees_zips_and_members_without_masks(copy):
     assert files(tmp / "plain" / "Annotations") == files(tmp / "zipped" / "Annotations")
     (tmp / "m1/Annotations").rename(tmp / "Annotations_AOT_class_index")
     soft = soft_member(tmp / "soft", data, data.masks)
-    assert {k for es in from_json(choose(soft)).values() for k in es.values()} == {2}
+    assert {k for es in from_json(choose_key_frames(soft)).values() for k in es.values()} == {2}
     for mode in ("vote", "mean"):
         fuse(
             tmp / "data",
@@ -790,9 +795,9 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import rvos_nb.fuse as f
-write = f._write
+write = f._write_group
 def slowly(*a): time.sleep(.05); write(*a); print('.', flush=True)
-f._write = slowly
+f._write_group = slowly
 tmp = Path(sys.argv[1]); f.fuse(tmp/'data', [tmp/'m0', tmp/'m1'], tmp/'killed'/'out')
 """
 
@@ -803,7 +808,7 @@ def test_killed_and_run_again(copy):
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, tmp], stdout=subprocess.PIPE, env=dict(os.environ, IN_TEST="1")
     )
-    for _ in range(len(grouped(data.expressions[next(iter(data.videos))])) + 2):
+    for _ in range(len(group_expressions(data.expressions[next(iter(data.videos))])) + 2):
         child.stdout.readline()  # into the second video
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -71,9 +71,12 @@ def test_notebook_form(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_exported_cells_are_short(path):
+    "A cell fits on a screen; one class, which cannot be cut, may have a hundred lines."
     for c in code_cells(path):
         if is_exported(c):
-            assert len(source(c).splitlines()) <= 60, source(c)[:80]
+            body = ast.parse(source(c)).body
+            limit = 100 if len(body) == 1 and isinstance(body[0], ast.ClassDef) else 70
+            assert len(source(c).splitlines()) <= limit, source(c)[:80]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, **name)
@@ -351,8 +354,8 @@ def test_recipes_are_sound():
     "Every shipped pipeline names notebooks and parameters that exist."
     from rvos_nb import pipeline, workflow
 
-    for r in workflow.recipes():
-        asked = [k for k, v in workflow.load_recipe(r).parameters.items() if v is None]
+    for r in workflow.list_workflows():
+        asked = [k for k, v in workflow.load_workflow(r).parameters.items() if v is None]
         given = {
             k: str(ROOT / "nbs")
             if k == "data"
@@ -361,7 +364,7 @@ def test_recipes_are_sound():
             else "referformer-tiny"
             for k in asked
         }
-        assert pipeline.plan(r, given)[1]
+        assert pipeline.plan_workflow(r, given)[1]
 
 
 def test_settings_reach_the_metadata(tmp_path):
@@ -476,11 +479,11 @@ def test_a_mistake_is_one_line(argv, tmp_path):
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(text, says, tmp_path):
     from rvos_nb.core import Problem
-    from rvos_nb.pipeline import run
+    from rvos_nb.pipeline import run_workflow
 
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(Problem) as e:
-        run(tmp_path / "r.yaml")
+        run_workflow(tmp_path / "r.yaml")
     assert says in str(e.value) and "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
@@ -529,7 +532,7 @@ def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
             "-c",
             # a background job ignores Ctrl-C
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"from rvos_nb.pipeline import run; run({recipe!r})",
+            f"from rvos_nb.pipeline import run_workflow; run_workflow({recipe!r})",
         ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rvos_nb.candidates import full_masks, full_size, save_candidates
+from rvos_nb.candidates import draw_masks, resize_logits, save_candidates
 from rvos_nb.core import Problem
 from rvos_nb.data.masks import encode_mask, read_mask, write_tree
 from rvos_nb.files import read_json, write_json
@@ -24,11 +24,11 @@ from rvos_nb.keyframe import as_json
 from rvos_nb.members import (
     HALF,
     convert_predictions,
+    draw_votes,
     foreground,
-    levels,
     open_member,
     probability,
-    votes,
+    quantise,
 )
 from rvos_nb.units import map_units
 
@@ -52,9 +52,9 @@ def made(tmp_path_factory):
             {"kind": "logit", "size": list(SIZE), "model": "toy", "frames": NAMES},
         )
         (root / f"run/Annotations/{v}/{e}").mkdir(parents=True)
-        write_tree(root / f"run/Annotations/{v}/{e}", NAMES, full_masks(x, SIZE))
+        write_tree(root / f"run/Annotations/{v}/{e}", NAMES, draw_masks(x, SIZE))
         shards[v][e] = {
-            "mask_logits": torch.from_numpy(full_size(x, SIZE)),
+            "mask_logits": torch.from_numpy(resize_logits(x, SIZE)),
             "class_info": scores[v, e].tolist(),
         }
     (root / "soft").mkdir()
@@ -97,14 +97,16 @@ def test_one_opinion_in_every_form(made, form):
     root, small, scores = made
     with open_member(root / form) as m, open_member(root / form) as again:
         for (v, e), x in small.items():
-            want = full_masks(x, SIZE)
+            want = draw_masks(x, SIZE)
             assert (m.opinion(v, e, NAMES) == want).all() and (
                 m.opinion(v, e, NAMES, size=SIZE) == want
             ).all()
             soft = m.opinion(v, e, NAMES, "mean")
             assert soft.dtype == np.float32 and np.allclose(
                 soft,
-                want if "nn" in form or "zip" in form else probability(full_size(x, SIZE), "logit"),
+                want
+                if "nn" in form or "zip" in form
+                else probability(resize_logits(x, SIZE), "logit"),
                 atol=1e-6,
             )
             assert (soft > 0.5).astype(bool).tolist() == want.tolist()
@@ -116,13 +118,13 @@ def test_one_opinion_in_every_form(made, form):
         assert m.key_frames() == ({} if "nn" in form or "zip" in form else best)
         with ThreadPoolExecutor(8) as pool:
             assert all(
-                (a == full_masks(small[k], SIZE)).all()
+                (a == draw_masks(small[k], SIZE)).all()
                 for k, a in zip(IDS * 4, pool.map(lambda k: m.opinion(*k, NAMES), IDS * 4))
             )
         copy = pickle.loads(pickle.dumps(again))
         assert (
             copy.where == m.where
-            and (copy.opinion("b", "10", NAMES) == full_masks(small["b", "10"], SIZE)).all()
+            and (copy.opinion("b", "10", NAMES) == draw_masks(small["b", "10"], SIZE)).all()
         )
         copy.__exit__()
 
@@ -156,7 +158,7 @@ def test_frames_are_asked_for_by_name(made):
     some = NAMES[::-1][:2]
     for form in ("run", "soft", "with.zip"):
         with open_member(root / form) as m:
-            assert (m.opinion("a", "0", some) == full_masks(small["a", "0"], SIZE)[[3, 2]]).all()
+            assert (m.opinion("a", "0", some) == draw_masks(small["a", "0"], SIZE)[[3, 2]]).all()
 
 
 def test_key_frames_on_file_win(made, tmp_path):
@@ -395,10 +397,10 @@ def test_votes_are_the_published_rule(seed):
         full = torch.nn.functional.interpolate(
             torch.from_numpy(x)[None], size=size, mode="bilinear", align_corners=False
         )[0]
-        assert (votes(x, size) == (full.sigmoid() > 0.5).numpy()).all(), (x.shape, size)
+        assert (draw_votes(x, size) == (full.sigmoid() > 0.5).numpy()).all(), (x.shape, size)
         p = full.sigmoid().numpy()
-        assert ((levels(p, "probability") >= 128) == (p > 0.5)).all() and (
-            (levels(full.numpy(), "logit") >= 128) == foreground(full.numpy(), "logit")
+        assert ((quantise(p, "probability") >= 128) == (p > 0.5)).all() and (
+            (quantise(full.numpy(), "logit") >= 128) == foreground(full.numpy(), "logit")
         ).all()
 
 
@@ -411,11 +413,13 @@ def test_conversion(made, tmp_path, name):
     )
     with open_member(tmp_path / "out") as m:
         for k, x in small.items():
-            assert (m.opinion(*k, NAMES) == full_masks(x, SIZE)).all() and np.allclose(
+            assert (m.opinion(*k, NAMES) == draw_masks(x, SIZE)).all() and np.allclose(
                 m.scores(*k, NAMES), scores[k]
             )
             assert (
-                abs(m.opinion(*k, NAMES, "mean") - probability(full_size(x, SIZE), "logit")).max()
+                abs(
+                    m.opinion(*k, NAMES, "mean") - probability(resize_logits(x, SIZE), "logit")
+                ).max()
                 < 1 / 500
             )
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -443,7 +447,7 @@ def test_conversion_with_names(made, tmp_path):
         and "4 frames" in report.failed["b"]
         and (
             read_mask(tmp_path / "out/Annotations/a/0/00015.png")
-            == full_masks(small["a", "0"], SIZE)[3]
+            == draw_masks(small["a", "0"], SIZE)[3]
         ).all()
     )
     with pytest.raises(Problem, match="no conversion"):

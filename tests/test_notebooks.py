@@ -1,6 +1,7 @@
 """Every notebook, cell by cell, against the module that was exported from it:
 what is missing from the module shows, and coverage sees the package.
-Stage notebooks also run from their parameters cell alone, as a pipeline runs them."""
+The stage of a stage notebook also runs alone, as a pipeline runs it; with parameters given,
+papermill skips the lesson."""
 
 import json
 import os
@@ -9,15 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rvos_nb.workflow import find_parameters_cell, take_stage_cells
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-STAGES = [
-    p
-    for p in NOTEBOOKS
-    if any(
-        "parameters" in c["metadata"].get("tags", ()) for c in json.loads(p.read_text())["cells"]
-    )
-]
+STAGES = [p for p in NOTEBOOKS if find_parameters_cell(json.loads(p.read_text())) >= 0]
 FLAGS = {"slow", "gpu", "data"} - set(os.environ.get("RVOS_FLAGS", "").split())
 IMPORT = """
 import importlib as _importlib
@@ -26,14 +23,14 @@ globals().update({{k: v for k, v in _names.items() if not k.startswith("__")}})
 """
 
 
-def cells(path, from_parameters=False):
+def cells(path, stage_only=False):
     "The code to run: exported cells become one import of the module."
     from nbdev.processors import NBProcessor
 
-    module, seen, begun = path.stem.split("_", 1)[1], False, not from_parameters
-    for c in NBProcessor(path, rm_directives=False).nb.cells:
-        begun = begun or "parameters" in c["metadata"].get("tags", ())
-        if c.cell_type != "code" or not begun:
+    module, seen = path.stem.split("_", 1)[1], False
+    nb = NBProcessor(path, rm_directives=False).nb
+    for c in take_stage_cells(nb) if stage_only else nb.cells:
+        if c.cell_type != "code":
             continue
         d = c.directives_
         if (
@@ -96,5 +93,38 @@ def test_notebook(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda p: p.stem)
-def test_run_part_stands_alone(path, monkeypatch):
-    execute(path, monkeypatch, from_parameters=True)
+def test_stage_stands_alone(path, monkeypatch):
+    execute(path, monkeypatch, stage_only=True)
+
+
+def run_papermill(notebook, out, parameters):
+    "The notebook's code cells as papermill leaves them."
+    import nbformat
+    import papermill
+
+    papermill.execute_notebook(
+        ROOT / "nbs" / notebook,
+        out,
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        start_timeout=300,
+    )
+    return [c for c in nbformat.read(out, 4).cells if c.cell_type == "code"]
+
+
+def test_papermill_skips_the_lesson_where_parameters_are_given(tmp_path):
+    import numpy as np
+
+    from rvos_nb.candidates import save_candidates
+
+    about = {"kind": "logit", "size": [16, 16], "model": "toy", "frames": ["0", "1", "2"]}
+    file = tmp_path / "candidates" / "clip" / "0.safetensors"
+    save_candidates(file, np.zeros((3, 2, 2)), np.array([0.1, 0.9, 0.2]), np.zeros((3, 4)), about)
+    out = tmp_path / "out.ipynb"
+    done = run_papermill("05c_keyframe.ipynb", out, {"pred_dir": str(tmp_path)})
+    keys = json.loads((tmp_path / "key_frame.json").read_text())
+    assert keys == {"clip": {"0": {"index_info": {"class_index": 1}}}}
+    skip = next(i for i, c in enumerate(done) if "skip_lesson()" in c.source)
+    assert done[skip].outputs and len(done) > skip + 5
+    assert not any(c.outputs for c in done[skip + 1 :])

@@ -21,11 +21,11 @@ from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_tree
 from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
-from rvos_nb.pipeline import Faults, plan, run
+from rvos_nb.pipeline import WorkflowFaults, plan_workflow, run_workflow
 from rvos_nb.propagate import propagate
-from rvos_nb.run_state import look
+from rvos_nb.run_state import inspect_stage
 from rvos_nb.stage import StageFailed
-from rvos_nb.workflow import load_recipe
+from rvos_nb.workflow import load_workflow
 
 
 def tree(folder, *without):
@@ -42,11 +42,11 @@ def tree(folder, *without):
 
 def states(recipe, given):
     "What a dry run says: {stage: state}. It must not write a byte."
-    values, stages = plan(recipe, given)
-    run_state.extent.cache_clear()
+    values, stages = plan_workflow(recipe, given)
+    run_state.measure_extent.cache_clear()
     views = []
     for s in stages:
-        views.append(look(s, Path(values["out"]), views))
+        views.append(inspect_stage(s, Path(values["out"]), views))
     return {v.stage.name: v.state for v in views}
 
 
@@ -61,7 +61,7 @@ def stale(recipe, given):
 def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     given = {"data": str(root / "data"), "out": str(root / "out")}
-    ends = run("lsvos2023-tiny", given)
+    ends = run_workflow("lsvos2023-tiny", given)
     return given, ends
 
 
@@ -126,7 +126,7 @@ def test_every_round_is_worth_something(tiny):
     assert len(score) == 17 and score["final"] > max(
         s for n, s in score.items() if n.startswith("predict-")
     )
-    table = pipeline.summary("lsvos2023-tiny", tiny[0])
+    table = pipeline.summarise_scores("lsvos2023-tiny", tiny[0])
     assert f"final={score['final']:.1f}" in table.splitlines()[-1] and "submission: " in table
 
 
@@ -140,12 +140,12 @@ def test_five_models_that_differ(tiny):
 
 def test_a_second_run_starts_nothing(tiny, capsys):
     before = {p: p.stat().st_mtime_ns for p in Path(tiny[0]["out"]).rglob("*") if p.is_file()}
-    ends = run("lsvos2023-tiny", tiny[0])
+    ends = run_workflow("lsvos2023-tiny", tiny[0])
     assert {e.state for e in ends if e.name != "generate"} == {"done"} and not any(
         e.seconds for e in ends
     )
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    run("lsvos2023-tiny", tiny[0], dry=True)
+    run_workflow("lsvos2023-tiny", tiny[0], dry=True)
     lines = capsys.readouterr().out.splitlines()
     found = [line.split()[:5] for line in lines if line.startswith("final")]
     assert found == [["final", "done", "2", "0", "0"]]
@@ -184,7 +184,7 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
     out = shutil.copytree(tiny[0]["out"], tmp_path / "out", symlinks=True)  # moved, too
     given = dict(tiny[0], out=str(out))
     assert set(states("lsvos2023-tiny", given).values()) == {"done", "skipped"}
-    final = next(s for s in load_recipe("lsvos2023-tiny").stages if s.name == "final").parameters[
+    final = next(s for s in load_workflow("lsvos2023-tiny").stages if s.name == "final").parameters[
         "member_dirs"
     ]
     mine = {
@@ -194,7 +194,7 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
         "stages": [
             {
                 "name": "mine",
-                "function": "rvos_nb.pipeline:member",
+                "function": "rvos_nb.pipeline:take_member",
                 "parameters": {"data_dir": "{data}", "source": "{mine}", "out_dir": "{out}/mine"},
             },
             {
@@ -210,7 +210,7 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
         "submission": "stale",
     }
     before = tree(out, "final", "scores", "submission.zip")
-    ends = run(mine, given)
+    ends = run_workflow(mine, given)
     assert {e.name for e in ends if e.seconds} == {"mine", "final", "score", "submission"}
     assert (
         before.items() <= tree(out, "final").items()
@@ -250,8 +250,8 @@ def small_stage(name, function, parameters, **others):
 
 
 SMALL_STAGES = [
-    small_stage("a", "rvos_nb.pipeline:member", {"source": "{a}", "out_dir": "{out}/a"}),
-    small_stage("b", "rvos_nb.pipeline:member", {"source": "{b}", "out_dir": "{out}/b"}),
+    small_stage("a", "rvos_nb.pipeline:take_member", {"source": "{a}", "out_dir": "{out}/a"}),
+    small_stage("b", "rvos_nb.pipeline:take_member", {"source": "{b}", "out_dir": "{out}/b"}),
     small_stage(
         "swap",
         "rvos_nb.fuse:fuse",
@@ -270,7 +270,7 @@ SMALL_STAGES = [
     ),
     small_stage(
         "score",
-        "rvos_nb.pipeline:score",
+        "rvos_nb.pipeline:score_runs",
         {"runs": {"walk": "{out}/walk", "final": "{out}/final"}, "out_dir": "{out}/scores"},
         when={"masks": "{data}"},
     ),
@@ -307,7 +307,7 @@ def undisturbed(shapes, tmp_path_factory):
         root = tmp_path_factory.mktemp(groups)
         for name in ("data", "a", "b"):
             shutil.copytree(shapes / name, root / name)
-        run(
+        run_workflow(
             SMALL,
             {name: str(root / name) for name in ("data", "a", "b", "out")} | {"groups": groups},
         )
@@ -328,7 +328,9 @@ def started(ends):
 
 def in_process(given, before=""):
     "The recipe in a process of its own, after some Python."
-    code = f"{before}\nfrom rvos_nb.pipeline import run\nrun({SMALL!r}, {given!r})"
+    code = (
+        f"{before}\nfrom rvos_nb.pipeline import run_workflow\nrun_workflow({SMALL!r}, {given!r})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -408,7 +410,7 @@ def test_killed_while_stale_results_are_replaced(finished, undisturbed, where):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert set(states(SMALL, other).values()) != {"done"}
-    ends = run(SMALL, other)
+    ends = run_workflow(SMALL, other)
     assert (
         started(ends) == ["swap", "walk", "final", "score", "submission"]
         and tree(finished["out"]) == undisturbed["none"]
@@ -423,7 +425,7 @@ def test_there_and_back_again(finished, undisturbed):
         "score",
         "submission",
     }
-    run(SMALL, dict(finished, groups="none"))
+    run_workflow(SMALL, dict(finished, groups="none"))
     assert tree(finished["out"]) == undisturbed["none"]
     assert stale(SMALL, dict(finished, direction="forward", groups="none")) == {
         "walk",
@@ -431,7 +433,7 @@ def test_there_and_back_again(finished, undisturbed):
         "score",
         "submission",
     }
-    run(SMALL, finished)
+    run_workflow(SMALL, finished)
     assert tree(finished["out"]) == undisturbed["pairs"]
     assert set(states(SMALL, finished).values()) == {"done"}
 
@@ -442,14 +444,14 @@ def test_other_masks_of_the_same_number_are_noticed(finished, undisturbed):
     one.write_bytes(two.read_bytes())  # upstream, by somebody else
     assert stale(SMALL, finished) == set(ALL) - {"a"}
     assert (
-        started(run(SMALL, finished)) == [n for n in ALL if n != "a"]
+        started(run_workflow(SMALL, finished)) == [n for n in ALL if n != "a"]
         and tree(finished["out"]) != undisturbed["pairs"]
     )
     mine = sorted(Path(finished["out"], "walk").rglob("*.png"))
     mine[0].write_bytes(mine[-1].read_bytes())  # within, by hand
     assert stale(SMALL, finished) == {"final", "score", "submission"}
     assert (
-        started(run(SMALL, finished)) == ["final", "score", "submission"]
+        started(run_workflow(SMALL, finished)) == ["final", "score", "submission"]
         and mine[0].read_bytes() == mine[-1].read_bytes()
     )
 
@@ -470,7 +472,7 @@ def test_lost_results_are_made_again(finished, undisturbed):
     shutil.rmtree(Path(finished["out"], "swap"))
     next(Path(finished["out"], "final").rglob("*.png")).unlink()
     assert {n for n, s in states(SMALL, finished).items() if s != "done"} >= {"swap", "final"}
-    ends = run(SMALL, finished)
+    ends = run_workflow(SMALL, finished)
     assert tree(finished["out"]) == undisturbed["pairs"] and "walk" not in started(ends)
 
 
@@ -479,7 +481,7 @@ def test_a_failed_video_costs_itself_only(small, undisturbed):
     whole = frame.read_bytes()
     frame.write_bytes(whole[:200])
     with pytest.raises(StageFailed, match="walk failed") as e:
-        run(SMALL, small)
+        run_workflow(SMALL, small)
     assert (
         frame.name in str(e.value)
         and "stage final failed" in str(e.value)
@@ -499,7 +501,7 @@ def test_a_failed_video_costs_itself_only(small, undisturbed):
         "submission": "to do",
     } == states(SMALL, small)
     frame.write_bytes(whole)
-    ends = run(SMALL, small)
+    ends = run_workflow(SMALL, small)
     assert (
         started(ends) == ["walk", "final", "score", "submission"]
         and {p: p.stat().st_mtime_ns for p in good} == good
@@ -509,16 +511,16 @@ def test_a_failed_video_costs_itself_only(small, undisturbed):
 
 def test_a_data_set_without_masks_is_not_scored(small):
     shutil.rmtree(Path(small["data"], "valid/Annotations"))
-    ends = run(SMALL, small)
+    ends = run_workflow(SMALL, small)
     assert {e.name: e.state for e in ends} == dict.fromkeys(ALL, "done") | {"score": "skipped"}
-    assert "not scored: walk, final" in pipeline.summary(SMALL, small)
+    assert "not scored: walk, final" in pipeline.summarise_scores(SMALL, small)
 
 
 def test_results_of_somebody_else_are_not_removed(small):
     Path(small["out"], "swap").mkdir(parents=True)
     write_json(Path(small["out"], "swap/run.json"), {"stage": "theirs", "params": {}})
     with pytest.raises(StageFailed, match="results of stage 'theirs'"):
-        run(SMALL, small)
+        run_workflow(SMALL, small)
     assert read_json(Path(small["out"], "swap/run.json"))["stage"] == "theirs"
 
 
@@ -527,7 +529,7 @@ def test_two_at_once(small):
 
     busy = pytest.raises(Problem, match="another run at work")
     with locked(Path(small["out"], "_run")), busy:
-        run(SMALL, small)
+        run_workflow(SMALL, small)
 
 
 # ---- what is named before anything runs
@@ -535,7 +537,7 @@ def test_two_at_once(small):
 
 def faults(recipe, given=None):
     with pytest.raises(Problem) as e:
-        plan(recipe, given)
+        plan_workflow(recipe, given)
     return str(e.value)
 
 
@@ -570,8 +572,8 @@ def test_all_faults_at_once(small):
     ):
         assert words in said, words
     assert not Path(small["out"]).exists()
-    with pytest.raises(Faults) as e:
-        plan(wrong, small)
+    with pytest.raises(WorkflowFaults) as e:
+        plan_workflow(wrong, small)
     assert len(e.value.each) == 3 and all("\n" not in f for f in e.value.each)
 
 
@@ -592,7 +594,7 @@ def test_order(small, stages, words):
     if words:
         assert words in faults(changed(**stages), small)
     else:
-        assert plan(
+        assert plan_workflow(
             changed(**stages), small
         )  # a function with options of any name finds this itself
 
@@ -604,7 +606,7 @@ def test_key_frames_after_their_reader(small):
             *SMALL["stages"],
             {
                 "name": "keys",
-                "function": "rvos_nb.keyframe:choose",
+                "function": "rvos_nb.keyframe:choose_key_frames",
                 "writes": ["{out}/swap/key_frame.json"],
                 "parameters": {"pred_dir": "{out}/swap"},
             },
@@ -617,14 +619,14 @@ def test_key_frames_after_their_reader(small):
 
 def test_one_stage_alone_needs_what_it_reads(small):
     with pytest.raises(Problem, match="swap is not there, and no stage makes it"):
-        plan(SMALL, small, only=["walk"])
+        plan_workflow(SMALL, small, only=["walk"])
 
 
 @pytest.mark.parametrize("name, models", [("lsvos2022", 4), ("lsvos2023", 7)])
 def test_the_winners_name_what_they_lack(name, models, small, tmp_path):
-    empty = [k for k, v in load_recipe(name).parameters.items() if v is None]
+    empty = [k for k, v in load_workflow(name).parameters.items() if v is None]
     assert len(empty) == models + 1 and all(k in faults(name) for k in empty)
-    _, stages = plan(
+    _, stages = plan_workflow(
         name,
         {"data": small["data"], "out": str(tmp_path / "o")}
         | {k: "aot-tiny" if "aot" in k else "referformer-tiny" for k in empty if k != "data"},
@@ -642,11 +644,11 @@ def test_the_published_rules():
         return {
             s.name: (
                 [Path(m).relative_to("{out}").as_posix() for m in s.parameters["member_dirs"]],
-                load_recipe(name).parameters[s.parameters["threshold"].strip("{}")],
+                load_workflow(name).parameters[s.parameters["threshold"].strip("{}")],
                 s.parameters["leftover"],
                 s.parameters.get("key_frame_member"),
             )
-            for s in load_recipe(name).stages
+            for s in load_workflow(name).stages
             if s.notebook == "fuse"
         }
 
@@ -680,7 +682,7 @@ def test_the_published_rules():
             None,
         ),
     }
-    tiny, real = load_recipe("lsvos2023-tiny"), load_recipe("lsvos2023")
+    tiny, real = load_workflow("lsvos2023-tiny"), load_workflow("lsvos2023")
     assert (
         tiny.stages[1:] == real.stages
         and tiny.parameters["scales"] == [0.8, 1.0, 1.2]
@@ -702,7 +704,7 @@ def test_the_published_rules():
 )
 def test_extends_what_is_not_there(recipe, words):
     with pytest.raises(Problem, match=words):
-        load_recipe(recipe)
+        load_workflow(recipe)
 
 
 def test_a_recipe_that_extends_itself(tmp_path):
@@ -711,7 +713,7 @@ def test_a_recipe_that_extends_itself(tmp_path):
             yaml.safe_dump({"name": a, "extends": str(tmp_path / f"{b}.yaml")})
         )
     with pytest.raises(Problem, match="extends itself"):
-        load_recipe(tmp_path / "a.yaml")
+        load_workflow(tmp_path / "a.yaml")
 
 
 def test_given_results_stand_for_a_model(shapes, tmp_path):
@@ -731,7 +733,7 @@ def test_given_results_stand_for_a_model(shapes, tmp_path):
     }
     found = states("lsvos2022", made)
     assert found["keys-swin_l"] == "to do"
-    ends = run(
+    ends = run_workflow(
         "lsvos2022",
         made,
         only=["referformer_ft", "video_swin_b", "keys-referformer_ft", "keys-video_swin_b"],

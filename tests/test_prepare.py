@@ -12,18 +12,18 @@ from helpers import spoil
 
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
-from rvos_nb.data.check import check
+from rvos_nb.data.check import check_dataset
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.prepare import JHMDB_SEED, draw_jhmdb, prepare
-from rvos_nb.data.prepare_videos import DAVIS_TEXTS, Work
-from rvos_nb.data.refshapes import LAYOUTS, write
+from rvos_nb.data.prepare_videos import DAVIS_TEXTS, Conversion
+from rvos_nb.data.refshapes import LAYOUT_SPLITS, write
 from rvos_nb.data.samples import JHMDB_LISTS
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    for layout, splits in LAYOUTS.items():
+    for layout, splits in LAYOUT_SPLITS.items():
         for split in splits:
             write(root / layout, split, "easy", 2, seed=8, frames=3, size=(48, 72), layout=layout)
     return root
@@ -40,7 +40,7 @@ def command(root, capsys, *argv):
     return end.value.code, capsys.readouterr()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_SPLITS)
 def test_whole_trees(whole, capsys, layout):
     code, said = command(whole / layout, capsys)
     assert (
@@ -49,8 +49,8 @@ def test_whole_trees(whole, capsys, layout):
         and "all is there" in said.out
         and said.err == ""
     )
-    survey = check(whole / layout)
-    assert len(survey.counts) == len(LAYOUTS[layout]) and all(
+    survey = check_dataset(whole / layout)
+    assert len(survey.counts) == len(LAYOUT_SPLITS[layout]) and all(
         n["videos"] == 2 and min(n.values()) > 0 for n in survey.counts.values()
     )
 
@@ -116,9 +116,9 @@ def test_faults_of_the_lists_are_told(tree, capsys):
     assert code == 1 and "train: 1 missing or odd" in said.out and "easy-00000/0" in said.out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_SPLITS)
 def test_what_is_opened_is_counted(whole, layout):
-    survey = check(whole / layout)
+    survey = check_dataset(whole / layout)
     for split, found in survey.counts.items():
         assert survey.opened[split]["masks"] == found["masks"] and survey.opened[split][
             "frames"
@@ -263,7 +263,9 @@ def test_both_versions_of_mevis_are_known(tree):
         }
         path.write_text(json.dumps(listing))
         told = [
-            why for split, _, why in check(root).odd if split == "valid_u" and "expressions" in why
+            why
+            for split, _, why in check_dataset(root).faults
+            if split == "valid_u" and "expressions" in why
         ]
         assert (not told) == right and all("793 or 907" in why for why in told)
 
@@ -274,7 +276,7 @@ def test_originals_are_pointed_to_their_conversion(tmp_path, capsys):
     assert code == 1 and "rvos data prepare ref-davis17" in said.err
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_SPLITS)
 def test_fuzzed_lists_give_lines_and_no_tracebacks(whole, layout, tmp_path):
     "Replace one value of a list at a time by something odd; all else is linked."
     rng, root = np.random.default_rng(1), tmp_path / layout
@@ -290,11 +292,13 @@ def test_fuzzed_lists_give_lines_and_no_tracebacks(whole, layout, tmp_path):
         spoil(spoilt, rng, 0.2)
         here.unlink()
         here.write_text(json.dumps(spoilt))
-        survey = check(root, layout)
-        assert survey.table() and all("\n" not in why and len(why) < 2000 for *_, why in survey.odd)
+        survey = check_dataset(root, layout)
+        assert survey.table() and all(
+            "\n" not in why and len(why) < 2000 for *_, why in survey.faults
+        )
         here.unlink()
         os.link(path, here)
-    assert check(root, layout).odd == []
+    assert check_dataset(root, layout).faults == []
 
 
 # conversions
@@ -424,7 +428,10 @@ def test_davis_categories(davis, capsys):
                 for v in videos[:2]
             }
         }
-    assert check(root).layout == "ref-davis17" and "meta.json" not in check(root).table()
+    assert (
+        check_dataset(root).layout == "ref-davis17"
+        and "meta.json" not in check_dataset(root).table()
+    )
     for text in (
         '{"half',
         "[]",
@@ -538,7 +545,7 @@ def test_refcoco_from_the_toolkit(tree, whole, capsys):
             and [(e.id, e.text, e.video) for e in ours] == [(e.id, e.text, e.video) for e in theirs]
             and all((ours.masks(a) == theirs.masks(b)).all() for a, b in zip(ours, theirs))
         )
-    assert check(root).odd == []
+    assert check_dataset(root).faults == []
 
 
 def test_refcoco_entries_that_are_odd(tree, capsys):
@@ -574,7 +581,7 @@ def test_refcoco_entries_that_are_odd(tree, capsys):
         and "again" in said.out
         and said.err == ""
     )
-    assert check(root).odd == []  # each sentence that was written has its mask
+    assert check_dataset(root).faults == []  # each sentence that was written has its mask
 
 
 class Calls:
@@ -696,7 +703,7 @@ def test_a2d_rows_that_are_odd_cost_themselves(tree, capsys, row):
     again = {n: json.loads((root / n).read_text()) for n in lists}
     assert (
         all(sorted(map(str, again[n])) == sorted(map(str, lists[n])) for n in lists)
-        and check(root).odd == []
+        and check_dataset(root).faults == []
     )
 
 
@@ -723,7 +730,7 @@ def test_a2d_originals_that_are_odd(tree, capsys):
         code == 1
         and said.out.count("left out: ") == 4
         and all(w in said.out for w in ("no annotated frame", "00001.h5", "line 5", "line 6"))
-        and check(root).odd == []
+        and check_dataset(root).faults == []
     )
     (root / A2D).write_text("video_id,instance_id,query\n")
     [(root / n).unlink() for n in lists]
@@ -798,7 +805,7 @@ def test_jhmdb_from_the_archive(tree, capsys):
         and 0 <= asked[0] <= asked[-1] < 25
         and all(data.masks(e).all() for e in data)
     )
-    assert check(root).odd == [] and check(root).counts["test"] == {
+    assert check_dataset(root).faults == [] and check_dataset(root).counts["test"] == {
         "videos": 2,
         "expressions": 4,
         "frames": 26,
@@ -811,18 +818,18 @@ def test_the_draw_of_jhmdb_depends_on_names_only(tree):
     texts = jhmdb(root)
     longer(root, "test-easy-00000", 40, 40)
     longer(root, "test-easy-00001", 40, 40)
-    one = draw_jhmdb(root, Work())
+    one = draw_jhmdb(root, Conversion())
     (root / "jhmdb_annotation.txt").write_text(
         "video_id,query\n" + "\n".join(f"{v},{t}" for v, t in reversed(texts.items()))
     )
-    two = draw_jhmdb(root, Work())
+    two = draw_jhmdb(root, Conversion())
     assert (
         one != two
         and sorted(one) == sorted(two)
         and [r[1] for r in one[:3]] != [r[1].replace("00001/", "00000/") for r in one[3:]]
     )
     (root / "jhmdb_annotation.txt").write_text("video_id,query\ntest-easy-00001,another\n")
-    assert [r[:4] for r in draw_jhmdb(root, Work())] == [
+    assert [r[:4] for r in draw_jhmdb(root, Conversion())] == [
         r[:4] for r in one if r[0] == "test-easy-00001"
     ]
 
@@ -949,20 +956,20 @@ def test_ytvos_with_faults_is_not_written(tree, capsys):
 
 def test_annotations_that_are_missing_are_named(tree):
     root = tree("ref-youtube-vos")
-    assert check(root).counts["train"]["masks"] == 6
+    assert check_dataset(root).counts["train"]["masks"] == 6
     shutil.rmtree(root / "train/Annotations/easy-00000")
-    survey = check(root)
+    survey = check_dataset(root)
     assert (
         survey.counts["train"]["masks"] == 3
-        and [(s, u) for s, u, _ in survey.odd] == [("train", "easy-00000")]
-        and "3 of 3 masks missing: 00000, 00005, 00010" in survey.odd[0][2]
+        and [(s, u) for s, u, _ in survey.faults] == [("train", "easy-00000")]
+        and "3 of 3 masks missing: 00000, 00005, 00010" in survey.faults[0][2]
     )
     path = root / "meta_expressions/train/meta_expressions.json"
     listing = json.loads(path.read_text())
     for e in listing["videos"]["easy-00000"]["expressions"].values():
         del e["obj_id"]
     path.write_text(json.dumps(listing))
-    assert check(root).odd == []  # the answer is hidden
+    assert check_dataset(root).faults == []  # the answer is hidden
 
 
 def test_unknown_names(tmp_path):

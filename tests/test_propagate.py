@@ -19,7 +19,8 @@ from rvos_nb.evaluate import evaluate_vos
 from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json
 from rvos_nb.models import zoo
-from rvos_nb.propagate import How, propagate, propagate_clip, propagate_vos, walk
+from rvos_nb.propagate import propagate
+from rvos_nb.propagation import propagate_clip, propagate_vos, walk
 from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 from rvos_nb.vos.memory import AOTPropagator
 from rvos_nb.vos.propagator import AugmentedPropagator, Propagator, Track, walk_tracks
@@ -313,7 +314,12 @@ def test_together_is_one_by_one(root, options):
     for most in (1, 3, 99):
         Eye.seen = 0
         assert not propagate(
-            root / "data", root / "run", root / f"out-{most}", model, together=most, **options
+            root / "data",
+            root / "run",
+            root / f"out-{most}",
+            model,
+            sentences_at_once=most,
+            **options,
         ).failed
         seen[most] = Eye.seen
     assert tree(root / "out-1") == tree(root / "out-3") == tree(root / "out-99")
@@ -436,7 +442,8 @@ def test_a_clip_with_any_ids(clip, tmp_path, tiny):
         {2: clip / "mask.png"},
         tmp_path,
         tiny,
-        How(max_memory_frames=2, gap=1),
+        max_memory_frames=2,
+        gap=1,
     )
     found = [
         read_labels(tmp_path / "Annotations" / "clip" / f"img{t}.png", (61, 83)) for t in range(7)
@@ -483,7 +490,7 @@ def test_a_long_film_is_read_in_pieces(clip, tmp_path, tiny, version, options):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{name}.png")
     labels = np.pad(read_labels(clip / "mask.png"), ((0, 1), (0, 1)))  # films have even sizes
     for source, out in ((film, "a"), (open_clip(tmp_path / "frames", "clip"), "b")):
-        propagate_clip(source, {41: labels}, tmp_path / out, tiny, How(version, **options))
+        propagate_clip(source, {41: labels}, tmp_path / out, tiny, version=version, **options)
     a, b = tree(tmp_path / "a" / "Annotations"), tree(tmp_path / "b" / "Annotations")
     assert len(a) == 42 and a == b
 

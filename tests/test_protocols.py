@@ -16,20 +16,20 @@ from PIL import Image
 from rvos_nb import candidates, predict
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
-from rvos_nb.data.datasets import LAYOUTS, open_dataset
+from rvos_nb.data.datasets import LAYOUT_OPENERS, open_dataset
 from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
-from rvos_nb.label_maps import merge
+from rvos_nb.label_maps import merge_annotators
 from rvos_nb.models import zoo
 from rvos_nb.models.referring import Referring
-from rvos_nb.protocols import run
+from rvos_nb.protocols import run_protocol
 from rvos_nb.single_frames import (
+    frame_window,
     query_masks,
+    read_windows,
     score_file,
     score_frames,
     score_table,
-    views,
-    window,
 )
 from rvos_nb.verify.cases import load_case
 
@@ -66,7 +66,12 @@ def files(root):
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_tells_its_layout(trees, name):
     data = open_dataset(trees[name], "")
-    assert data.layout == name and not data.faults and len(data) and data.split == LAYOUTS[name][1]
+    assert (
+        data.layout == name
+        and not data.faults
+        and len(data)
+        and data.split == LAYOUT_OPENERS[name][1]
+    )
     for e in data:
         m = data.masks(e)
         assert (
@@ -88,7 +93,7 @@ def test_davis_is_told_by_its_rule_not_only_by_its_name(trees, tmp_path):
 @pytest.mark.parametrize("name", FRAMES)
 def test_single_frames(trees, model, tmp_path, name):
     data = open_dataset(trees[name], "")
-    report, lines = run(trees[name], tmp_path / "out", model)
+    report, lines = run_protocol(trees[name], tmp_path / "out", model)
     assert not report.failed and set(report.done) == set(data.videos) and "mAP" in lines
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert len(results) == 5 * len(data) and {r["image_id"] for r in results} == {
@@ -109,7 +114,7 @@ def test_single_frames(trees, model, tmp_path, name):
 @pytest.mark.parametrize("annotators", [4, 3])
 def test_davis(model, tmp_path, annotators):
     root = write_davis(tmp_path / "davis", annotators=annotators)
-    report, lines = run(root, tmp_path / "out", model, protocol="davis", clip_length=2)
+    report, lines = run_protocol(root, tmp_path / "out", model, protocol="davis", clip_length=2)
     data = open_dataset(root)
     assert not report.failed and lines.count("anno_") == annotators and "mean" in lines
     for v in data.videos:
@@ -147,14 +152,14 @@ def test_merging_a_run_without_candidates(trees, tmp_path):
     victim = tmp_path / f"run/Annotations/{e.video}/{e.id}/00002.png"
     spare = victim.read_bytes()
     victim.unlink()
-    report = merge(data, tmp_path / "run", tmp_path / "out")
+    report = merge_annotators(data, tmp_path / "run", tmp_path / "out")
     assert (
         list(report.failed) == [e.video]
         and "00002.png" in report.failed[e.video]
         and not (tmp_path / f"out/anno_3/{e.video}").exists()
     )
     victim.write_bytes(spare)
-    assert merge(data, tmp_path / "run", tmp_path / "out").done == [e.video]
+    assert merge_annotators(data, tmp_path / "run", tmp_path / "out").done == [e.video]
     assert (
         read_labels(tmp_path / f"out/anno_3/{e.video}/00002.png") == data.labels(e.video)[2]
     ).all()
@@ -217,7 +222,7 @@ def test_films_and_frames_that_are_not_there(tree, model, tmp_path):
         [5, "test-easy-00001", 1, 1],
     ]
     edit(rows, lambda found: found + odd)
-    report, lines = run(root, tmp_path / "out", model)
+    report, lines = run_protocol(root, tmp_path / "out", model)
     assert (
         report.done == ["test-easy-00001"]
         and "test-easy-00001/f_99_i_1" in report.failed
@@ -232,7 +237,7 @@ def test_a_film_cut_short(tree, model, tmp_path):
     root = tree("a2d-sentences")
     film = root / "Release/clips320H/test-easy-00000.mp4"
     film.write_bytes(film.read_bytes()[:600])
-    report, _ = run(root, tmp_path / "out", model)
+    report, _ = run_protocol(root, tmp_path / "out", model)
     assert (
         "test-easy-00000" in report.failed
         and report.done == ["test-easy-00001"]
@@ -245,7 +250,7 @@ def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     shutil.rmtree(root / "Rename_Images/easy/test-easy-00000")
     (root / "puppet_mask/easy/test-easy-00001/puppet_mask.mat").write_bytes(b"no Matlab file")
     with pytest.raises(Problem, match=r"puppet_mask\.mat"):
-        run(root, tmp_path / "out", model)
+        run_protocol(root, tmp_path / "out", model)
     assert sorted(p.name for p in (tmp_path / "out/results").iterdir()) == ["test-easy-00001.json"]
     root = tree("refcoco")
     min((root / "train2014").iterdir()).unlink()
@@ -259,7 +264,7 @@ def test_jhmdb_and_refcoco_name_what_is_missing(tree, model, tmp_path):
     edit(listing, change)
     data = open_dataset(root, "val")
     assert len(data.faults) == 3 and sum("no such file" in why for why in data.faults.values()) == 1
-    report, lines = run(root, tmp_path / "out2", model)
+    report, lines = run_protocol(root, tmp_path / "out2", model)
     assert "left out of the mean" in lines and len(report.failed) == 3
 
 
@@ -509,7 +514,7 @@ def test_a_model_that_gives_one_answer_only(trees, tmp_path):
         def refer(self):
             pass
 
-    report, lines = run(trees["refcoco"], tmp_path / "out", One())
+    report, lines = run_protocol(trees["refcoco"], tmp_path / "out", One())
     assert (
         not report.done
         and all("one answer only" in why for why in report.failed.values())
@@ -525,7 +530,7 @@ def test_windows(seed):
     rng = np.random.default_rng(seed)
     frames, length = int(rng.integers(1, 12)), int(rng.integers(1, 9))
     at = int(rng.integers(frames))
-    around, place = window(frames, at, length)
+    around, place = frame_window(frames, at, length)
     wanted = sorted(
         min(max(i, 0), frames - 1) for i in range(at - length // 2, at - length // 2 + length)
     )
@@ -546,7 +551,7 @@ def test_frames_of_a_video_are_read_once(trees, monkeypatch):
     monkeypatch.setattr(single_frames, "read_video", counted)
     asked = [
         ([e.frame for e in es], len(frames), at)
-        for es, frames, at in views(data, "test-easy-00000", 3)
+        for es, frames, at in read_windows(data, "test-easy-00000", 3)
     ]
     assert [(a[0][0], a[1], a[2]) for a in asked] == [(0, 3, 0), (3, 3, 1), (5, 3, 1)] and all(
         len(set(a[0])) == 1 for a in asked
@@ -589,7 +594,7 @@ LISTS = {
 @pytest.mark.parametrize("layout", LISTS)
 def test_an_overlong_sentence_costs_itself_only(layout, tmp_path):
     root = TREES[layout](tmp_path / "data")
-    before = run(root, tmp_path / "all", layout=layout)[0]
+    before = run_protocol(root, tmp_path / "all", layout=layout)[0]
     assert not before.failed
     listing = json.loads((root / LISTS[layout]).read_text())
     if layout == "a2d-sentences":
@@ -597,7 +602,7 @@ def test_an_overlong_sentence_costs_itself_only(layout, tmp_path):
     else:
         listing["videos"]["easy-00000"]["expressions"]["1"]["exp"] += " and so on" * 40
     (root / LISTS[layout]).write_text(json.dumps(listing))
-    report, scores = run(root, tmp_path / "rest", layout=layout)
+    report, scores = run_protocol(root, tmp_path / "rest", layout=layout)
     [(unit, why)] = report.failed.items()
     assert (
         report.done == before.done
@@ -725,7 +730,7 @@ def die(p):
     if len(seen) > 3: os.kill(os.getpid(), signal.SIGKILL)
     flush(p)
 files._flush = die
-protocols.run(sys.argv[1], out, Toy())[0].check()
+protocols.run_protocol(sys.argv[1], out, Toy())[0].check()
 """
 
 
@@ -749,7 +754,7 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
     root = tree("ref-davis17")
     for p in (root / "valid/JPEGImages").rglob("*.jpg"):
         p.write_bytes(b"")
-    report, lines = run(root, tmp_path / "out", Bright())
+    report, lines = run_protocol(root, tmp_path / "out", Bright())
     assert (
         set(report.failed) == {"easy-00000", "easy-00001"}
         and lines == ""
@@ -763,7 +768,7 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
     edit(root / "meta_expressions/valid/meta_expressions.json", add_odd_names)
     shutil.rmtree(root / "valid/JPEGImages")
     shutil.copytree(write_davis(tmp_path / "again") / "valid/JPEGImages", root / "valid/JPEGImages")
-    report, lines = run(root, tmp_path / "out", Bright())
+    report, lines = run_protocol(root, tmp_path / "out", Bright())
     assert (
         report.done == ["easy-00000", "easy-00001"]
         and "'first'" in report.failed["easy-00000"]

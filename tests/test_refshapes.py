@@ -9,11 +9,11 @@ import pytest
 from rvos_nb.core import Problem
 from rvos_nb.data.refshapes import video_seed, write
 from rvos_nb.data.scenes import WORDS, Judge, holds, scene
-from rvos_nb.data.shapes import COLOURS, KINDS, LEVELS
+from rvos_nb.data.shapes import COLOURS, LEVEL_SETTINGS, SENTENCE_KINDS
 from rvos_nb.files import read_json
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVEL_SETTINGS)
 @pytest.mark.parametrize(
     "frames,size",
     [
@@ -30,7 +30,7 @@ def test_every_sentence_is_true_of_its_object_only(level, frames, size):
     for seed in range(1000, 1020):
         s = scene(seed, level, frames, size)
         judge, n = Judge(s), len(s.facts)
-        assert LEVELS[level].count[0] <= n <= LEVELS[level].count[1]
+        assert LEVEL_SETTINGS[level].count[0] <= n <= LEVEL_SETTINGS[level].count[1]
         assert [e.object_id for e in s.expressions] == [k // 2 + 1 for k in range(2 * n)]
         for a, b in zip(s.expressions[::2], s.expressions[1::2]):
             assert a.text.split()[1:] != b.text.split()[1:]
@@ -41,8 +41,8 @@ def test_every_sentence_is_true_of_its_object_only(level, frames, size):
             assert set(e.text.split()) <= set(WORDS)
             kinds.add(e.kind)
     assert kinds == {
-        k for k in LEVELS[level].kinds if k != "motion" or frames >= 3
-    } and kinds <= set(KINDS)
+        k for k in LEVEL_SETTINGS[level].kinds if k != "motion" or frames >= 3
+    } and kinds <= set(SENTENCE_KINDS)
 
 
 def test_the_judge_can_say_no():

@@ -188,7 +188,7 @@ def test_corrections_and_late_objects(kind, trackers):
 
 
 def test_walk_in_both_directions(trackers):
-    from rvos_nb.propagate import walk
+    from rvos_nb.propagation import walk
 
     tracker = trackers["sam2.1"]
     found = dict(walk(tracker, FRAMES[3:], FRAMES[3::-1], 3, LABELS[3]))
@@ -248,7 +248,7 @@ def test_bad_calls(trackers):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders(kind, trackers, tmp_path):
-    from rvos_nb.propagate import make_propagator
+    from rvos_nb.propagation import make_propagator
 
     tracker = trackers[kind]
     tracker.model.save_pretrained(tmp_path)

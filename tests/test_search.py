@@ -10,15 +10,15 @@ import pytest
 
 from rvos_nb.ballots import (
     Setting,
-    counted,
-    fused,
-    groups,
+    fuse_settings,
+    group_ballots,
+    group_video,
+    is_pixelwise,
     measure,
     open_ballots,
-    pairing,
     read_ballots,
-    regions,
-    usual,
+    region_similarity,
+    usual_group_size,
 )
 from rvos_nb.candidates import save_candidates
 from rvos_nb.core import Problem
@@ -28,9 +28,9 @@ from rvos_nb.data.index import NoTruth
 from rvos_nb.data.masks import write_tree
 from rvos_nb.evaluate import evaluate
 from rvos_nb.files import read_json
-from rvos_nb.fuse import Rule, fuse, sureness
+from rvos_nb.fuse import Rule, fuse, member_confidence
 from rvos_nb.metrics import jaccard
-from rvos_nb.search import as_dict, deal, given, search, table
+from rvos_nb.search import deal_folds, search, search_record, search_table, start_setting
 from rvos_nb.study import disagreement, leave_one_out, study
 
 SIZE = (48, 72)
@@ -101,21 +101,21 @@ def plainly(b, setting, video):
     "A video fused by the rule itself, pixel by pixel, as the stage does it."
     frames, kept, rule = (
         b.data.videos[video].frames,
-        setting.kept,
-        setting.made(usual(b, setting.rule)),
+        setting.voters,
+        setting.rule_for(usual_group_size(b, setting.rule)),
     )
 
     def opinion(m, e):
         return b.members[kept[m]].opinion(video, e, frames, rule.mode, SIZE)
 
     def sure(m, e):
-        return sureness([b.members[k].scores(video, e, frames) for k in kept])[m]
+        return member_confidence([b.members[k].scores(video, e, frames) for k in kept])[m]
 
     return {
         tuple(g): mask
         for g, mask in rule.fuse(
             opinion,
-            pairing(b.data, video, rule.groups, lambda e: opinion(0, e) > 0.5),
+            group_video(b.data, video, rule.groups, lambda e: opinion(0, e) > 0.5),
             len(kept),
             sure,
         )
@@ -154,7 +154,7 @@ def test_patterns_decide_exactly_as_pixels(data, members):
     several = [drawn(rng, members) for _ in range(40)]
     for video in v[:2]:
         found = {}
-        for who, group, mask in fused(b, video, several):
+        for who, group, mask in fuse_settings(b, video, several):
             for s in who:
                 found.setdefault(s, {})[tuple(group)] = mask
         for s in several:
@@ -163,10 +163,10 @@ def test_patterns_decide_exactly_as_pixels(data, members):
             for group, mask in want.items():
                 assert (found[s][group] == mask).all(), (s, group)
     scored = measure(b, several)
-    for s in filter(lambda s: counted(s.rule), several):
-        j = regions(b, s)
+    for s in filter(lambda s: is_pixelwise(s.rule), several):
+        j = region_similarity(b, s)
         assert np.allclose(j, scored[s][:, 0], rtol=0, atol=1e-12)
-        e = b.asked[0]
+        e = b.expressions[0]
         mask = next(m for g, m in plainly(b, s, e.video).items() if e.id in g)
         assert j[0] == pytest.approx(jaccard(data.masks(e), mask).mean(), abs=1e-15)
 
@@ -184,12 +184,12 @@ def test_a_last_group_of_one_and_an_unusable_expression(tmp_path):
     data = open_dataset(tmp_path / "data")
     v = next(iter(data.videos))
     b = ballots_of(tmp_path / "data", [noisy(data, m) for m in range(4)])
-    assert [f.split("/")[1] for f in b.faults] == ["0"] and groups(b, Setting((1,) * 4))[v][0] == [
-        "1"
-    ]
+    assert [f.split("/")[1] for f in b.faults] == ["0"] and group_ballots(b, Setting((1,) * 4))[v][
+        0
+    ] == ["1"]
     for leftover in ("majority", "first", 3.0):
         s = Setting((1,) * 4, rule=Rule(leftover=leftover))
-        for _, group, mask in fused(b, v, [s]):
+        for _, group, mask in fuse_settings(b, v, [s]):
             assert (mask == plainly(b, s, v)[tuple(group)]).all()
 
 
@@ -212,16 +212,16 @@ def test_the_enemy_is_silenced_and_the_gain_is_clear(ballots):
         and all(s.weights[4] == 0 for s in [*found.chosen, found.setting])
         and found.gain().low > 0
     )
-    assert table(search(ballots)) == table(found) and json.dumps(
-        as_dict(search(ballots))
-    ) == json.dumps(as_dict(found))
+    assert search_table(search(ballots)) == search_table(found) and json.dumps(
+        search_record(search(ballots))
+    ) == json.dumps(search_record(found))
 
 
 def test_every_video_is_scored_by_a_setting_that_never_saw_it(data, ballots):
     """In the videos of one fold the best member becomes an enemy:
     what is chosen for that fold stays, what is chosen for others does not."""
     found, videos = search(ballots), ballots.videos()[0]
-    fold = dict(zip(videos, deal(videos, 5)))
+    fold = dict(zip(videos, deal_folds(videos, 5)))
 
     def poison(m, k):
         return lambda v, i: ~m.says(v, i) if fold[v] == k else m.says(v, i)
@@ -262,7 +262,7 @@ def test_luck_is_not_called_a_gain(data):
             Setting((1,) * 5, rule=Rule(groups="objects")),
         )
         gains.append(found.gain().mean)
-        assert not found.clear, table(found)
+        assert not found.clear, search_table(found)
     assert abs(np.mean(gains)) < 2 * np.std(gains, ddof=1) / 6**0.5
 
 
@@ -346,7 +346,7 @@ def test_leave_one_out_and_likeness(data):
             data.root, [x for i, x in enumerate([good, one, two, copy, enemy]) if i != m]
         )
         assert row.without == pytest.approx(
-            measure(rest, [given(rest)])[given(rest)].mean()
+            measure(rest, [start_setting(rest)])[start_setting(rest)].mean()
         ) and row.worth.mean == pytest.approx(whole - row.without)
     assert rows[1].alone == rows[3].alone and rows[4].worth.high < 0
     alike = disagreement(b).alike
@@ -368,7 +368,7 @@ def test_too_few_videos(data, ballots):
     assert (
         found.warnings
         and not found.clear
-        and table(found).startswith("warning: 3 videos are too few")
+        and search_table(found).startswith("warning: 3 videos are too few")
         and len(found.chosen) == 3
     )
     with pytest.raises(Problem, match="folds"):
@@ -387,7 +387,9 @@ def test_bad_input(data, tmp_path):
     b = ballots_of(tmp_path / "mevis", [noisy(mevis, m) for m in range(2)], "valid_u")
     with pytest.raises(Problem, match="MeViS"):
         search(b)
-    assert {s.rule.groups for s in search(b, given(b, groups="none"), folds=2).chosen} == {"none"}
+    assert {s.rule.groups for s in search(b, start_setting(b, groups="none"), folds=2).chosen} == {
+        "none"
+    }
     refshapes.write(
         tmp_path / "a2d",
         "test",

@@ -16,7 +16,7 @@ from rvos_nb import files
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.video import open_clip
-from rvos_nb.keyframe import choose
+from rvos_nb.keyframe import choose_key_frames
 from rvos_nb.predict import predict, predict_clip
 from rvos_nb.propagate import propagate
 from rvos_nb.stage import StageFailed
@@ -177,7 +177,7 @@ def test_a_video_without_a_usable_sentence_fails_once(data, tmp_path):
 def test_results_of_another_run_are_not_taken_for_done(clean, tmp_path):
     for name in ("a", "b"):
         predict(clean, tmp_path / name, short_side=0 if name == "a" else 64).check()
-        choose(tmp_path / name)
+        choose_key_frames(tmp_path / name)
     propagate(clean, tmp_path / "a", tmp_path / "out").check()
     assert len(propagate(clean, tmp_path / "a", tmp_path / "out").skipped)
     with pytest.raises(Problem, match="masks"):
@@ -220,7 +220,7 @@ def test_killed_and_run_again(clean, tmp_path, stage):
     data, pred = str(clean), str(tmp_path / "pred")
     if stage != "predict":
         predict(data, pred).check()
-        choose(pred)
+        choose_key_frames(pred)
 
     def code(out):
         return RUNS[stage].format(data=data, pred=pred, out=str(tmp_path / out))

@@ -342,7 +342,7 @@ def test_sequences_of_odd_footage(seed, tmp_path):
     from PIL import Image
 
     from rvos_nb.data.masks import write_labels
-    from rvos_nb.data.sequences import Films, Stills
+    from rvos_nb.data.sequences import FilmStage, StillStage
 
     rng = np.random.default_rng(seed)
     for v in range(2):
@@ -362,8 +362,8 @@ def test_sequences_of_odd_footage(seed, tmp_path):
             write_labels(tmp_path / f"Annotations/{v}/{t}.png", labels)
     size, limit = [tuple(int(x) for x in rng.integers(33, 70, 2)), int(rng.integers(1, 6))]
     for stage in (
-        Stills(1, [str(tmp_path)], clips=3, size=size, objects=limit, look="v2"),
-        Films(
+        StillStage(1, [str(tmp_path)], clips=3, size=size, objects=limit, look="v2"),
+        FilmStage(
             1,
             [{"folder": str(tmp_path), "repeat": 1, "gap": 5}],
             clips=3,
@@ -392,7 +392,7 @@ def test_sequences_of_odd_footage(seed, tmp_path):
 
 
 def test_damaged_training_pictures_are_named(tmp_path):
-    from rvos_nb.data.sequences import Stills
+    from rvos_nb.data.sequences import StillStage
 
     write_footage(tmp_path)
     broken = tmp_path / "pictures/1.jpg"
@@ -401,7 +401,7 @@ def test_damaged_training_pictures_are_named(tmp_path):
         for ext in ("jpg", "png"):
             (tmp_path / f"pictures/{name}.{ext}").unlink()
     with pytest.raises(Problem, match=r"1\.jpg"):
-        Stills(1, [str(tmp_path / "pictures")], size=(32, 48)).batch(0, 0)
+        StillStage(1, [str(tmp_path / "pictures")], size=(32, 48)).batch(0, 0)
 
 
 def test_training_without_its_data_says_what_is_missing(tmp_path):
@@ -435,11 +435,13 @@ def test_resume_equals_undisturbed(recipe, tmp_path):
 
 
 def test_workers_change_nothing():
-    from rvos_nb.data.clips import Draw, Stream
+    from rvos_nb.data.clips import SceneStage, Stream
     from rvos_nb.train.loop import draw_batches
 
     stream = Stream(
-        "refer", 3, [Draw(3, clips=2, size=(32, 48)), Draw(2, frames=2, clips=1, size=(32, 48))]
+        "refer",
+        3,
+        [SceneStage(3, clips=2, size=(32, 48)), SceneStage(2, frames=2, clips=1, size=(32, 48))],
     )
     here, there = list(draw_batches(stream, 1)), list(draw_batches(stream, 1, workers=1))
     assert len(here) == len(there) == 4

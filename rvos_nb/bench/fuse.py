@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 
 from ..benchmarks import Figure, peak_memory, seconds
-from ..candidates import full_masks, full_size, save_candidates
+from ..candidates import draw_masks, resize_logits, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
-from ..files import read_json, whole_folder, write_json
+from ..files import read_json, replace_folder, write_json
 from ..fuse import fuse
-from ..members import foreground, levels, votes
+from ..members import draw_votes, foreground, quantise
 
 # %% ../../nbs/10d_bench.fuse.ipynb #a71774de
 CLIP_SIZE = 360, 640  # (H, W)
@@ -117,11 +117,11 @@ def write_members(
                 np.zeros((frames, 4)),
                 {"kind": "logit", "size": list(size), "model": "made up", "frames": names},
             )
-            with whole_folder(run / "Annotations" / listed[v] / str(e)) as folder:
-                write_tree(folder, names, full_masks(small, size))
+            with replace_folder(run / "Annotations" / listed[v] / str(e)) as folder:
+                write_tree(folder, names, draw_masks(small, size))
             if shards:
                 shard.setdefault(listed[v], {})[str(e)] = {
-                    "mask_logits": torch.from_numpy(full_size(small, size)),
+                    "mask_logits": torch.from_numpy(resize_logits(small, size)),
                     "class_info": scores.tolist(),
                 }
         for i in range(4, videos):
@@ -412,7 +412,7 @@ def store_forms(
     size: tuple[int, int],  # (H, W) of the frames
 ) -> dict[str, tuple[Callable, Callable]]:  # name -> () -> bytes, and bytes -> (H, W) bool
     "How to write and to read one mask in every form."
-    full, mask = full_size(x[None], size)[0], votes(x[None], size)[0]
+    full, mask = resize_logits(x[None], size)[0], draw_votes(x[None], size)[0]
 
     def array(b, kind, shape):
         return np.frombuffer(b, kind).reshape(shape)
@@ -435,7 +435,7 @@ def store_forms(
             lambda b: foreground(array(b, np.float16, size).astype(np.float32), "logit"),
         ),
         "8-bit probability": (
-            lambda: levels(full, "logit").tobytes(),
+            lambda: quantise(full, "logit").tobytes(),
             lambda b: array(b, np.uint8, size) >= 128,
         ),
         "packed bits": (lambda: np.packbits(mask).tobytes(), bits),
@@ -451,11 +451,11 @@ def store_forms(
         ),
         "float32, model size": (
             x.tobytes,
-            lambda b: votes(array(b, np.float32, (1, *x.shape)), size)[0],
+            lambda b: draw_votes(array(b, np.float32, (1, *x.shape)), size)[0],
         ),
         "float16, model size": (
             lambda: x.astype(np.float16).tobytes(),
-            lambda b: votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0],
+            lambda b: draw_votes(array(b, np.float16, (1, *x.shape)).astype(np.float32), size)[0],
         ),
     }
 
@@ -468,7 +468,7 @@ def store_figures(
     clip, rows = member_logits(0, 0, 0, frames, CLIP_SIZE), {}
     with tempfile.TemporaryDirectory(prefix="rvos-bench-") as folder:
         for x in clip:
-            true, path = full_masks(x[None], size)[0], Path(folder) / "mask"
+            true, path = draw_masks(x[None], size)[0], Path(folder) / "mask"
             for name, (write, read) in store_forms(x, size).items():
                 start = time.process_time()
                 path.write_bytes(write())
@@ -524,7 +524,7 @@ def exactness_figures(frames: int = 2000) -> list[Figure]:
         full = torch.nn.functional.interpolate(
             torch.from_numpy(x)[None], size=size, mode="bilinear", align_corners=False
         )[0]
-        wrong += int((votes(x, size) != (full.sigmoid() > 0.5).numpy()).sum())
+        wrong += int((draw_votes(x, size) != (full.sigmoid() > 0.5).numpy()).sum())
     return [Figure("fuse.exact", wrong, 0, f" pixels of {frames} frames")]
 
 # %% ../../nbs/10d_bench.fuse.ipynb #260ef743

@@ -27,9 +27,9 @@ from ..benchmarks import Figure, in_turn, peak_memory, seconds
 from ..data import refshapes
 from ..data.datasets import open_dataset
 from ..data.masks import read_mask, rle_encode, write_tree
-from ..data.videos import annotation_spans
+from ..data.videos import index_annotations
 from ..evaluate import evaluate
-from ..files import whole_folder, write_json
+from ..files import replace_folder, write_json
 from ..metrics import j_and_f
 
 # %% ../../nbs/10c_bench.metrics.ipynb #bad528c9
@@ -158,7 +158,7 @@ def write_copies(
     listing.write_text(json.dumps(found))
     written = open_dataset(data, "valid")
     for e in written.expressions[first]:
-        with whole_folder(run / first / e.id) as folder:
+        with replace_folder(run / first / e.id) as folder:
             write_tree(folder, about["frames"], np.roll(written.masks(e), 6, 2))
     folders = [data / "valid" / "JPEGImages", data / "valid" / "Annotations", run]
     for name in (f"copy-{n:03d}" for n in range(1, videos)):
@@ -345,7 +345,7 @@ def write_mask_dict(
 def _ask(root: Path) -> int:  # pixels of the first and the last sentence's masks
     "Open the split and its file of masks, and read two sentences' masks."
     data = open_dataset(root, "valid_u")
-    annotation_spans(data.union.path)
+    index_annotations(data.union.path)
     asked = list(data)
     return sum(int(data.masks(e).sum()) for e in (asked[0], asked[-1]))
 
@@ -364,7 +364,7 @@ def mevis_figures(megabytes: int = 300) -> list[Figure]:
         peak, spent, found = peak_memory(partial(_ask_annotations, root)) / 2**20, [], []
         for _ in range(2):
             start = time.perf_counter()
-            found.append(len(annotation_spans(path)))
+            found.append(len(index_annotations(path)))
             spent.append(time.perf_counter() - start)
         print(
             f"mask_dict.json of {path.stat().st_size / 1e6:.0f} MB: "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import Problem
-from ..files import whole_folder
+from ..files import replace_folder
 from . import zoo
 from .backbones import recognise_backbone
 from .family import all_facts, available_families, find_family, recognise_family
@@ -265,6 +265,6 @@ def convert(
     dropped = dict(published.dropped)
     if twice := [n for n in published.tensors if n in aliases]:
         dropped["second names of tensors that are kept once"] = twice
-    with whole_folder(out) as tmp:
+    with replace_folder(out) as tmp:
         zoo.write_files(tmp, about, {n: published.tensors[n].float() for n in wanted}, words)
     return Converted(out, found, sum(t.numel() for t in wanted.values()), dropped)

@@ -104,11 +104,13 @@ def refusal(path: Path, error: Exception) -> Problem:
         r"GLOBAL (\S+)|whose module (\S+) is blocked|unrecognized function (.+?)( which|$)", text
     )
     if name:
+        wanted = next(n for n in name.groups() if n)[:60]
         return Problem(
             path,
-            f"a file that wants to run code: it asks for {next(n for n in name.groups() if n)[:60]}",
+            f"a file that wants to run code: it asks for {wanted}",
             "a checkpoint of tensors and plain values",
-            "do not load it elsewhere either, unless you know who wrote it; its authors can save the tensors alone",
+            "do not load it elsewhere either, unless you know who wrote it; its authors can save "
+            "the tensors alone",
         )
     return Problem(
         path,

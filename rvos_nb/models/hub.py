@@ -7,6 +7,7 @@ __all__ = ['CARD', 'OnHub']
 
 # %% ../../nbs/03d_models.hub.ipynb #0c1c9824
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import PyTorchModelHubMixin
 
@@ -18,9 +19,10 @@ CARD = """---
 {{ card_data }}
 ---
 
-A model of `rvos_nb`, for referring video object segmentation or for carrying masks through a video. Load it with
-`rvos_nb.models.zoo.load(name, online=True)`, or give its name to `rvos predict --model` or `rvos propagate --model`. Its
-options, how it was made and what it scores stand in `config.json`.
+A model of `rvos_nb`, for referring video object segmentation or for carrying masks through a
+video. Load it with `rvos_nb.models.zoo.load(name, online=True)`, or give its name to `rvos predict
+--model` or `rvos propagate --model`. Its options, how it was made and what it scores stand in
+`config.json`.
 """
 
 
@@ -32,7 +34,7 @@ class OnHub(
 ):
     "Mix into a model of one of the zoo's families, before `nn.Module`."
 
-    card: dict = {}  # of its checkpoint: how it was made; goes along when it is saved again
+    card: ClassVar[dict] = {}  # of its checkpoint: how it was made; goes along when it is saved
     reads_sentences = False  # with a tokenizer of its own
     tokenizer = None
 

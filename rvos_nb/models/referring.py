@@ -221,7 +221,7 @@ def longest_within(
 # %% ../../nbs/03e_models.referring.ipynb #f3d1b7b2
 PRECISIONS = ("float32", "bfloat16", "float16")
 
-
+# %% ../../nbs/03e_models.referring.ipynb #df029fb0
 class SentenceModel(OnHub, Referring, nn.Module):
     """The half that users call. A family has `config`, `text_encoder` and the steps `look`,
     `listen` and `choose`."""
@@ -335,7 +335,9 @@ class QueryModel(SentenceModel):
 
     def boxes(self, decoded: TransformerOutput, layer: int) -> Tensor:
         "Boxes (B*T, Q, 4), cxcywh in [0, 1] of the padded input, of one decoder layer."
-        return refine_boxes(self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer))
+        return refine_boxes(
+            self.bbox_embed[layer](decoded.hs[layer]), decoded.references_before(layer)
+        )
 
     def masks(
         self, features: Tensor, states: Tensor, centres: Tensor, sizes: Tensor, conv=None

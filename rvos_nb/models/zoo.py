@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..core import Problem, shipped
-from ..files import read_json, whole, whole_folder, write_json
+from ..core import Problem, find_shipped
+from ..files import read_json, replace_file, replace_folder, write_json
 from .backbones import BACKBONES
 from .family import Family, all_facts, available_families, family_of, find_family
 from .text import find_model_folder, load_tokenizer
@@ -152,7 +152,7 @@ def unfilled() -> Iterator[None]:
 # %% ../../nbs/03c_models.zoo.ipynb #f135bb45
 def write_files(
     folder,  # an existing folder
-    about: dict,  # family, config (a dataclass), card, and the tokenizer's name where it does not lie beside
+    about: dict,  # family, config (a dataclass), card; the tokenizer's name, if not beside
     tensors: Mapping[str, Tensor],  # of `unique_tensors`
     tokenizer=None,  # a Hugging Face tokenizer
 ):
@@ -160,14 +160,14 @@ def write_files(
     config = json.loads(json.dumps(dataclasses.asdict(about["config"])))
     write_json(Path(folder) / "config.json", about | {"config": config})
     kept = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    with whole(Path(folder) / "model.safetensors") as tmp:
+    with replace_file(Path(folder) / "model.safetensors") as tmp:
         safetensors.torch.save_file(kept, tmp)
     if tokenizer is not None:
         tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
 
 def write_model(
-    model: nn.Module,  # of a family, with `config`, and `tokenizer` (None where it reads no sentences)
+    model: nn.Module,  # of a family, with `config` and `tokenizer` (or None)
     folder,  # an existing folder
     card: dict,  # JSON-able
 ):
@@ -182,7 +182,7 @@ def save(
     card: dict,  # how it was made and what it scores
 ):
     "Save a model as a folder that `load` reads back."
-    with whole_folder(folder) as tmp:
+    with replace_folder(folder) as tmp:
         write_model(model, tmp, card)
 
 # %% ../../nbs/03c_models.zoo.ipynb #975f5a6b
@@ -214,7 +214,7 @@ def find(
 ) -> Path:  # the folder
     """Where a checkpoint lies; Problem where nothing of that name is there, with the way to get it
     where one is known."""
-    path, home = Path(name), shipped("checkpoints")
+    path, home = Path(name), find_shipped("checkpoints")
     if (path / "config.json").is_file():
         return path
     if path.name == str(name) and (home / path / "config.json").is_file():
@@ -251,7 +251,8 @@ def where_to_get(
     "What to do for the weights of a published model."
     if row.get("weights") == "none":
         return "its authors give no weights: train it"
-    return f"download them as the README of {row['page']} says, and run: rvos convert FILE.pth {row['name']}"
+    command = f"rvos convert FILE.pth {row['name']}"
+    return f"download them as the README of {row['page']} says, and run: {command}"
 
 # %% ../../nbs/03c_models.zoo.ipynb #10a0ed04
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -305,8 +306,8 @@ def read_tokenizer(
         return load_tokenizer(name, online)
     except Problem as p:
         remedy = (
-            f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {own}, fetch it once "
-            f"with `hf download {name}`, or allow the Hub (--online, online=True)"
+            f"copy its files (vocab.json and merges.txt, or tokenizer.json) to {own}, fetch it "
+            f"once with `hf download {name}`, or allow the Hub (--online, online=True)"
         )
         found = f"its tokenizer {name!r} is not at hand"
         raise Problem(folder, found, p.expected, remedy) from p
@@ -326,7 +327,7 @@ def foreign_family(
 
 
 def load(
-    name,  # a folder, a shipped name ('referformer-tiny'), or a repository on the Hub ('user/model')
+    name,  # a folder, a shipped name ('referformer-tiny'), or 'user/model' on the Hub
     family: str | None = None,  # refuse another family
     device="cpu",
     online: bool = False,  # the Hub may be asked
@@ -375,7 +376,7 @@ def how_to_get(
 def shipped_models() -> list[dict]:
     "Checkpoints that ship: name, family, backbone, params (millions), J&F in percent on RefShapes."
     rows = []
-    for path in sorted(shipped("checkpoints").glob("*/config.json")):
+    for path in sorted(find_shipped("checkpoints").glob("*/config.json")):
         about = card(path.parent)
         with safetensors.safe_open(path.parent / "model.safetensors", "pt") as f:  # its header
             shapes = [torch.Size(f.get_slice(n).get_shape()) for n in f.keys()]  # noqa: SIM118

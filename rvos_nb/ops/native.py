@@ -26,8 +26,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import Problem, shipped
-from ..files import sweep, whole
+from ..core import Problem, find_shipped
+from ..files import replace_file, sweep_temporary
 
 # %% ../../nbs/02i_ops.native.ipynb #493eb937
 class Unavailable(RuntimeError):
@@ -190,7 +190,7 @@ def compile_library(
             + " is not on the path"
         )
     log = library.with_suffix(".log")
-    with whole(library) as tmp:
+    with replace_file(library) as tmp:
         done = subprocess.run(
             [*command, *compiler_flags(source, target), str(source), "-o", str(tmp)],
             stdin=subprocess.DEVNULL,
@@ -203,7 +203,7 @@ def compile_library(
             lines = done.stdout.strip().splitlines() or [
                 f"{command[0]} ended with {done.returncode} and said nothing"
             ]
-            with whole(log) as path:
+            with replace_file(log) as path:
                 path.write_text("\n".join([shlex.join(done.args), *lines]) + "\n")
             raise Unavailable(_explain_failure(source, lines, log))
 
@@ -224,7 +224,7 @@ def find_prebuilt(source: Path) -> Path | None:
 # %% ../../nbs/02i_ops.native.ipynb #a22607ce
 def source_file(name: str) -> Path:
     "A file of `ops/`, or a path of one's own."
-    return Path(name) if os.path.isabs(name) else shipped("kernels", name)
+    return Path(name) if os.path.isabs(name) else find_shipped("kernels", name)
 
 
 def library_state(
@@ -268,7 +268,7 @@ def _build_library(source: Path) -> Path:
         if library.exists():
             return library
         with lock_folder(folder):
-            sweep(folder)
+            sweep_temporary(folder)
             if not library.exists() and not library.with_suffix(".log").exists():
                 print(f"building {source.name} once, in {folder} ...", file=sys.stderr, flush=True)
                 compile_library(source, library)

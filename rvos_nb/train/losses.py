@@ -86,7 +86,7 @@ def pad_masks(
 
 def shrink(
     masks: Tensor,  # (..., H, W) bool or float, sides divisible by `stride`
-    how: str = "sample",  # 'sample': every fourth pixel, as published; 'average': covered share of each cell
+    how: str = "sample",  # every fourth pixel, as published; 'average': covered share of each cell
     stride: int = 4,  # of the predicted masks
 ) -> Tensor:  # (..., H/stride, W/stride) float32
     "Target masks at the size of the predicted ones; raises Problem for another `how`."
@@ -185,7 +185,7 @@ def charge(
     pred: dict,  # as for `match`
     target: dict,  # as for `match`
     index: Tensor,  # (..., B) matched query
-    mask_per: str = "clip",  # 'clip': one mask term per clip, as published; 'frame': weighted by its visible frames
+    mask_per: str = "clip",  # one mask term per clip, as published; 'frame': per visible frame
 ) -> dict:  # ce, bbox, giou, mask, dice: (...) each, one number per decoder layer
     "The five losses of matched predictions (Wu et al. 2022, eq. 5), not yet weighted."
     valid = target["valid"]
@@ -210,7 +210,7 @@ class Criterion:
         self,
         weights: dict | None = None,  # of the five losses; None: MATCH
         costs: dict | None = None,  # of the five matching costs; None: MATCH
-        target: str = "sample",  # how target masks get to stride 4: 'sample' or 'average', see `shrink`
+        target: str = "sample",  # target masks at stride 4: 'sample' or 'average', see `shrink`
         mask_per: str = "clip",  # see `charge`
     ):
         self.weights, self.costs, self.target, self.mask_per = (
@@ -222,11 +222,11 @@ class Criterion:
 
     def __call__(
         self,
-        out: dict,  # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w), aux_outputs: list of the same
-        target: dict,  # labels (B,T), boxes (B,T,4) cxcywh in [0,1], valid (B,T) bool, masks (B,T,H,W) at input size
+        out: dict,  # pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4), pred_masks (B,T,Q,h,w), aux_outputs
+        target: dict,  # labels (B,T), boxes (B,T,4) cxcywh in [0,1], valid (B,T), masks (B,T,H,W)
     ) -> tuple[
         Tensor, dict, Tensor
-    ]:  # weighted total; {'loss_ce': …, 'loss_ce_0': …}; (layers, B) matched queries, last layer last
+    ]:  # weighted total; {'loss_ce': …, 'loss_ce_0': …}; (layers, B) queries
         "Total loss, its parts under their published names, and who was matched."
         layers = [*out.get("aux_outputs", []), out]
         pred = {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Problem
-from ..data.clips import Draw, SequenceBatch, sequence_batch
-from ..data.sequences import Sequences
+from ..data.clips import SceneStage, SequenceBatch, draw_sequence_batch
+from ..data.sequences import SequenceStage
 from ..metrics import jaccard
 from ..models import zoo
 from ..models.family import find_family
@@ -49,7 +49,7 @@ def check_stages(
     "Problem where a stage of pictures or films does not fit the model."
     stride, one, c = model.encoder.stride, int(model.config.align_corners), model.config
     for i, s in enumerate(recipe.stages):
-        if not isinstance(s, Sequences):
+        if not isinstance(s, SequenceStage):
             continue
         where = f"recipe, stage {i + 1}"
         if any((n - one) % stride for n in s.size):
@@ -78,54 +78,42 @@ class Propagate:
         self.options = read_loss_options(
             recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
         )
-        self.model, self.device, self.stages = (
-            find_family(recipe.family).model(read_model_config(recipe)),
-            device,
-            place_stages(recipe),
-        )
+        self.model = find_family(recipe.family).model(read_model_config(recipe))
+        self.device, self.stages = device, place_stages(recipe)
         check_stages(recipe, self.model)
         if recipe.start:
             load_start(self.model, recipe.start)
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
 
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
-        labels, objects = (
-            torch.from_numpy(batch.labels).to(self.device),
-            torch.from_numpy(batch.objects).to(self.device),
-        )
+        "Logits (B, N+1, H, W) of every frame, labels (T, B, H, W), numbers of objects (B,)."
+        labels = torch.from_numpy(batch.labels).to(self.device)
+        objects = torch.from_numpy(batch.objects).to(self.device)
         frames = torch.from_numpy(batch.frames).to(self.device).movedim(-1, -3)
         hold = own and self.options["hold_identities"]
-        return (
-            forward_sequence(
-                self.model, frames, labels, objects, use_prediction=own, detach_identity=hold
-            ),
-            labels,
-            objects,
+        logits = forward_sequence(
+            self.model, frames, labels, objects, use_prediction=own, detach_identity=hold
         )
+        return logits, labels, objects
 
     def loss(self, batch: SequenceBatch, progress: float) -> tuple[Tensor, dict]:
         "Total loss and its parts."
         o = self.options
         own = o["own"] if isinstance(o["own"], bool) else progress >= o["own"]
         logits, labels, objects = self.answer(batch, own)
-        total, each = sequence_loss(
-            logits,
-            labels,
-            objects,
-            hard_share(progress, o["final"], o["start"], o["stop"]),
-            aux_weight(progress, o["aux"]),
-        )
+        share = hard_share(progress, o["final"], o["start"], o["stop"])
+        total, each = sequence_loss(logits, labels, objects, share, aux_weight(progress, o["aux"]))
         return total, {"loss_reference": each[0].mean(), "loss_last": each[-1].mean()}
 
     def watched(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
-        if isinstance(stage := self.stages[-1], Sequences):
-            return [
-                ("sampled", stage.batch(VALIDATION, i))
-                for i in range(-(-watch.clips // stage.clips))
-            ]
+        "The validation clips: of RefShapes, or of the last stage's own data."
+        stage = self.stages[-1]
+        if isinstance(stage, SequenceStage):
+            count = -(-watch.clips // stage.clips)
+            return [("sampled", stage.batch(VALIDATION, i)) for i in range(count)]
 
         def draw(level):
-            return Draw(
+            return SceneStage(
                 1,
                 frames=watch.frames,
                 clips=8,
@@ -135,7 +123,7 @@ class Propagate:
             )
 
         return [
-            (level, sequence_batch(VALIDATION, i, draw(level), worn=False))
+            (level, draw_sequence_batch(VALIDATION, i, draw(level), augment=False))
             for level in watch.levels
             for i in range(-(-watch.clips // 8))
         ]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALIDATION', 'SOURCES', 'Tuning', 'Watch', 'Recipe', 'recipe_identity', 'same_recipe', 'build_checked', 'rescale',
-           'place_stages', 'read_loss_options', 'recipe_mapping', 'trainable_families', 'override_settings',
-           'build_stage', 'read_recipe']
+           'place_stages', 'read_loss_options', 'recipe_mapping', 'trainable_families', 'step_into',
+           'override_settings', 'build_stage', 'read_recipe']
 
 # %% ../../nbs/04c_train.recipe.ipynb #8eadda8f
 import copy
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from ..core import Problem, resolve, shipped
-from ..data.clips import Draw
-from ..data.sequences import Films, Stills
+from ..core import Problem, find_shipped, resolve
+from ..data.clips import SceneStage
+from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
 
 # %% ../../nbs/04c_train.recipe.ipynb #1946493e
@@ -72,7 +72,7 @@ class Recipe:
 
     name: str
     family: str  # of the zoo
-    stages: list  # of Draw, Stills or Films, one after another
+    stages: list  # of SceneStage, StillStage or FilmStage, one after another
     model: dict = field(
         default_factory=dict
     )  # fields of the family's configuration; `variant`: those of a published one
@@ -148,24 +148,20 @@ def rescale(
 def place_stages(recipe: Recipe) -> list:
     "The stages, with the folders of `data` in place of their names."
 
-    def place(name):  # the folders of a name; a path stands for itself
+    def find_folders(name):  # a path stands for itself
         found = recipe.data.get(name, name) or ""
-        return [
-            str(resolve(f)) if f else "" for f in (found if isinstance(found, list) else [found])
-        ]
+        folders = found if isinstance(found, list) else [found]
+        return [str(resolve(f)) if f else "" for f in folders]
 
-    def placed(s):
-        if isinstance(s, Stills):
-            return replace(s, folders=[f for name in s.folders for f in place(name)])
-        return (
-            replace(
-                s, sources=[src | {"folder": f} for src in s.sources for f in place(src["folder"])]
-            )
-            if isinstance(s, Films)
-            else s
-        )
-
-    return [placed(s) for s in recipe.stages]
+    stages = []
+    for s in recipe.stages:
+        if isinstance(s, StillStage):
+            s = replace(s, folders=[f for name in s.folders for f in find_folders(name)])
+        elif isinstance(s, FilmStage):
+            pairs = [(x, f) for x in s.sources for f in find_folders(x["folder"])]
+            s = replace(s, sources=[x | {"folder": f} for x, f in pairs])
+        stages.append(s)
+    return stages
 
 # %% ../../nbs/04c_train.recipe.ipynb #d8d81a69
 VALIDATION = 2**61 + 1  # the seed of validation clips
@@ -183,7 +179,7 @@ def read_loss_options(recipe: Recipe, **defaults) -> dict:
     return defaults | recipe.loss
 
 # %% ../../nbs/04c_train.recipe.ipynb #b4601ea0
-SOURCES = {"refshapes": Draw, "stills": Stills, "films": Films}
+SOURCES = {"refshapes": SceneStage, "stills": StillStage, "films": FilmStage}
 
 
 def recipe_mapping(
@@ -195,13 +191,13 @@ def recipe_mapping(
     path = (
         resolve(recipe)
         if str(recipe).endswith((".yaml", ".yml"))
-        else shipped("recipes", f"{recipe}.yaml")
+        else find_shipped("recipes", f"{recipe}.yaml")
     )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = ", ".join(
-            sorted(p.stem for p in shipped("recipes", "x").parent.glob("train-*.yaml"))
+            sorted(p.stem for p in find_shipped("recipes", "x").parent.glob("train-*.yaml"))
         )
         raise Problem(
             recipe,
@@ -223,9 +219,16 @@ def trainable_families() -> list[str]:
     return [n for n in available_families() if find_family(n).task]
 
 # %% ../../nbs/04c_train.recipe.ipynb #5dbf8ec3
+def step_into(node, part: str):
+    "The item of a list or mapping; None where there is none."
+    if isinstance(node, list):
+        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+    return node.get(part) if isinstance(node, dict) else None
+
+
 def override_settings(
     recipe: dict,
-    given: Mapping,  # name -> value
+    given: Mapping,  # name -> value; 'a.b.0.c' leads into lists and mappings
 ) -> dict:
     "The recipe with other values; raises Problem for a name that leads nowhere."
     recipe = copy.deepcopy(recipe)
@@ -233,39 +236,25 @@ def override_settings(
         parts = ["data", name] if name in (recipe.get("data") or {}) else name.split(".")
         node = recipe
         for part in parts[:-1]:
-            node = (
-                node[int(part)]
-                if isinstance(node, list) and part.isdigit() and int(part) < len(node)
-                else node.get(part)
-                if isinstance(node, dict)
-                else None
-            )
+            node = step_into(node, part)
         if not isinstance(node, dict):
-            raise Problem(
-                f"parameter {name}",
-                "no such setting in the recipe",
-                ", ".join([*(recipe.get("data") or {}), *recipe]),
-                "correct the name",
-            )
+            known = ", ".join([*(recipe.get("data") or {}), *recipe])
+            found = "no such setting in the recipe"
+            raise Problem(f"parameter {name}", found, known, "correct the name")
         node[parts[-1]] = value
     return recipe
 
 # %% ../../nbs/04c_train.recipe.ipynb #7d0d469e
 def build_stage(values, where: str):
-    "A `Draw`, `Stills` or `Films`."
-    values = dict(values) if isinstance(values, Mapping) else values
-    kind = (
-        values.pop(
-            "source",
-            "stills" if "folders" in values else "films" if "sources" in values else "refshapes",
-        )
-        if isinstance(values, dict)
-        else "refshapes"
-    )
+    "A `SceneStage`, `StillStage` or `FilmStage`; which one, `source` says, or the settings that only one has."
+    kind = "refshapes"
+    if isinstance(values, Mapping):
+        values = dict(values)
+        usual = "stills" if "folders" in values else "films" if "sources" in values else kind
+        kind = values.pop("source", usual)
     if kind not in SOURCES:
-        raise Problem(
-            where, f"source {kind!r}", f"one of {', '.join(SOURCES)}", "correct the recipe"
-        )
+        known = ", ".join(SOURCES)
+        raise Problem(where, f"source {kind!r}", f"one of {known}", "correct the recipe")
     return build_checked(SOURCES[kind], values, where)
 
 
@@ -276,21 +265,17 @@ def read_recipe(
     "A checked recipe; raises Problem where it is missing or misspelt."
     where = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     r = build_checked(Recipe, override_settings(recipe_mapping(recipe), given), where)
-    if r.family not in (known := trainable_families()):
-        raise Problem(
-            where, f"family {r.family!r}", f"one of {', '.join(known)}", "correct the recipe"
-        )
+    known = trainable_families()
+    if r.family not in known:
+        expected = "one of " + ", ".join(known)
+        raise Problem(where, f"family {r.family!r}", expected, "correct the recipe")
     if not isinstance(r.stages, list) or not r.stages:
-        raise Problem(
-            where, f"stages {r.stages!r}", "a list of at least one stage", "correct the recipe"
-        )
-    return replace(
-        r,
-        stages=[build_stage(s, f"{where}, stage {i + 1}") for i, s in enumerate(r.stages)],
-        tuning=r.tuning
-        if isinstance(r.tuning, Tuning)
-        else build_checked(Tuning, r.tuning, f"{where}, tuning"),
-        watch=r.watch
-        if isinstance(r.watch, Watch)
-        else build_checked(Watch, r.watch, f"{where}, watch"),
-    )
+        expected = "a list of at least one stage"
+        raise Problem(where, f"stages {r.stages!r}", expected, "correct the recipe")
+    stages = [build_stage(s, f"{where}, stage {i + 1}") for i, s in enumerate(r.stages)]
+    tuning, watch = r.tuning, r.watch
+    if not isinstance(tuning, Tuning):
+        tuning = build_checked(Tuning, tuning, f"{where}, tuning")
+    if not isinstance(watch, Watch):
+        watch = build_checked(Watch, watch, f"{where}, watch")
+    return replace(r, stages=stages, tuning=tuning, watch=watch)

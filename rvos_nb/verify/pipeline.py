@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import Problem
 from ..data.video import Expression
-from ..fuse import RULES, grouped
+from ..fuse import RULES, group_expressions
 from ..keyframe import as_json, key_frame
 from ..members import foreground
 from rvos_nb.metrics import (
@@ -41,7 +41,7 @@ def read_groups(
     groups = {}
     for video, about in videos.items():
         listed = [Expression(video, e, d["exp"]) for e, d in about["expressions"].items()]
-        groups[video] = grouped(listed)
+        groups[video] = group_expressions(listed)
     return groups
 
 

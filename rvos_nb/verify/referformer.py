@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..candidates import full_masks
+from ..candidates import draw_masks
 from ..data.masks import rle_encode
 from ..label_maps import merge_labels
 from ..metrics import average_precision, chosen, frame_scores, overlaps
@@ -431,7 +431,7 @@ def run_video(
         query = choose_query(logits[None]).item()
         size = meta["outputs"][f"video/masks_{classes}"]["shape"][1:]
         yield name, np.array(query)
-        yield f"video/masks_{classes}", full_masks(masks[:, query], size, threshold=threshold)
+        yield f"video/masks_{classes}", draw_masks(masks[:, query], size, threshold=threshold)
         yield f"video/class_info_{classes}", logits[:, query, 0].sigmoid().numpy()
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..core import Problem
 from ..data.masks import write_mask
 from ..data.video import Video
-from ..propagate import Sentence, propagate_sentences, walk
+from ..propagate import SentenceMasks, propagate_sentences
+from ..propagation import walk
 from .cases import LabelMap, image, load_filled
 from ..vos import aot, deaot
 from ..vos.aot import AOT, AOTConfig, sine_position
@@ -356,7 +357,7 @@ def propagate_with_stub(
         Image.fromarray(numbered).save(frames / f"{names[t]}.png")
         write_mask(source / f"{names[t]}.png", mask > 0)
     stub, key = StubPropagator(), about["key_index"]
-    video, sentence = Video(name, names, frames), Sentence(key, source, out)
+    video, sentence = Video(name, names, frames), SentenceMasks(key, source, out)
     propagate_sentences(stub, video, [sentence], restart=False)
     require_equal(f"calls of {name}", stub.events, [event[:2] for event in about["events"]])
     key_file = f"{names[key]}.png"

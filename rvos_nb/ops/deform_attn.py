@@ -252,7 +252,7 @@ def choose_implementation(
         reasons.append(native.library_state(_find_implementation(name).name)[1])
     return name, "; ".join([*reasons, *passed]) or "the first choice there"
 
-
+# %% ../../nbs/02k_ops.deform_attn.ipynb #9c92839d
 def requested_implementation() -> str:
     "The implementation that `use_implementation` or RVOS_DEFORM_ATTN asks for, or ''."
     return _REQUESTED[-1] if _REQUESTED else os.environ.get("RVOS_DEFORM_ATTN", "")

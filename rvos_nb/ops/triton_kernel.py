@@ -452,7 +452,6 @@ def backward_kernel(
     numbers: tl.constexpr = ref_sizes[2]
     samples: tl.constexpr = len(shapes) * points
     step: tl.constexpr = heads * dim
-    # four channels to a thread, as its atomic additions have
     channel = tl.max_contiguous(tl.arange(0, lanes), 4)[None]
     used = channel < dim
     g = load_corner(grad + row[:, None] * dim + channel, valid[:, None] & used, real)

@@ -266,7 +266,7 @@ def test_no_path_of_one_machine():
 
 
 def test_nothing_unfinished():
-    word = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|NotImplemented" + r"Error)\b")
+    word = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + "Error")
     for p in tracked():
         if p.suffix in (".py", ".ipynb") and (m := word.search(p.read_text(encoding="utf-8"))):
             pytest.fail(f"{p.relative_to(ROOT)}: {m[0]}")
@@ -323,7 +323,7 @@ def test_every_module_imports_without_fcntl():
     code = f"""
 import importlib, sys
 sys.modules["fcntl"] = None
-for name in {[module(p) for p in CHAPTERS]}:
+for name in {[module(p) for p in CHAPTERS if any(map(is_exported, code_cells(p)))]}:
     importlib.import_module("rvos_nb." + name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

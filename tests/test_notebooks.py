@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rvos_nb.workflow import find_parameters_cell, take_stage_cells
+from rvos_nb.workflow import find_notebook, find_parameters_cell, take_stage_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -103,7 +103,7 @@ def run_papermill(notebook, out, parameters):
     import papermill
 
     papermill.execute_notebook(
-        ROOT / "nbs" / notebook,
+        find_notebook(notebook),
         out,
         parameters,
         kernel_name="python3",
@@ -122,7 +122,7 @@ def test_papermill_skips_the_lesson_where_parameters_are_given(tmp_path):
     file = tmp_path / "candidates" / "clip" / "0.safetensors"
     save_candidates(file, np.zeros((3, 2, 2)), np.array([0.1, 0.9, 0.2]), np.zeros((3, 4)), about)
     out = tmp_path / "out.ipynb"
-    done = run_papermill("05c_keyframe.ipynb", out, {"pred_dir": str(tmp_path)})
+    done = run_papermill("keyframe", out, {"pred_dir": str(tmp_path)})
     keys = json.loads((tmp_path / "key_frame.json").read_text())
     assert keys == {"clip": {"0": {"index_info": {"class_index": 1}}}}
     skip = next(i for i, c in enumerate(done) if "skip_lesson()" in c.source)

@@ -151,7 +151,7 @@ def read_object_ids(
     path,  # a mask in any of these forms
     size: tuple[int, int],  # (H, W) of the frames
 ) -> np.ndarray:  # (H, W) uint8 ids, 0 the background, 255 unknown (in palettes only)
-    """The ids of the objects in a mask. Raises `Problem` for a mask that cannot be read, is of another
+    """The ids of the objects in a mask. Raises `Problem` for one that cannot be read, is of another
     size or empty, or shows objects as colours."""
     mask = read_mask(path, size)
     with Image.open(path) as picture:

@@ -276,7 +276,7 @@ class Rule:
     weights: tuple[float, ...] | None = option(None, "One weight for each run; default: alike.")
     threshold: float | None = option(None, "Votes a pixel needs, or probability; default: half.")
     leftover: str | float = option(
-        "majority", "A sentence without a partner: majority, first (the first run), or a threshold."
+        "majority", "A sentence without a partner: majority, first, or a threshold."
     )
     confidence: bool = option(False, "Opinions weigh as much as their runs were sure.")
     union: float = option(

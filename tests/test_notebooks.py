@@ -48,7 +48,8 @@ def cells(path, stage_only=False):
 
 
 OWN = re.compile(
-    r"(MPL|JUPYTER|JPY|KMP|TRITON|PYDEVD|TF_|TORCH|CUDA_|QT_|LD_LIBRARY_PATH|COLUMNS$|LINES$|PYTEST)"
+    r"(MPL|JUPYTER|JPY|KMP|TRITON|PYDEVD|TF_|TORCH|CUDA_|QT_|LD_LIBRARY_PATH|COLUMNS$|LINES$"
+    r"|PYTEST)"
 )  # set by libraries when they are imported
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RUNNERS', 'pad_clips', 'record_outputs', 'recorded_modules', 'name_backbone', 'name_decoder', 'run_stages',
            'run_model', 'list_text_layers', 'run_text', 'read_shapes', 'run_attention_function',
            'attend_with_gradients', 'run_attention', 'run_mask_head', 'read_targets', 'draw_predictions',
-           'build_criterion', 'run_formulas', 'run_criterion', 'read_numbers', 'run_frames', 'run_video',
+           'build_criterion', 'run_formulas', 'run_criterion', 'read_listed_numbers', 'run_frames', 'run_video',
            'run_label_map', 'run_metrics', 'run_postprocess', 'is_whole_model']
 
 # %% ../../nbs/07g_verify.referformer.ipynb #cd26f5fc
@@ -383,7 +383,7 @@ def run_criterion(
     yield from run_formulas(arrays)
 
 # %% ../../nbs/07g_verify.referformer.ipynb #01f60bf5
-def read_numbers(
+def read_listed_numbers(
     text: str,  # a case's prose
     phrase: str,  # what comes before the list
 ) -> list:
@@ -399,11 +399,11 @@ def run_frames(
     "A2D and RefCOCO: masks, scores and boxes of frames of different padding."
     text, threshold = meta["inputs"]["a2d"], meta["config"]["threshold"]
     seed = int(re.search(r"image\((\d+)", text)[1])
-    logits = torch.from_numpy(image(seed, read_numbers(text, "image(")))
+    logits = torch.from_numpy(image(seed, read_listed_numbers(text, "image(")))
     scores = logits.sigmoid()[:, 0].amax(-1).numpy()  # (frames, queries)
     boxes = arrays["in/refcoco/boxes_cxcywh"][:, 0]
-    unpadded = read_numbers(text, "before padding")
-    original = read_numbers(text, "original sizes")
+    unpadded = read_listed_numbers(text, "before padding")
+    original = read_listed_numbers(text, "original sizes")
     for i, (inner, size) in enumerate(zip(unpadded, original)):
         masks = query_masks(arrays["in/a2d/pred_masks"][i, 0], inner, size, threshold)
         order = np.argsort(-scores[i], kind="stable")

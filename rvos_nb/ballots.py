@@ -208,7 +208,7 @@ class Ballots:
 
 
 def unique_names(members: Sequence) -> list[str]:  # with `name` and `where`
-    _ = """Their names, or as many of the last parts of their paths as it takes to tell them apart
+    """Their names, or as many of the last parts of their paths as it takes to tell them apart;
     `Problem` for one member named twice."""
     paths = [Path(m.where) for m in members]
     if len({*paths}) < len(paths):

@@ -24,7 +24,7 @@ from .core import Problem
 # %% ../nbs/10_benchmarks.ipynb #d4f89a07
 @dataclass(frozen=True)
 class Figure:
-    _ = """One measured number and its goal: the most it may be, or with `least` the least it should be
+    """One measured number and its goal: the most it may be, or with `least` the least it should be;
     without a goal it only tells."""
 
     name: str

@@ -196,7 +196,7 @@ def _read_plane(file, at: int, flat: np.ndarray) -> bool:
 
 # %% ../nbs/05g_predictions.ipynb #960739eb
 class Predictions:
-    _ = """A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame
+    """A published `.pth` of predictions. Holds its structure, reads its numbers frame by frame;
     safe to use from threads."""
 
     def __init__(self, path: Path):

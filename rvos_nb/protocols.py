@@ -72,7 +72,7 @@ def run_protocol(
     protocol: str = "",  # one of `PROTOCOLS`; '': the layout's
     **options,  # of `PredictOptions` (clip_length 0: the protocol's), `ModelPlace`, `Execution`
 ) -> tuple[Report, str]:  # the stage's report, and its scores as lines for a reader
-    _ = """Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol, split or option
+    """Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol, split or option;
     failed units are in the report."""
     how, place, execution = read_options(options, PredictOptions, ModelPlace, Execution)
     data = open_dataset(data_dir, split, layout)

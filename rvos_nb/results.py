@@ -227,7 +227,7 @@ def _list_children(files: Iterable[str]) -> dict[str, set[str]]:
 
 # %% ../nbs/05f_results.ipynb #e84ab45a
 class Results:
-    _ = """A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for
+    """A tree VIDEO/EXP/FRAME.png in a folder or a zip. Nothing is decoded before it is asked for;
     safe to use from threads."""
 
     def __init__(

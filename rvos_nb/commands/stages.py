@@ -441,7 +441,7 @@ def submit_command(
 ):
     """Pack masks into the zip that a benchmark server takes.
 
-    _ = Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS: the same without Annotations
+    Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS: the same without Annotations;
     Ref-DAVIS17: anno_0 to anno_3 where RUN was merged. Nothing is packed unless every mask is
     there.
 

@@ -356,7 +356,7 @@ def draw_jhmdb(root: Path, conversion: Conversion) -> list[list]:  # rows of sam
 
 # %% ../../nbs/01n_data.prepare.ipynb #e1b3e903
 def prepare_jhmdb(root: Path, conversion: Conversion):
-    _ = """JHMDB-Sentences: the published samples with paths from this folder where theirs are others
+    """JHMDB-Sentences: the published samples with paths from this folder where theirs are others;
     without that list, a draw of our own."""
     published, out = (root / name for name in JHMDB_LISTS)
     if not published.exists():

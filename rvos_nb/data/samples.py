@@ -305,7 +305,7 @@ def _read_a2d_row(row, where, films: Path):
 
 
 def open_a2d(root: Path, split: str) -> Dataset:
-    _ = """Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another
+    """Index A2D-Sentences, train or test. Raises `Problem` where the list is missing or another;
     smaller faults are collected."""
     path = root / f"a2d_sentences_single_frame_{split}_annotations.json"
     coco = root / "a2d_sentences_test_annotations_in_coco_format.json"

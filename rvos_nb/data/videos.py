@@ -186,7 +186,7 @@ def open_videos(
     split: str,  # train, valid or test
     layout: str = "ref-youtube-vos",  # or ref-davis17
 ) -> Dataset:
-    _ = """Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout
+    """Index a split of whole videos. Raises `Problem` where its JSON is missing or not the layout;
     smaller faults are collected."""
     meta = root / "meta_expressions"
     path = meta / split / "meta_expressions.json"

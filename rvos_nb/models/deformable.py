@@ -129,7 +129,7 @@ class DecoderLayer(nn.Module):
 
 # %% ../../nbs/02m_models.deformable.ipynb #87c6ef28
 class Decoder(nn.Module):
-    _ = """`depth` decoder layers; refines boxes where `bbox_embed`, one head per layer, has been set
+    """`depth` decoder layers; refines boxes where `bbox_embed`, one head per layer, has been set;
     `options` as for `DecoderLayer`."""
 
     def __init__(self, depth, **options):

@@ -121,7 +121,7 @@ def refusal(path: Path, error: Exception) -> Problem:
 
 
 def read_pickle(path) -> object:
-    _ = """What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it
+    """What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it;
     raises `Problem`."""
     path = Path(path)
     if not path.is_file():

@@ -173,7 +173,7 @@ def relative_index(
 
 # %% ../../nbs/02d_models.video_swin.ipynb #b382105a
 class WindowAttention(nn.Module):
-    _ = """Multi-head attention inside windows with relative bias (Swin, eq. 4; Video-Swin, eq. 1)
+    """Multi-head attention inside windows with relative bias (Swin, eq. 4; Video-Swin, eq. 1);
     published names."""
 
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMPLEMENTATIONS', 'ORDER', 'read_points', 'read_gradients', 'level_sizes', 'sampling_points', 'points_and_weights',
            'PytorchKernel', 'use_implementation', 'why_unavailable', 'choose_implementation',
-           'requested_implementation', 'check_sizes', 'compass_offsets', 'MSDeformAttn']
+           'requested_implementation', 'check_sizes', 'ms_deform_attn', 'compass_offsets', 'MSDeformAttn']
 
 # %% ../../nbs/02k_ops.deform_attn.ipynb #43aeb302
 import importlib
@@ -437,9 +437,9 @@ for _device in ("cpu", "cuda"):
 def ms_deform_attn(
     value: Tensor,  # (N, S, heads, dim) all levels, each row by row, one after the other
     shapes: list[tuple[int, int]],  # (h, w) of each level, Python ints; their products sum to S
-    _ = locations: Tensor,  # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level
+    locations: Tensor,  # (N, Lq, heads, levels, points, 2) x, y; [0, 1] is inside the level;
     # offsets where `reference` is given
-    _ = weights: Tensor,  # (N, Lq, heads, levels, points), normally 1 in sum over the last two
+    weights: Tensor,  # (N, Lq, heads, levels, points), normally 1 in sum over the last two;
     # logits where `softmax` is set
     reference: Tensor | None = None,  # (N or 1, Lq, levels or 1, 2 or 4) see `sampling_points`
     softmax: bool = False,  # make weights of logits, over levels and points together

@@ -74,9 +74,9 @@ class Unpickler(pickle.Unpickler):
             "dtype",
             "scalar",
         ):
-            from rvos_nb.models.files import NumberKind, number
+            from rvos_nb.models.files import NumberKind, read_number
 
-            return partial(NumberKind if name == "dtype" else number)
+            return partial(NumberKind if name == "dtype" else read_number)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def persistent_load(self, pid):
@@ -164,11 +164,14 @@ def _structure(path: Path) -> tuple[object, object, str, Places]:  # the open fi
         return file, *found
     except Exception as e:  # a hostile stream may raise anything
         file.close()
-        from rvos_nb.models.files import refusal, strange
+        from rvos_nb.models.files import explain_refusal, name_foreign_file
 
-        why = refusal(path, e)
+        why = explain_refusal(path, e)
         raise Problem(
-            path, strange(path) or why.found, "predictions as torch.save writes them", why.remedy
+            path,
+            name_foreign_file(path) or why.found,
+            "predictions as torch.save writes them",
+            why.remedy,
         ) from None
 
 # %% ../nbs/05g_predictions.ipynb #76d3c886

@@ -475,7 +475,7 @@ def test_referformer_there_and_back(changes, words, tmp_path):
     assert torch.equal(
         *(m.refer(m.see(frames, 64), ["the red circle"]).logits for m in (model, again))
     )
-    said = zoo.card(tmp_path / "out")["card"]
+    said = zoo.read_card(tmp_path / "out")["card"]
     assert (
         said["epoch"] == 5
         and said["source"] == "a.pth"
@@ -531,7 +531,7 @@ def test_real_aott(token, model_name, tmp_path):
     again = zoo.load(tmp_path / "aott", family="aot")
     assert (
         vars(again.config) == vars(AOT_VARIANTS["aott"])
-        and zoo.card(tmp_path / "aott")["card"]["licence"] == "BSD-3-Clause"
+        and zoo.read_card(tmp_path / "aott")["card"]["licence"] == "BSD-3-Clause"
     )
     x = torch.randn(1, 3, 65, 81)
     with torch.no_grad():
@@ -624,7 +624,7 @@ def test_the_tokenizer_is_found_later(words, tmp_path, monkeypatch):
     monkeypatch.setitem(ROBERTA_BASE, "vocab_size", 30)
     convert(published_file(referformer(), tmp_path / "a.pth"), tmp_path / "out")
     assert (
-        zoo.card(tmp_path / "out")["tokenizer"] == "roberta-base"
+        zoo.read_card(tmp_path / "out")["tokenizer"] == "roberta-base"
         and not (tmp_path / "out" / "tokenizer").exists()
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -646,7 +646,7 @@ def test_the_tokenizer_is_found_later(words, tmp_path, monkeypatch):
     again.save_pretrained(tmp_path / "saved")
     assert zoo.load(tmp_path / "saved").tokenizer("the red circle") == again.tokenizer(
         "the red circle"
-    ) and "tokenizer" not in zoo.card(tmp_path / "saved")
+    ) and "tokenizer" not in zoo.read_card(tmp_path / "saved")
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

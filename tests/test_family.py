@@ -91,7 +91,7 @@ class ToyTask:
             )
         return loss, {"loss_mask": loss}
 
-    def watched(self, watch):
+    def validation_clips(self, watch):
         draw = SceneStage(1, frames=2, clips=2, size=watch.size)
         return [("easy", draw_refer_batch(1, 0, draw))]
 

@@ -289,7 +289,7 @@ def test_published_trainings_run_and_resume(recipe, data, tmp_path):
     assert (tmp_path / "a" / "model" / "model.safetensors").read_bytes() == (
         tmp_path / "b" / "model" / "model.safetensors"
     ).read_bytes()
-    assert str(tmp_path) not in json.dumps(zoo.card(tmp_path / "a" / "model"))
+    assert str(tmp_path) not in json.dumps(zoo.read_card(tmp_path / "a" / "model"))
     rows = (tmp_path / "a" / "validation.csv").read_text().split()
     assert "J sampled" in (tmp_path / "a" / "validation.csv").read_text() and len(rows) >= 2
     from rvos_nb.train.loop import Trainer
@@ -422,7 +422,7 @@ def test_resume_equals_undisturbed(recipe, tmp_path):
     train(recipe, tmp_path / "a").check()
     torch.rand(7)  # the state of the global generator must not matter
     assert train(recipe, tmp_path / "b", minutes=0).check().done
-    assert zoo.card(tmp_path / "b" / "model")["card"]["steps"] == 1
+    assert zoo.read_card(tmp_path / "b" / "model")["card"]["steps"] == 1
     assert (
         train(recipe, tmp_path / "b").check().done and train(recipe, tmp_path / "b").check().skipped
     )
@@ -430,7 +430,7 @@ def test_resume_equals_undisturbed(recipe, tmp_path):
         tmp_path / "b" / "model" / "model.safetensors"
     ).read_bytes()
     assert (tmp_path / "a" / "run.json").read_bytes() == (tmp_path / "b" / "run.json").read_bytes()
-    card = zoo.card(tmp_path / "a" / "model")["card"]
+    card = zoo.read_card(tmp_path / "a" / "model")["card"]
     assert card["steps"] == card["of_steps"] and card["hardware"] and card["quick_validation"]
 
 
@@ -571,7 +571,7 @@ def test_the_command_passes_parameters_on(tmp_path, monkeypatch, capsys):
     assert (
         not code
         and "results in" in said.out
-        and zoo.card(tmp_path / "out" / "model")["family"] == "deaot"
+        and zoo.read_card(tmp_path / "out" / "model")["family"] == "deaot"
     )
     for more, what in (
         (("-p", "images", "pictures", "-p", "stages.0.size", "[50, 64]"), "multiples of 8"),

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from rvos_nb.core import Problem
+from rvos_nb.core import Problem, find_shipped
 from rvos_nb.models import zoo
 from rvos_nb.models.family import find_family
 from rvos_nb.models.referformer import ReferFormer, tiny_config
@@ -290,7 +290,7 @@ def test_the_cache_is_used_without_network(saved, cache):
     keep(cache, "somebody/tiny", saved[1])
     for load in (zoo.load, ReferFormer.from_pretrained):
         assert load("somebody/tiny").config == saved[0].config
-    assert zoo.card("somebody/tiny")["family"] == "referformer"
+    assert zoo.read_card("somebody/tiny")["family"] == "referformer"
 
 
 def test_nothing_is_downloaded_unasked(cache, monkeypatch):
@@ -341,7 +341,7 @@ def test_a_model_of_somebody_else(cache, tmp_path):
 def test_every_published_variant_has_a_row():
     rows = {r["name"]: r for r in zoo.published_models()}
     assert [r["name"] for r in zoo.shipped_models()] == sorted(
-        p.parent.name for p in zoo.shipped("checkpoints").glob("*/config.json")
+        p.parent.name for p in find_shipped("checkpoints").glob("*/config.json")
     )
     for family in ("aot", "deaot"):
         for name in zoo.variants(family):

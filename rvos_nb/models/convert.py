@@ -149,7 +149,7 @@ class Converted:
     dropped: dict[str, list[str]]  # reason -> names
 
     def __str__(self) -> str:
-        def some(names):
+        def count_names(names):
             return (
                 f"{len(names)} "
                 + ("entry" if len(names) == 1 else "entries")
@@ -162,7 +162,7 @@ class Converted:
         return "\n".join(
             [
                 head,
-                *(f"dropped {some(names)}: {why}" for why, names in self.dropped.items()),
+                *(f"dropped {count_names(names)}: {why}" for why, names in self.dropped.items()),
                 *(f"note: {n}" for n in self.found.notes),
             ]
         )

@@ -199,16 +199,16 @@ def join_frames(
     if len(parts) == 1:
         return parts[0]
 
-    def joined(name, axis):
+    def join_clips(name, axis):
         return torch.cat(
             [getattr(p, name).unflatten(axis, (clips, -1)) for p in parts], axis + 1
         ).flatten(axis, axis + 1)
 
-    tokens, shapes = joined("tokens", 0), [tuple(m.shape[-2:]) for m in parts[0].memory]
+    tokens, shapes = join_clips("tokens", 0), [tuple(m.shape[-2:]) for m in parts[0].memory]
     return TransformerOutput(
-        joined("hs", 1),
-        joined("init_reference", 0),
-        joined("references", 1),
+        join_clips("hs", 1),
+        join_clips("init_reference", 0),
+        join_clips("references", 1),
         split_levels(tokens, shapes),
         tokens,
     )

@@ -200,7 +200,7 @@ class Progress:
         self.trainer, self.recent = trainer, []  # what the steps since the last row answered
         self.log = TrainingLog(out / "train.csv", trainer.step)
         self.scores = TrainingLog(out / "validation.csv", trainer.step)
-        self.watched = trainer.task.watched(trainer.recipe.watch)
+        self.watched = trainer.task.validation_clips(trainer.recipe.watch)
 
     def add_step(self, parts: dict, last: bool):
         "Note a step; write a row where one is due."
@@ -298,7 +298,7 @@ class TrainWork(StageWork):
         if not self.resume or not (model / "config.json").exists():
             return False
         steps = sum(s.steps for s in self.recipe.stages)
-        return zoo.card(model)["card"].get("steps") == steps
+        return zoo.read_card(model)["card"].get("steps") == steps
 
     def do(self, unit: str, prepared):
         checkpoint = self.out / "checkpoint.pt"
@@ -308,7 +308,7 @@ class TrainWork(StageWork):
                 trainer.load(checkpoint)
             if trainer.step < trainer.total:
                 run_steps(trainer, self.out, self.minutes, self.workers)
-            scores = trainer.validate(trainer.task.watched(self.recipe.watch))
+            scores = trainer.validate(trainer.task.validation_clips(self.recipe.watch))
             zoo.save(trainer.model, self.out / "model", make_card(trainer, scores))
 
 

@@ -105,7 +105,7 @@ class Propagate:
         total, each = sequence_loss(logits, labels, objects, share, aux_weight(progress, o["aux"]))
         return total, {"loss_reference": each[0].mean(), "loss_last": each[-1].mean()}
 
-    def watched(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
+    def validation_clips(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
         "The validation clips: of RefShapes, or of the last stage's own data."
         stage = self.stages[-1]
         if isinstance(stage, SequenceStage):

@@ -134,7 +134,7 @@ class Refer:
             total = total + self.weight * parts["loss_pixel"]
         return total, parts
 
-    def watched(self, watch: Watch) -> list[tuple[str, ReferBatch]]:
+    def validation_clips(self, watch: Watch) -> list[tuple[str, ReferBatch]]:
         "The validation clips, one sentence each."
 
         def draw(level):

@@ -123,7 +123,7 @@ def find_recipe(
         return find_shipped("recipes", f"{name}.yaml")
     return resolve(recipe)
 
-
+# %% ../nbs/09a_workflow.ipynb #07600afc
 def read_mapping(
     recipe,  # a name that ships, the path of a YAML file, or the mapping itself
     above: tuple[str, ...] = (),  # the files that extend this one
@@ -162,7 +162,7 @@ def extend_mapping(
     stages = extend_stages(base.get("stages") or (), top.get("stages") or ())
     return {**base, **own, "stages": stages, "paths": paths, "parameters": parameters}
 
-
+# %% ../nbs/09a_workflow.ipynb #f7c5c8a3
 def extend_stages(old: Sequence, new: Sequence) -> list:
     "The stages of an extended recipe, see `extend_mapping`."
     known = {s.get("name") for s in old if isinstance(s, dict)}

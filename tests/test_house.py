@@ -143,9 +143,11 @@ CHAPTER_NUMBER = re.compile(r"(?<!nbs/)\b\d\d[a-z]?\d?_[a-z]+|\bchapters? `?\d\d
 
 
 def numbered_texts():
-    "Where chapters go by their modules: the package without the headers of nbdev, recipes, tests."
+    "Where chapters go by their modules: the package, recipes, tests and pages beside the book."
     folder = ROOT / "rvos_nb"
-    for p in [*folder.rglob("*.py"), *folder.glob("recipes/*.yaml"), *ROOT.glob("tests/*.py")]:
+    pages = [*ROOT.glob("data/**/*.md"), *ROOT.glob("ops/*.md")]
+    tests = ROOT.glob("tests/*.py")
+    for p in [*folder.rglob("*.py"), *folder.glob("recipes/*.yaml"), *tests, *pages]:
         if p.name != "_modidx.py":
             yield p
 

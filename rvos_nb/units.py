@@ -152,7 +152,8 @@ def _map_processes(job, units, count: int):
                     pipe, process = idle.pop() if idle else _start_worker(context, sent)
                     busy[pipe] = process, position
                     pipe.send(next_unit)
-                for pipe in connection.wait(busy):
+                # a second at a time: a Ctrl-C just before the wait must not last as long as a unit
+                for pipe in connection.wait(busy, timeout=1):
                     process, i = busy.pop(pipe)
                     ends[i], lives = _receive_end(pipe, process, units[i])
                     if lives:

@@ -88,7 +88,7 @@ def load_sam(
     name,  # one of `PUBLISHED_SAM`, or a folder
     device: str = "cpu",
     online: bool = False,  # allow a look at the Hub, and a download
-) -> "SamPropagator":
+) -> Propagator:
     """A propagator with published or own weights. Raises `Problem` where they are missing, gated or
     incomplete."""
     import transformers

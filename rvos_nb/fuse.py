@@ -276,7 +276,8 @@ class Rule:
     weights: tuple[float, ...] | None = option(None, "One weight for each run; default: alike.")
     threshold: float | None = option(None, "Votes a pixel needs, or probability; default: half.")
     leftover: str | float = option(
-        "majority", "A sentence without a partner: majority, first, or a threshold."
+        "majority",
+        "A sentence without a partner: majority, first, or a threshold; default: the rule's.",
     )
     confidence: bool = option(False, "Opinions weigh as much as their runs were sure.")
     union: float = option(
@@ -330,7 +331,7 @@ def _check_choices(rule: Rule):
 
 def _check_numbers(rule: Rule):
     weights, threshold = rule.weights, rule.threshold
-    usable = weights is None or min(weights) >= 0 < max(weights)
+    usable = weights is None or min(weights) >= 0 < max(weights) < math.inf
     _need(rule, usable, "weights", "numbers from 0 on, not all 0")
     _need(rule, threshold is None or threshold > 0, "threshold", "more than 0")
     for name in ("guard", "union", "absent"):

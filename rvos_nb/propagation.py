@@ -7,6 +7,7 @@ __all__ = ['VERSIONS', 'CHOICES', 'walk', 'check_choice', 'Propagation', 'make_p
            'propagate_labels', 'propagate_clip', 'PropagateVosWork', 'propagate_vos']
 
 # %% ../nbs/05d_propagation.ipynb #59de0a8c
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,7 +96,7 @@ class Propagation:
             if value is not None and value < 1:
                 remedy = "leave it out for the published value"
                 raise Problem(name, str(value), "at least 1", remedy)
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise Problem("scales", str(self.scales), "numbers above 0", "for instance 0.8 1.0 1.2")
         object.__setattr__(self, "scales", tuple(map(float, self.scales)))
         challenge = self.version == "challenge"

@@ -77,7 +77,10 @@ def locked(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            name = owner.read_text().strip() if owner.is_file() else "unknown"
+            try:
+                name = owner.read_text().strip()
+            except OSError:  # it has just ended
+                name = "unknown"
             raise Problem(
                 folder,
                 f"another run at work there ({name})",

@@ -138,9 +138,19 @@ def _receive_end(pipe, process, unit: str) -> tuple[Exception | None, bool]:
         return error, False
 
 
+def _pack(job) -> bytes:
+    "The work as it is sent. Raises `Problem` where it cannot be."
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise Problem(
+            "executor", f"work that cannot be sent ({e})", "work of plain parts", "choose 'local'"
+        ) from e
+
+
 def _map_processes(job, units, count: int):
     "The units in `count` worker processes."
-    context, sent = multiprocessing.get_context("spawn"), pickle.dumps(job)
+    context, sent = multiprocessing.get_context("spawn"), _pack(job)
     waiting = deque(enumerate(units))
     busy, idle = {}, []  # pipe -> (process, position of its unit); (pipe, process)
     ends = {}  # position -> None or the exception

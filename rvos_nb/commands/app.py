@@ -69,10 +69,13 @@ def typer_parameter(option: Option) -> inspect.Parameter:
 
 
 def read_numbers(option: str, texts: Sequence[str]) -> tuple[float, ...]:
-    "The numbers of a list option, separated by commas. Raises `Problem` for other words."
+    "The numbers of a list option, separated by commas. Raises `Problem` for other words or none."
     words = [word for text in texts for word in text.split(",") if word]
     try:
-        return tuple(map(float, words))
+        numbers = tuple(map(float, words))
+        if not numbers:
+            raise ValueError
+        return numbers
     except ValueError:
         raise Problem(
             f"--{option}", ",".join(texts), "numbers, such as 0.8,1.0,1.2", "correct them"
@@ -217,7 +220,7 @@ def recipe_or_file(name: str) -> str:
     return str(absolute(name)) if name.endswith((".yaml", ".yml")) else name
 
 # %% ../../nbs/09d_commands.app.ipynb #35f66822
-LISTS = {"--" + name for name in ALSO_CALLED} | {*ALSO_CALLED.values()}
+LISTS = ("--ms", "--scales")  # not --weight, which RUN arguments that are numbers may follow
 NUMBER = re.compile(r"[\d.]+(,[\d.]+)*,?")
 
 

@@ -233,6 +233,9 @@ def propagate_command(
     from rvos_nb.propagate import propagate
     from rvos_nb.propagation import propagate_clip, propagate_vos
 
+    if not run:
+        for name in ("empty", "sentences_at_once"):
+            options.pop(name, None)  # these are about sentences
     if vos:
         return end_stage(propagate_vos(absolute(data), place, model, split, **options))
     if run:

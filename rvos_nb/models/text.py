@@ -6,8 +6,9 @@
 __all__ = ['SPECIAL_TOKENS', 'HUB_NAMES', 'HUB_FILES', 'TOKENIZERS', 'ROBERTA_BASE', 'BERT_BASE', 'CACHED_SENTENCES',
            'TEXT_ENCODERS', 'normalise_sentence', 'make_tokenizer', 'find_model_folder', 'fetch_from_hub',
            'silence_transformers', 'load_tokenizer', 'SentenceTokenizer', 'weights_version', 'SentenceCache',
-           'SentenceEncoder', 'TransformersEncoder', 'TextEncoder', 'BertEncoder', 'small_text_config',
-           'build_text_encoder', 'load_encoder_weights', 'FeatureResizer', 'sine_position_1d', 'roberta_options']
+           'SentenceEncoder', 'drop_position_ids', 'TransformersEncoder', 'TextEncoder', 'BertEncoder',
+           'small_text_config', 'build_text_encoder', 'load_encoder_weights', 'FeatureResizer', 'sine_position_1d',
+           'roberta_options']
 
 # %% ../../nbs/02f_models.text.ipynb #ba3d6175
 import json
@@ -409,6 +410,11 @@ class SentenceEncoder:
         return torch.stack(words), mask, whole
 
 # %% ../../nbs/02f_models.text.ipynb #8be286e9
+def drop_position_ids(module, state: dict, prefix: str, *_):
+    "Positions that older files hold are counted here."
+    state.pop(prefix + "embeddings.position_ids", None)
+
+
 class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
     "What `TextEncoder` and `BertEncoder` share; stands before the class of transformers."
 
@@ -436,9 +442,7 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
         if std := getattr(config, "word_std", None):
             with torch.no_grad():
                 table.weight.normal_(std=std)[table.padding_idx] = 0
-        self.register_load_state_dict_pre_hook(
-            lambda _, state, prefix, *rest: state.pop(prefix + "embeddings.position_ids", None)
-        )
+        self.register_load_state_dict_pre_hook(drop_position_ids)
 
     def forward(
         self,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AOT_VARIANTS', 'FAMILY', 'AOTConfig', 'sine_position', 'SelfAttention', 'depthwise_conv', 'group_norm',
-           'LocalActivation', 'drop_path', 'LSTTBlock', 'LSTT', 'ConvGN', 'AOTDecoder', 'one_hot', 'AOT', 'aot_options',
-           'matching_variants']
+           'LocalActivation', 'drop_path', 'LSTTBlock', 'LSTT', 'ConvGN', 'AOTDecoder', 'one_hot', 'drop_mask_token',
+           'AOT', 'aot_options', 'matching_variants']
 
 # %% ../../nbs/03p_vos.aot.ipynb #14607517
 from collections.abc import Mapping
@@ -313,6 +313,11 @@ def one_hot(
     return (labels[:, None] == torch.arange(channels, device=labels.device)[:, None, None]).float()
 
 # %% ../../nbs/03p_vos.aot.ipynb #00c12fbd
+def drop_mask_token(module, state: dict, prefix: str, *_):
+    "A tensor of published files that no network uses."
+    state.pop(prefix + "LSTT.mask_token", None)
+
+
 class AOT(OnHub, nn.Module):
     "Associating Objects with Transformers: encoder, identities, LSTT, decoder."
 
@@ -335,9 +340,7 @@ class AOT(OnHub, nn.Module):
         stride, side = self.encoder.stride, c.id_kernel
         padding = side // 2 if c.align_corners else (side - stride) // 2
         self.patch_wise_id_bank = nn.Conv2d(c.max_objects + 1, c.dim, side, stride, padding)
-        self.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *_: state.pop(prefix + "LSTT.mask_token", None)
-        )
+        self.register_load_state_dict_pre_hook(drop_mask_token)
         for part in (self.encoder_projector, self.LSTT, self.decoder):
             for name, p in part.named_parameters():
                 if p.ndim > 1 and not name.endswith("relative_emb_v"):

@@ -1,0 +1,45 @@
+"Stages on worker processes: models travel to the workers, and the results are the same bytes."
+
+import pytest
+
+from rvos_nb.commands.app import read_numbers
+from rvos_nb.core import Problem
+from rvos_nb.data import refshapes
+from rvos_nb.fuse import Rule
+from rvos_nb.keyframe import choose_key_frames
+from rvos_nb.predict import predict
+from rvos_nb.propagate import propagate
+from rvos_nb.propagation import Propagation
+from rvos_nb.units import map_units
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def test_models_are_sent_to_processes(tmp_path):
+    data = tmp_path / "data"
+    refshapes.write(data, "valid", "easy", videos=2, seed=4, frames=3, size=(64, 96))
+    for executor in ("local", "processes:2"):
+        run = tmp_path / executor.split(":")[0]
+        predict(data, run / "masks", executor=executor).check()
+        choose_key_frames(run / "masks")
+        propagate(data, run / "masks", run / "aot", executor=executor).check()
+    assert len(files(tmp_path / "local")) > 20
+    assert files(tmp_path / "local") == files(tmp_path / "processes")
+
+
+def test_work_that_cannot_be_sent_is_named():
+    with pytest.raises(Problem, match="cannot be sent"):
+        list(map_units(lambda unit: None, ["a"], "processes:2"))
+
+
+def test_numbers_that_are_none():
+    for texts in ([""], [","], ["a"]):
+        with pytest.raises(Problem, match="--weights"):
+            read_numbers("weights", texts)
+    with pytest.raises(Problem, match="weights"):
+        Rule(weights=(float("inf"), 1))
+    for scale in ("nan", "inf"):
+        with pytest.raises(Problem, match="scales"):
+            Propagation(scales=(float(scale),))

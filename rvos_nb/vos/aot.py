@@ -312,12 +312,12 @@ def one_hot(
     "One channel per identity, the background first; other labels are zero everywhere."
     return (labels[:, None] == torch.arange(channels, device=labels.device)[:, None, None]).float()
 
-# %% ../../nbs/03p_vos.aot.ipynb #00c12fbd
+# %% ../../nbs/03p_vos.aot.ipynb #746f722d
 def drop_mask_token(module, state: dict, prefix: str, *_):
     "A tensor of published files that no network uses."
     state.pop(prefix + "LSTT.mask_token", None)
 
-
+# %% ../../nbs/03p_vos.aot.ipynb #00c12fbd
 class AOT(OnHub, nn.Module):
     "Associating Objects with Transformers: encoder, identities, LSTT, decoder."
 

@@ -332,6 +332,13 @@ assert not {{"nbdev", "fastcore"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
+def test_propagation_imports_no_text_model():
+    "transformers' models take seconds to import, and a propagator reads no sentence."
+    code = "import sys, rvos_nb.propagate; assert 'transformers.modeling_utils' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_module_imports_without_fcntl():
     "As on Windows."
     code = f"""

@@ -25,7 +25,6 @@ from ..core import Problem, find_shipped
 from ..files import read_json, replace_file, replace_folder, write_json
 from .backbones import BACKBONES
 from .family import Family, all_facts, available_families, family_of, find_family
-from .text import find_model_folder, load_tokenizer
 
 # %% ../../nbs/03c_models.zoo.ipynb #42e5ebdc
 def read_config(
@@ -235,6 +234,8 @@ def find(
             where_to_get(row),
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        from rvos_nb.models.text import find_model_folder  # takes seconds to import
+
         return find_model_folder(str(name), ["config.json"], "checkpoint", online, weights=True)
     known = sorted(p.parent.name for p in home.glob("*/config.json"))
     raise Problem(
@@ -292,6 +293,8 @@ def read_tokenizer(
     online: bool = False,  # the Hub may be asked
 ):  # a Hugging Face tokenizer
     "The tokenizer of a checkpoint; Problem where it is missing or unreadable."
+    from rvos_nb.models.text import load_tokenizer  # takes seconds to import
+
     own, name = folder / "tokenizer", about.get("tokenizer")
     if own.is_dir():
         return load_tokenizer(own, online)

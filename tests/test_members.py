@@ -557,6 +557,8 @@ if __name__ == "__main__":
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # jobs in the background of a shell are born deaf to Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.time() + 60
         while (

@@ -19,7 +19,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.models.attention import Attention
 from rvos_nb.models.deformable import DeformableTransformer
-from rvos_nb.models.fusion import VisionLanguageFusion
+from rvos_nb.models.fusion import CrossFusion
 from rvos_nb.models.heads import (
     MLP,
     aligned_bilinear,
@@ -671,7 +671,7 @@ def test_wrong_sizes_are_refused():
 
 
 def test_published_names_and_sizes():
-    transformer, fpn, fusion = DeformableTransformer(), CrossModalFPN(), VisionLanguageFusion()
+    transformer, fpn, fusion = DeformableTransformer(), CrossModalFPN(), CrossFusion()
     transformer.decoder.bbox_embed = torch.nn.ModuleList(MLP(256, 256, 4) for _ in range(4))
     shapes = {
         k: tuple(v.shape) for m in (transformer, fpn, fusion) for k, v in m.state_dict().items()

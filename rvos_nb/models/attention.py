@@ -31,7 +31,7 @@ class Attention(nn.Module):
         query: Tensor,  # (N, Lq, C)
         key: Tensor,  # (N, Lk, C); N may be 1 here or in `query`: one video, many sentences
         value: Tensor,  # (N, Lk, C)
-        padding: Tensor | None = None,  # (N, Lk) bool, True where a key is padding
+        padding: Tensor | None = None,  # (N, Lk) or (N, Lq, Lk) bool, True where not to read
     ) -> Tensor:  # (N, Lq, C)
         inputs = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q, k, v = (
@@ -39,6 +39,29 @@ class Attention(nn.Module):
         )  # (N, heads, L, dim)
         if len(q) != len(k):
             q, k, v = (x.expand(max(len(q), len(k)), -1, -1, -1) for x in (q, k, v))
-        mask = None if padding is None else ~padding[:, None, None]
+        mask = None
+        if padding is not None:
+            mask = ~(padding[:, None, None] if padding.ndim == 2 else padding[:, None])
         out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def read(
+        self,
+        query: Tensor,  # (N, Lq, C) few: words
+        memory: Tensor,  # (N, Lk, C) many: pixels, keys and values at once; N may be 1
+        padding: Tensor | None = None,  # (N, Lk) bool, True where memory is padding
+    ) -> Tensor:  # (N, Lq, C)
+        """What `forward(query, memory, memory, padding)` answers, without a key or a value for each
+        pixel; no dropout."""
+        n, heads = len(query), self.heads
+        q, k, v = (w.unflatten(0, (heads, -1)) for w in self.in_proj_weight.chunk(3))
+        bias_q, _, bias_v = self.in_proj_bias.chunk(3)
+        asked = torch.einsum("nlc,hdc->nlhd", query, q) + bias_q.unflatten(0, (heads, -1))
+        asked = torch.einsum("nlhd,hdc->nhlc", asked, k).flatten(1, 2)  # (N, heads·Lq, C)
+        rows = memory[:, None].expand(n, -1, -1, -1)
+        mask = None if padding is None else ~padding[:, None, None]
+        scale = q.shape[1] ** -0.5
+        found = F.scaled_dot_product_attention(asked[:, None], rows, rows, mask, scale=scale)
+        found = found[:, 0].unflatten(1, (heads, -1))  # (N, heads, Lq, C)
+        found = torch.einsum("nhlc,hdc->nlhd", found, v).flatten(2)
+        return self.out_proj(found + bias_v)

@@ -73,9 +73,11 @@ class Family:
     variants: Mapping = field(default_factory=dict)  # architecture -> its configuration, if named
     options: Callable | None = None  # (tensors, the script's options) -> options of `config`
     architectures: Callable | None = None  # options of `config` -> names that fit, likeliest first
+    renames: Mapping = field(default_factory=dict)  # how published names begin -> how ours do
     load: Callable | None = None  # (name, device, online) -> model; None: from a folder of ours
     propagator: Callable | str = ""  # (model, options of propagation) -> a `Propagator`
     task: type | str = ""  # of training
+    criterion: Callable | str = "rvos_nb.train.losses:Criterion"  # (weights, costs) -> a loss
     recipes: tuple[str, ...] = ()  # that ship
     runners: list | str = ""  # of golden cases: (test of a case's meta, runner) each
     facts: Facts | None = None  # None: those of families/NAME.yaml

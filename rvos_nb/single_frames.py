@@ -59,13 +59,15 @@ def query_masks(
     inner: tuple[int, int],  # (h, w) in pixels without padding
     size: tuple[int, int],  # (H, W) of the original
     threshold: float = 0.5,
+    padded: tuple[int, int] | None = None,  # (h, w) in pixels with padding; None: 4 times logits
 ) -> np.ndarray:  # (Q, H, W) bool
     "Masks at the original size."
     import torch
     from torch.nn.functional import interpolate
 
     x = torch.as_tensor(logits)[None].float()
-    x = interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+    full = padded or [4 * n for n in x.shape[-2:]]
+    x = interpolate(x, tuple(full), mode="bilinear", align_corners=False)
     masks = (x.sigmoid() > threshold)[..., : inner[0], : inner[1]].float()
     return interpolate(masks, size=tuple(size), mode="nearest")[0].numpy() > 0
 
@@ -168,7 +170,7 @@ class PredictFramesWork(StageWork):
         "The results of one sample, the `i`-th sentence of an answer."
         e, answer, i = pair
         logits, threshold = answer.logits[i].numpy(), self.options.threshold
-        masks = query_masks(logits, answer.inner, answer.size, threshold)
+        masks = query_masks(logits, answer.inner, answer.size, threshold, answer.padded)
         boxes = query_boxes(answer.boxes[i].numpy(), answer.size)
         return sample_results(self.data.sample_id(e), answer.scores[i].numpy(), masks, boxes)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Facts', 'read_facts', 'shipped_facts', 'Family', 'find_object', 'register', 'all_facts',
-           'available_families', 'find_family', 'family_of', 'recognise_family']
+           'available_families', 'find_family', 'family_of', 'recognise_family', 'rename_tensor', 'rename_tensors']
 
 # %% ../../nbs/03b_models.family.ipynb #01822bb3
 import importlib
@@ -152,3 +152,20 @@ def recognise_family(
         if fits and len(facts.marks) > count:
             best, count = name, len(facts.marks)
     return best
+
+
+def rename_tensor(
+    name: str,  # as published
+    renames: Mapping[str, str],  # how published names begin -> how ours do
+) -> str:  # as in this package
+    "The name of a tensor, where an edition of a file has another."
+    old = next((old for old in renames if name.startswith(old)), "")
+    return renames[old] + name[len(old) :] if old else name
+
+
+def rename_tensors(
+    tensors: Mapping,  # by their published names
+    renames: Mapping[str, str],  # as of `rename_tensor`
+) -> dict:
+    "Tensors under the names of this package."
+    return {rename_tensor(name, renames): tensor for name, tensor in tensors.items()}

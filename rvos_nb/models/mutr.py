@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILY', 'MUTRConfig', 'tiny_mutr', 'TemporalAggregation', 'read_levels', 'MUTR', 'build_interaction', 'mutr_options']
 
-# %% ../../nbs/03i_models.mutr.ipynb #55dd2b99
+# %% ../../nbs/03i_models.mutr.ipynb #dcd9a683
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from .referformer import ReferFormer, ReferFormerConfig, referformer_options
 from .referring import Seen, TextFeatures
 from .video_queries import VideoQueries, repeat_over_frames
 
-# %% ../../nbs/03i_models.mutr.ipynb #ea5cc54b
+# %% ../../nbs/03i_models.mutr.ipynb #93665a95
 @dataclass
 class MUTRConfig(ReferFormerConfig):
     "Options of a MUTR, see `QueryConfig`."
@@ -36,7 +36,7 @@ class MUTRConfig(ReferFormerConfig):
     answer_layer: int = 0  # of the decoder; 0 as published, -1: the last
     mixes_clips: bool = False  # clips of a batch mix, as published, see `VideoQueries`
 
-# %% ../../nbs/03i_models.mutr.ipynb #0b77f86f
+# %% ../../nbs/03i_models.mutr.ipynb #445da4a4
 def tiny_mutr(
     vocab_size: int,  # of its tokenizer
     **changes,  # any other option
@@ -51,7 +51,7 @@ def tiny_mutr(
     }
     return MUTRConfig(**small_options(vocab_size) | own | changes)
 
-# %% ../../nbs/03i_models.mutr.ipynb #8f28267c
+# %% ../../nbs/03i_models.mutr.ipynb #781761db
 class TemporalAggregation(nn.Module):
     "Words read the pixels of a clip (MUTR, §3.2); published name `MTA.layers.0`."
 
@@ -87,7 +87,7 @@ def read_levels(
         found.append(words)
     return found
 
-# %% ../../nbs/03i_models.mutr.ipynb #0ca6bf02
+# %% ../../nbs/03i_models.mutr.ipynb #03bd8930
 class MUTR(ReferFormer):
     """Yan et al. 2024, §3: ReferFormer whose words read the clip, and whose queries become one over
     time."""
@@ -133,7 +133,7 @@ class MUTR(ReferFormer):
         states = frames * c.num_queries * sentences
         return states * (c.dim_feedforward + (8 + c.dec_layers) * c.hidden_dim)
 
-# %% ../../nbs/03i_models.mutr.ipynb #e450ce65
+# %% ../../nbs/03i_models.mutr.ipynb #af4551aa
 def build_interaction(c: MUTRConfig) -> VideoQueries:
     "The temporal interaction of these options."
     return VideoQueries(
@@ -147,7 +147,7 @@ def build_interaction(c: MUTRConfig) -> VideoQueries:
         learned=True,
     )
 
-# %% ../../nbs/03i_models.mutr.ipynb #fd283eb4
+# %% ../../nbs/03i_models.mutr.ipynb #d9d36849
 def mutr_options(
     tensors: Mapping[str, Tensor],
     options: Mapping,  # of the script that trained them

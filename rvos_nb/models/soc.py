@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILY', 'SOCConfig', 'tiny_soc', 'SOC', 'build_clusters', 'read_pixels', 'summarise_words', 'soc_options']
 
-# %% ../../nbs/03h_models.soc.ipynb #26b7d230
+# %% ../../nbs/03h_models.soc.ipynb #7c972269
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from .referring import Seen, TextFeatures
 from .text import FeatureResizer, TextEncoder
 from .video_queries import VideoQueries, repeat_over_frames
 
-# %% ../../nbs/03h_models.soc.ipynb #e90c0426
+# %% ../../nbs/03h_models.soc.ipynb #2cc4e27b
 @dataclass
 class SOCConfig(QueryConfig):
     "Options of a SOC, see `QueryConfig`."
@@ -51,7 +51,7 @@ class SOCConfig(QueryConfig):
     answer_layer: int = 0  # of the decoder; 0 as published, -1: the last
     mixes_clips: bool = False  # clips of a batch mix, as published, see `VideoQueries`
 
-# %% ../../nbs/03h_models.soc.ipynb #aecaee0c
+# %% ../../nbs/03h_models.soc.ipynb #4f1a2c86
 def tiny_soc(
     vocab_size: int,  # of its tokenizer
     **changes,  # any other option
@@ -69,7 +69,7 @@ def tiny_soc(
     }
     return SOCConfig(**small_options(vocab_size) | own | changes)
 
-# %% ../../nbs/03h_models.soc.ipynb #f3068bef
+# %% ../../nbs/03h_models.soc.ipynb #eb148f61
 class SOC(QueryModel):
     """Luo et al. 2023, §3: frame queries, then object clusters of a clip. `see` and `refer` answer;
     `forward` trains."""
@@ -148,7 +148,7 @@ class SOC(QueryModel):
         tokens = frames * c.num_queries * sentences
         return tokens * (c.dim_feedforward + (8 + c.dec_layers) * c.hidden_dim)
 
-# %% ../../nbs/03h_models.soc.ipynb #1017eae4
+# %% ../../nbs/03h_models.soc.ipynb #9f525178
 def build_clusters(c: SOCConfig) -> VideoQueries:
     "The module of clusters of these options."
     return VideoQueries(
@@ -181,7 +181,7 @@ def summarise_words(fusion: CrossFusion, seen: Seen, text: TextFeatures) -> Tens
     words, real = read_pixels(fusion, seen, text, 2), ~text.mask[..., None]
     return (words * real).sum(1) / real.sum(1)
 
-# %% ../../nbs/03h_models.soc.ipynb #a266bfa5
+# %% ../../nbs/03h_models.soc.ipynb #5dd640f0
 def soc_options(
     tensors: Mapping[str, Tensor],
     options: Mapping,  # of the script that trained them

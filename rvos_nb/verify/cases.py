@@ -22,7 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core import Problem, natural_key
-from ..models.family import available_families, find_family, find_object
+from rvos_nb.models.family import (
+    available_families,
+    find_family,
+    find_object,
+    rename_tensor,
+    rename_tensors,
+)
 
 # %% ../../nbs/07f_verify.cases.ipynb #fa8a8513
 def image(
@@ -135,6 +141,7 @@ def load_filled(
     meta: dict,  # of the case
     arrays: Mapping = {},  # its stored arrays
     prefix: str = "",  # take only the names with this prefix, without it
+    renames: Mapping[str, str] = {},  # how published names begin -> how ours do
 ):  # the module, for chaining
     "Fill `model` in place as the case says. Raises `Problem` where names or shapes differ."
     import torch
@@ -142,6 +149,7 @@ def load_filled(
     part = meta | {"keys": [key for key in meta["keys"] if key[0].startswith(prefix)]}
     ours = dict(model.state_dict())
     published = {name.removeprefix(prefix): tuple(shape) for name, shape, _ in part["keys"]}
+    published = rename_tensors(published, renames)
     optional = {name.removeprefix(prefix) for name in integer_tensors(meta)}
     misfits = list_misfits(ours, published, optional)
     if misfits:
@@ -152,7 +160,7 @@ def load_filled(
             "build the model with the configuration of the case",
         )
     for name, value in published_tensors(part, arrays):
-        name = name.removeprefix(prefix)
+        name = rename_tensor(name.removeprefix(prefix), renames)
         if name in ours:
             ours[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
     return model

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AttentionBlock', 'FeedForwardBlock', 'hide_frames', 'VideoQueries', 'attend_windows', 'repeat_over_frames']
 
-# %% ../../nbs/02p_models.video_queries.ipynb #f88ccb8d
+# %% ../../nbs/02p_models.video_queries.ipynb #3626fae2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
 
-# %% ../../nbs/02p_models.video_queries.ipynb #f81df5a6
+# %% ../../nbs/02p_models.video_queries.ipynb #135b496c
 class AttentionBlock(nn.Module):
     "Attention, residual, norm; `name` is the published one of the attention."
 
@@ -45,7 +45,7 @@ class FeedForwardBlock(nn.Module):
         wide = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm(x + self.dropout(self.linear2(wide)))
 
-# %% ../../nbs/02p_models.video_queries.ipynb #cf200dc3
+# %% ../../nbs/02p_models.video_queries.ipynb #d18b570b
 def hide_frames(
     frames: int,  # T
     window: int,  # W
@@ -66,7 +66,7 @@ def hide_frames(
         hidden &= ~padding[:, :, None]
     return hidden
 
-# %% ../../nbs/02p_models.video_queries.ipynb #ec84bb4a
+# %% ../../nbs/02p_models.video_queries.ipynb #4da93eda
 class VideoQueries(nn.Module):
     """Q queries of a clip that read the Q queries of each of its frames (VITA, §3.2; SOC, §3.3;
     MUTR, §3.3)."""
@@ -135,7 +135,7 @@ class VideoQueries(nn.Module):
         for i, (attend, feed_forward) in enumerate(zip(self.enc_self_attn, self.enc_ffn)):
             move = window // 2 if shifted and i % 2 else 0
             x = attend_windows(attend, x.roll(move, 1), frames, window, move > 0)
-            x = feed_forward(x.roll(-move, 1))
+            x = feed_forward(x).roll(-move, 1)
         return x[:, :frames]
 
     def decode(self, x: Tensor, queries: Tensor) -> Tensor:  # (N, T, Q, C), (N, Q, C) -> (N, Q, C)
@@ -155,7 +155,7 @@ class VideoQueries(nn.Module):
             queries = feed_forward(queries)
         return self.decoder_norm(queries)
 
-# %% ../../nbs/02p_models.video_queries.ipynb #d59f2d1e
+# %% ../../nbs/02p_models.video_queries.ipynb #c0a16c9c
 def attend_windows(
     block: AttentionBlock,
     x: Tensor,  # (N, T', Q, C), T' a multiple of the window

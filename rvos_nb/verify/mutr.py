@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNNERS', 'build_case_model', 'run_stages', 'name_decoder', 'run_model']
 
-# %% ../../nbs/07i_verify.mutr.ipynb #6b3ee134
+# %% ../../nbs/07i_verify.mutr.ipynb #84fae788
 import dataclasses
 from collections.abc import Iterator, Mapping
 
@@ -20,7 +20,7 @@ from .cases import load_filled, model_is
 from .referformer import name_backbone, pad_clips, record_outputs
 from .soc import name_clusters, name_inference, read_text, record_clusters
 
-# %% ../../nbs/07i_verify.mutr.ipynb #c1ed2d1d
+# %% ../../nbs/07i_verify.mutr.ipynb #d0d3de7a
 def build_case_model(
     meta: dict,  # of a model case
 ) -> MUTR:  # weights as they come
@@ -37,7 +37,7 @@ def build_case_model(
         )
     )
 
-# %% ../../nbs/07i_verify.mutr.ipynb #349c2d23
+# %% ../../nbs/07i_verify.mutr.ipynb #4861d9c7
 def run_stages(
     model: MUTR,
     clips: tuple[Tensor, Tensor, Tensor],  # of `pad_clips`
@@ -90,13 +90,13 @@ def name_decoder(
     yield "decoder/init_reference", decoded.init_reference
     yield "decoder/hs", decoded.hs
     yield "decoder/inter_references", decoded.references
-    yield from name_clusters(recorded, "mti")
+    yield from name_clusters(recorded, "mti", model.config.video_window)
     yield "mti/out", video
     yield "mask_features", recorded["mask_features"][0]
     repeated = torch.stack([repeat_over_frames(v, frames) for v in video])
     yield "controller", model.controller(repeated)
 
-# %% ../../nbs/07i_verify.mutr.ipynb #d555eeef
+# %% ../../nbs/07i_verify.mutr.ipynb #fa6b9e72
 def run_model(
     meta: dict,  # of a model case
     arrays: Mapping,  # its stored inputs

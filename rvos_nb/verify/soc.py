@@ -8,7 +8,7 @@ __all__ = ['PREDICTIONS', 'RUNNERS', 'read_published_config', 'build_case_model'
            'name_single_frames', 'read_text', 'run_model', 'answer_case', 'read_layer', 'clip_first', 'read_targets',
            'run_criterion']
 
-# %% ../../nbs/07h_verify.soc.ipynb #b57c5b9e
+# %% ../../nbs/07h_verify.soc.ipynb #68009d98
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..train.losses import ClusterCriterion, frame_costs, pad_masks
 from .cases import load_filled, model_is
 from .referformer import name_backbone, pad_clips, record_outputs
 
-# %% ../../nbs/07h_verify.soc.ipynb #1ce268b7
+# %% ../../nbs/07h_verify.soc.ipynb #001847eb
 def read_published_config(
     published: Mapping,  # `meta['config']` of a case
 ) -> SOCConfig:
@@ -55,7 +55,7 @@ def build_case_model(
     "The model that a case is about."
     return SOC(read_published_config(meta["config"]))
 
-# %% ../../nbs/07h_verify.soc.ipynb #777287cb
+# %% ../../nbs/07h_verify.soc.ipynb #e3c67c97
 def record_clusters(module: VideoQueries) -> dict[str, nn.Module]:
     "The feed-forward of every layer of a module of video queries, by the cases' names."
     parts = {f"enc_{i}": layer for i, layer in enumerate(module.enc_ffn)}
@@ -65,11 +65,15 @@ def record_clusters(module: VideoQueries) -> dict[str, nn.Module]:
 def name_clusters(
     recorded: Mapping[str, list],  # of `record_outputs`
     prefix: str,  # of the cases' names
+    window: int = 0,  # W; 0: all frames
 ) -> Iterator[tuple[str, Tensor]]:
-    "What every layer of a module of video queries answered, as published: (T·Q or Q, L·B, C)."
+    """What every layer of a module of video queries answered, as published: encoders in their
+    windows (W·Q, L·B·windows, C), decoders (Q, L·B, C)."""
     for name, (x, *_) in recorded.items():
+        if name.startswith("enc_"):
+            x = x.reshape(-1, (window or x.shape[1]) * x.shape[2], x.shape[3])
         if name.startswith(("enc_", "dec_")):
-            yield f"{prefix}/{name}", x.reshape(len(x), -1, x.shape[-1]).transpose(0, 1)
+            yield f"{prefix}/{name}", x.transpose(0, 1)
 
 
 def run_stages(
@@ -98,7 +102,7 @@ def run_stages(
     yield from name_decoder(model, recorded, seen.frames)
     yield from name_answers(out)
 
-# %% ../../nbs/07h_verify.soc.ipynb #51f29c38
+# %% ../../nbs/07h_verify.soc.ipynb #3152db1e
 def name_text(
     model: QueryModel,
     text: tuple[Tensor, Tensor, Tensor],
@@ -161,7 +165,7 @@ def name_answers(out: dict) -> Iterator[tuple[str, Tensor]]:
         yield f"{prefix}/text_sentence_feature", text
     yield "n_aux", torch.tensor(len(layers))
 
-# %% ../../nbs/07h_verify.soc.ipynb #b78c6c67
+# %% ../../nbs/07h_verify.soc.ipynb #2b4bffdf
 def name_inference(
     out: dict,  # of one clip
     size: tuple[int, int],  # (H, W) of the frames
@@ -191,7 +195,7 @@ def name_single_frames(
             masks = query_masks(out["pred_masks"][i, 0], inner, about["shape"][1:], padded=padded)
             yield f"a2d/{i}/masks", torch.from_numpy(masks)
 
-# %% ../../nbs/07h_verify.soc.ipynb #0e0ae8d6
+# %% ../../nbs/07h_verify.soc.ipynb #2df31d6b
 def read_text(
     model: QueryModel,
     arrays: Mapping,  # stored inputs of a case
@@ -228,7 +232,7 @@ def answer_case(model, clips, text, valid, training) -> dict:
     frames, mask, sizes = clips
     return model(frames, mask if mask.any() else None, *text, sizes, valid, training)
 
-# %% ../../nbs/07h_verify.soc.ipynb #3cacb2c0
+# %% ../../nbs/07h_verify.soc.ipynb #a1cfd34f
 PREDICTIONS = ("pred_masks", "pred_logits", "pred_boxes")
 
 

@@ -10,6 +10,7 @@ __all__ = ['MATCH', 'CLUSTER_WEIGHTS', 'CLUSTER_COSTS', 'focal', 'dice', 'box_co
 
 # %% ../../nbs/04b_train.losses.ipynb #1f1b0cb4
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,8 @@ def weigh_terms(
 class Criterion:
     "Matching and the weighted sum of all losses of a DETR-like referring model (Wu et al. 2022)."
 
+    options: ClassVar = {"target": "average", "mask_per": "clip"}  # of recipes, with their defaults
+
     def __init__(
         self,
         weights: dict | None = None,  # of the five losses; None: MATCH
@@ -316,6 +319,8 @@ def charge_frames(
 class ClusterCriterion:
     """Matching and the weighted sum of all losses of SOC and WaveCL (Luo et al. 2023, §3.4); every
     layer is charged with its own clusters."""
+
+    options: ClassVar = {}  # of recipes
 
     def __init__(
         self,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..data import scenes
 from ..data.clips import ReferBatch, SceneStage, draw_refer_batch
 from ..models import zoo
-from ..models.family import find_family
+from ..models.family import find_family, find_object
 from ..models.referring import choose_query
 from ..models.start import load_start
 from ..models.text import make_tokenizer
-from .losses import Criterion, PixelLoss
+from .losses import PixelLoss
 from .recipe import VALIDATION, Recipe, Watch, read_loss_options
 
 # %% ../../nbs/04e_train.refer.ipynb #567bec7c
@@ -37,11 +37,11 @@ def normalise_clips(
 
 # %% ../../nbs/04e_train.refer.ipynb #6143e574
 def answer_sentences(
-    model: nn.Module,  # a ReferFormer
+    model: nn.Module,  # a query model
     frames: Tensor,  # (B, T, 3, H, W) normalised
     clip: Tensor,  # (E,) the clip of each sentence
     texts: Sequence[str],
-) -> dict:  # what `ReferFormer.forward` answers, for E sentences
+) -> dict:  # what `QueryModel.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
     seen, t = model.look(frames), frames.shape[1]
     rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
@@ -93,23 +93,25 @@ def mean_scores(
 
 # %% ../../nbs/04e_train.refer.ipynb #db03e939
 class Refer:
-    """Training a ReferFormer on RefShapes. Options of `loss`: weights, target, mask_per (see
-    `Criterion`) and pixel, the weight of the pixel loss."""
+    """Training a query model on RefShapes. Options of `loss`: weights, those that the criterion of
+    its family has, and pixel, the weight of the pixel loss."""
 
     kind = "refer"
 
     def __init__(self, recipe: Recipe, device: str):
-        o = read_loss_options(recipe, weights=None, target="average", mask_per="clip", pixel=1.0)
         family = find_family(recipe.family)
+        criterion = find_object(family.criterion)
+        o = read_loss_options(recipe, weights=None, pixel=1.0, **criterion.options)
         tokenizer, settings = make_tokenizer(scenes.WORDS), copy.deepcopy(dict(recipe.model))
         settings["text"] = dict(settings.get("text", {}), vocab_size=len(tokenizer))
         config = zoo.read_config(family.config, settings, "recipe, model")
         self.model = family.model(config, tokenizer=tokenizer)
         if recipe.start:
             load_start(self.model, recipe.start)
-        self.pixel = PixelLoss(self.model.pixel_channels, o["target"])
+        self.pixel = PixelLoss(self.model.pixel_channels, o.get("target", "average"))
         self.modules = nn.ModuleDict({"model": self.model, "pixel": self.pixel}).to(device)
-        self.criterion = Criterion(o["weights"], o["weights"], o["target"], o["mask_per"])
+        own = {name: o[name] for name in criterion.options}
+        self.criterion = criterion(o["weights"], o["weights"], **own)
         self.weight, self.device = o["pixel"], device
 
     def answer(self, batch: ReferBatch) -> dict:

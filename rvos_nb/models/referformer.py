@@ -21,6 +21,7 @@ from rvos_nb.models.backbones import (
     recognise_backbone,
     resize_mask,
     sine_position_2d,
+    wrap_body,
 )
 from .deformable import DeformableTransformer, TransformerOutput, split_heads
 from .family import Family, register
@@ -134,7 +135,7 @@ class ReferFormer(QueryModel):
         super().__init__()
         c = self.config = config
         body = build_backbone(c.backbone, **c.backbone_options)
-        self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])  # published prefix
+        self.backbone = nn.ModuleList([wrap_body(body)])  # published prefix
         self.input_proj = input_projections(body.channels, c)
         self.text_encoder = TextEncoder(c.text, tokenizer)
         self.resizer = FeatureResizer(c.text["hidden_size"], c.hidden_dim, c.fpn_dropout)

@@ -24,7 +24,7 @@ from rvos_nb.models.family import (
     available_families,
     find_family,
     recognise_family,
-    rename_tensors,
+    rename_parts,
 )
 from .files import Published, read_pickle, split_published
 from .text import ROBERTA_BASE, load_tokenizer
@@ -107,7 +107,7 @@ def recognise(
             "use a version of this package that has it",
         )
     record = find_family(family)
-    tensors = rename_tensors(tensors, record.renames)
+    tensors = rename_parts(tensors, record.renames)
     try:
         config = record.options(tensors, options)
     except KeyError as e:
@@ -256,7 +256,7 @@ def convert(
     config = zoo.read_config(record.config, found.config, file)
     with torch.device("meta"):
         wanted, aliases = zoo.unique_tensors(record.model(config))
-    tensors = rename_tensors(published.tensors, record.renames)
+    tensors = rename_parts(published.tensors, record.renames)
     given = {n: t for n, t in tensors.items() if n not in aliases}
     zoo.check_tensors(wanted, given, file)
 

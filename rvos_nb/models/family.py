@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Facts', 'read_facts', 'shipped_facts', 'Family', 'find_object', 'register', 'all_facts',
-           'available_families', 'find_family', 'family_of', 'recognise_family', 'rename_tensor', 'rename_tensors']
+           'available_families', 'find_family', 'family_of', 'recognise_family', 'rename_part', 'rename_parts']
 
 # %% ../../nbs/03b_models.family.ipynb #01822bb3
 import importlib
@@ -154,7 +154,7 @@ def recognise_family(
     return best
 
 
-def rename_tensor(
+def rename_part(
     name: str,  # as published
     renames: Mapping[str, str],  # how published names begin -> how ours do
 ) -> str:  # as in this package
@@ -163,9 +163,9 @@ def rename_tensor(
     return renames[old] + name[len(old) :] if old else name
 
 
-def rename_tensors(
+def rename_parts(
     tensors: Mapping,  # by their published names
-    renames: Mapping[str, str],  # as of `rename_tensor`
+    renames: Mapping[str, str],  # as of `rename_part`
 ) -> dict:
     "Tensors under the names of this package."
-    return {rename_tensor(name, renames): tensor for name, tensor in tensors.items()}
+    return {rename_part(name, renames): tensor for name, tensor in tensors.items()}

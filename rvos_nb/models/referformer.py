@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .backbones import build_backbone
+from .backbones import build_backbone, wrap_body
 from .deformable import TransformerOutput
 from .family import Family, register
 from .fusion import CrossFusion
@@ -59,7 +59,7 @@ class ReferFormer(QueryModel):
         super().__init__()
         c = self.config = config
         body = build_backbone(c.backbone, **c.backbone_options)
-        self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])  # published prefix
+        self.backbone = nn.ModuleList([wrap_body(body)])  # published prefix
         self.input_proj = input_projections(body.channels, c)
         self.text_encoder = TextEncoder(c.text, tokenizer)
         self.resizer = FeatureResizer(c.text["hidden_size"], c.hidden_dim, c.fpn_dropout)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .backbones import build_backbone, count_modules
+from .backbones import build_backbone, count_modules, wrap_body
 from .deformable import TransformerOutput
 from .family import Family, register
 from .fusion import CrossFusion
@@ -84,7 +84,7 @@ class SOC(QueryModel):
         super().__init__()
         c = self.config = config
         body = build_backbone(c.backbone, **c.backbone_options)
-        self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])  # published prefix
+        self.backbone = nn.ModuleList([wrap_body(body)])  # published prefix
         self.input_proj = input_projections(body.channels, c)
         self.text_encoder = TextEncoder(c.text, tokenizer)
         self.txt_proj = FeatureResizer(c.text["hidden_size"], c.hidden_dim, c.text_dropout)

@@ -26,8 +26,8 @@ from rvos_nb.models.family import (
     available_families,
     find_family,
     find_object,
-    rename_tensor,
-    rename_tensors,
+    rename_part,
+    rename_parts,
 )
 
 # %% ../../nbs/07f_verify.cases.ipynb #fa8a8513
@@ -149,7 +149,7 @@ def load_filled(
     part = meta | {"keys": [key for key in meta["keys"] if key[0].startswith(prefix)]}
     ours = dict(model.state_dict())
     published = {name.removeprefix(prefix): tuple(shape) for name, shape, _ in part["keys"]}
-    published = rename_tensors(published, renames)
+    published = rename_parts(published, renames)
     optional = {name.removeprefix(prefix) for name in integer_tensors(meta)}
     misfits = list_misfits(ours, published, optional)
     if misfits:
@@ -160,7 +160,7 @@ def load_filled(
             "build the model with the configuration of the case",
         )
     for name, value in published_tensors(part, arrays):
-        name = rename_tensor(name.removeprefix(prefix), renames)
+        name = rename_part(name.removeprefix(prefix), renames)
         if name in ours:
             ours[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
     return model

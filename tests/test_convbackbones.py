@@ -14,7 +14,7 @@ from torch import nn
 
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
-from rvos_nb.models.backbones import build_backbone, recognise_backbone, run_frames, wrap_body
+from rvos_nb.models.backbones import build_backbone, recognise_backbone, run_by_frames, wrap_body
 from rvos_nb.models.convmae import RelativeAttention
 from rvos_nb.models.referformer import ReferFormer, ReferFormerConfig, referformer_options
 from rvos_nb.models.start import load_backbone, load_start
@@ -175,8 +175,8 @@ def test_pieces_are_as_large_as_asked(monkeypatch):
 
     monkeypatch.setattr("rvos_nb.models.pieces.piece_size", lambda device: 360)
     with torch.no_grad():
-        assert torch.equal(run_frames(work, frames)[0], frames) and counted == [3, 3, 1]
-    assert run_frames(work, frames)[0] is frames
+        assert torch.equal(run_by_frames(work, frames)[0], frames) and counted == [3, 3, 1]
+    assert run_by_frames(work, frames)[0] is frames
 
 
 @both

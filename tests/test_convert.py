@@ -21,16 +21,15 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.models.convert import convert, recognise
-from rvos_nb.models.family import find_family
+from rvos_nb.models.family import find_family, rename_parts
 from rvos_nb.models.files import read_pickle, read_published, split_published
 from rvos_nb.models.referformer import ReferFormer, ReferFormerConfig
 from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_text_config
 from rvos_nb.verify.cases import fill, load_case
 from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 
-GOLDEN = sorted(Path(__file__).with_name("golden").glob("referformer/*.npz")) + sorted(
-    Path(__file__).with_name("golden").glob("vos/*.npz")
-)
+FOLDERS = ("referformer", "soc", "mutr", "vos")
+GOLDEN = [p for f in FOLDERS for p in sorted(Path(__file__).with_name("golden").glob(f"{f}/*.npz"))]
 
 
 def filled(model):
@@ -312,25 +311,24 @@ def tensors_of(case):
 def test_golden_key_lists_are_recognised(path):
     case = load_case(path)
     names = [k[0] for k in case.meta.get("keys", [])]
-    if not any(n.startswith(("fusion_module", "LSTT")) for n in names):
+    if not any(n.startswith(("fusion_module", "vlf", "LSTT")) for n in names):
         return  # a part of a model
     tensors, options = split_published({"model": tensors_of(case)}).tensors, case.meta["config"]
-    if path.parent.name == "referformer":
+    if path.parent.name in ("referformer", "soc", "mutr"):
         found = recognise(tensors)
-        assert (
-            found.variant
-            == "referformer-" + options["backbone"].removesuffix("_p4w7").replace("_", "-")
-            and not found.notes
-        )
-        assert {k: found.config[k] for k in options if k in found.config} == {
-            k: options[k] for k in options if k in found.config
-        }
+        assert found.variant in zoo.published() and not found.notes
+        backbone = options["backbone"].replace("-", "_").removesuffix("_p4w7")
+        assert found.config["backbone"].removesuffix("_p4w7") == backbone
+        assert path.parent.name == "soc" or {
+            k: found.config[k] for k in options if k in found.config
+        } == {k: options[k] for k in options if k in found.config}
     else:
         found = recognise(tensors, model=case.meta["model"])
     family = find_family(found.family)
     cls, config = family.model, family.config
     with torch.device("meta"):
         wanted, aliases = zoo.unique_tensors(cls(config(**found.config)))
+    tensors = rename_parts(tensors, family.renames)
     zoo.check_tensors(wanted, {n: t for n, t in tensors.items() if n not in aliases}, path)
 
 

@@ -367,20 +367,23 @@ def test_every_published_variant_has_a_row():
         "referformer-resnet50",
         "referformer-swin-l",
         "referformer-video-swin-b",
+        "soc-video-swin-t",
+        "soc-video-swin-b",
+        "mutr-resnet50",
+        "mutr-video-swin-b",
+        "mutr-convnext-l",
+        "mutr-convmae-b",
         "aott",
         "r50-aotl",
         "swinl-deaotl",
     ],
 )
 def test_parameters_are_those_of_the_table(name):
-    from rvos_nb.models.referformer import ReferFormerConfig
-
     row = zoo.published()[name]
-    cls = find_family(row["family"]).model
+    family = find_family(row["family"])
     with torch.device("meta"):
-        model = cls(
-            zoo.variants(row["family"]).get(name) or ReferFormerConfig(backbone=row["backbone"])
-        )
+        config = zoo.variants(family.name).get(name) or family.config(backbone=row["backbone"])
+        model = family.model(config)
     count = sum(
         t.numel()
         for t in (

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'Shapes', 'SWIN_SIZES', 'fold_time', 'ResNet', 'ConvBlock', 'TimeConv', 'ConvTiny', 'ChannelNorm',
-           'run_frames', 'build_backbone', 'wrap_body', 'resize_mask', 'sine_features', 'sine_position_2d',
+           'run_by_frames', 'build_backbone', 'wrap_body', 'resize_mask', 'sine_features', 'sine_position_2d',
            'count_modules', 'name_differences', 'recognise_convnext', 'recognise_convmae', 'recognise_backbone']
 
 # %% ../../nbs/02c_models.backbones.ipynb #f717d4a2
@@ -179,7 +179,7 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 # %% ../../nbs/02c_models.backbones.ipynb #f60d82a4
-def run_frames(
+def run_by_frames(
     work: Callable[[Tensor], list[Tensor]],  # from frames (n, 3, H, W) to maps (n, C, h, w)
     frames: Tensor,  # (N, 3, H, W)
 ) -> list[Tensor]:  # maps (N, C, h, w)

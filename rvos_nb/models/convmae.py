@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..core import Problem
-from .backbones import ChannelNorm, fold_time, run_frames
+from .backbones import ChannelNorm, fold_time, run_by_frames
 
 # %% ../../nbs/02g_models.convmae.ipynb #2179a1af
 class ConvPatches(nn.Module):
@@ -275,7 +275,7 @@ class ConvMAE(nn.Module):
         x: Tensor,  # (B, T, 3, H, W) normalised pixels
     ) -> list[Tensor]:  # four of (B·T, C, h, w)
         "Features at strides 4, 8, 16, 32; raises `Problem` for small frames."
-        return run_frames(self.build_levels, fold_time(x))
+        return run_by_frames(self.build_levels, fold_time(x))
 
     def build_levels(
         self,

@@ -13,7 +13,7 @@ from timm.models import convnext
 from torch import Tensor, nn
 
 from ..core import Problem
-from .backbones import ChannelNorm, fold_time, run_frames, wrap_body
+from .backbones import ChannelNorm, fold_time, run_by_frames, wrap_body
 
 # %% ../../nbs/02f_models.convnext.ipynb #1acedd6e
 class ConvNeXt(nn.Module):
@@ -47,7 +47,7 @@ class ConvNeXt(nn.Module):
         x: Tensor,  # (B, T, 3, H, W) normalised pixels
     ) -> list[Tensor]:  # four of (B·T, C, h, w)
         "Normalised features at strides 4, 8, 16, 32; raises `Problem` for small frames."
-        return run_frames(self.build_levels, fold_time(x))
+        return run_by_frames(self.build_levels, fold_time(x))
 
     def build_levels(
         self,

@@ -221,6 +221,7 @@ BENCHMARKS = {
     "demo": "rvos_nb.benchmarks:demo",
     "scores": "rvos_nb.benchmarks:scores",
     "referformer": "rvos_nb.bench.referformer:figures",
+    "families": "rvos_nb.bench.families:figures",
     "propagate": "rvos_nb.bench.propagate:figures",
     "metrics": "rvos_nb.bench.metrics:figures",
     "fuse": "rvos_nb.bench.fuse:figures",

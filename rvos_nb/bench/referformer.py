@@ -46,6 +46,9 @@ def naive_attention(
     video for each sentence."""
     n = max(len(query), len(key))
     q, k, v = (x.expand(n, -1, -1).transpose(0, 1) for x in (query, key, value))
+    mask = None
+    if padding is not None and padding.ndim == 3:
+        mask, padding = padding.repeat_interleave(self.heads, 0), None
     out, _ = F.multi_head_attention_forward(
         q,
         k,
@@ -63,6 +66,7 @@ def naive_attention(
         training=False,
         key_padding_mask=padding,
         need_weights=True,
+        attn_mask=mask,
     )
     return out.transpose(0, 1)
 

@@ -891,6 +891,60 @@ def test_key_frames_of_broken_candidates(made):
         choose_key_frames(tmp / "run", "luck")
 
 
+def test_rounding_chooses_no_key_frame(made):
+    """Scores as of MUTR, which differ in the last bits only: frame 0, and of frames that are really
+    better the first."""
+    tmp, data = made
+    even, late = [e for e in data if data.masks(e).any((1, 2)).all()][:2]
+    noise = np.float32([0.7, 0.7, 0.7])
+    noise[1:] = np.nextafter(noise[1:], np.float32(1))
+    candidates(tmp / "run", even, noise, data.videos[even.video].frames)
+    candidates(tmp / "run", late, noise - np.float32([2e-5, 0, 0]), data.videos[late.video].frames)
+    for policy in ("score", "best_nonempty"):
+        keys = from_json(choose_key_frames(tmp / "run", policy))
+        assert keys[even.video][even.id] == 0 and keys[late.video][late.id] == 1
+
+
+def test_the_surest_mask(made):
+    "`mask_score`: drawn frames only, logits and probabilities alike, and the first of equals."
+    tmp, data = made
+    e = next(iter(data))
+    frames = data.videos[e.video].frames
+    folder, path = tmp / "run/Annotations" / e.video / e.id, tmp / "run/candidates" / e.video
+    about = {"kind": "logit", "size": [64, 96], "model": "toy", "frames": list(frames)}
+
+    def chosen(levels, kind="logit", drawn=(1, 1, 1)):
+        logits = np.full((3, 2, 2), -5, np.float32)
+        logits[:, 0, 0] = levels
+        if kind == "probability":
+            logits = 1 / (1 + np.exp(-logits))
+        path.mkdir(parents=True, exist_ok=True)
+        save_candidates(
+            path / f"{e.id}.safetensors",
+            logits,
+            np.full(3, 0.4),
+            np.zeros((3, 4)),
+            about | {"kind": kind},
+        )
+        for name, is_drawn in zip(frames, drawn):
+            write_mask(folder / f"{name}.png", np.full((64, 96), bool(is_drawn)))
+        return from_json(choose_key_frames(tmp / "run", "mask_score"))[e.video][e.id]
+
+    for kind in ("logit", "probability"):
+        assert chosen([1, 2, 3], kind) == 2
+        assert chosen([1, 3, 2], kind, (1, 0, 1)) == 2  # the surest one was not drawn
+        assert chosen([2, 2, 2], kind) == 0
+        assert chosen([-1, -1, 1], kind) == 2
+        assert chosen([-1, -1, -1], kind, (0, 0, 0)) == 0  # nothing anywhere
+        assert chosen([-1, -1, -1], kind, (0, 1, 1)) == 1  # drawn with a lower threshold
+    with pytest.raises(StageFailed, match="kind: found 'mask'"):
+        chosen([1, 2, 3], "mask")
+    chosen([3, 2, 1])
+    (folder / f"{frames[0]}.png").unlink()
+    with pytest.raises(StageFailed, match=frames[0]):
+        choose_key_frames(tmp / "run", "mask_score")
+
+
 @pytest.fixture
 def tracks(tmp_path):
     """Two videos in both layouts, noisy results,

@@ -683,6 +683,13 @@ def test_the_published_rules():
         ),
     }
     tiny, real = load_workflow("lsvos2023-tiny"), load_workflow("lsvos2023")
+    policies = {
+        s.name: real.parameters[s.parameters["policy"].strip("{}")]
+        for s in real.stages
+        if s.name.startswith("keys-")
+    }
+    assert policies.pop("keys-mutr") == "mask_score"  # its scores say nothing about frames
+    assert len(policies) == 4 and set(policies.values()) == {"score"}
     assert (
         tiny.stages[1:] == real.stages
         and tiny.parameters["scales"] == [0.8, 1.0, 1.2]

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from rvos_nb import files
+from rvos_nb.candidates import load_candidates, save_candidates
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.video import open_clip
+from rvos_nb.evaluate import evaluate
 from rvos_nb.keyframe import choose_key_frames
 from rvos_nb.predict import predict, predict_clip
 from rvos_nb.propagate import propagate
@@ -236,3 +239,22 @@ def test_killed_and_run_again(clean, tmp_path, stage):
     assert before and len(before) < len(tree(tmp_path / "whole" / "Annotations"))
     subprocess.run([sys.executable, "-c", code("killed")], check=True)
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+def test_key_frames_where_all_scores_are_equal(tmp_path):
+    """Scores as MUTR's, one value for all frames of a sentence: the surest mask propagates better
+    than that of frame 0, the published choice."""
+    refshapes.write(tmp_path / "data", "valid", "medium", videos=3, seed=7, frames=12)
+    predict(tmp_path / "data", tmp_path / "run").check()
+    for path in (tmp_path / "run/candidates").glob("*/*.safetensors"):
+        arrays, about = load_candidates(path)
+        equal = np.full_like(arrays["scores"], arrays["scores"].mean())
+        save_candidates(path, arrays["logits"], equal, arrays["boxes"], about)
+    found = {}
+    for policy in ("score", "mask_score"):
+        keys = choose_key_frames(tmp_path / "run", policy)
+        frames = [e["index_info"]["class_index"] for es in keys.values() for e in es.values()]
+        assert any(frames) == (policy == "mask_score")
+        propagate(tmp_path / "data", tmp_path / "run", tmp_path / policy, force=True).check()
+        found[policy] = evaluate(tmp_path / "data", tmp_path / policy, tmp_path / "scores")["J&F"]
+    assert found["mask_score"] > found["score"] + 1

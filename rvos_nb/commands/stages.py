@@ -131,16 +131,18 @@ def predict_command(
 def keyframe_command(
     run: RUN,
     policy: Annotated[
-        str, typer.Option(help="How to choose; 'score': where the model is surest.")
+        str, typer.Option(help="score, best_nonempty (among frames with a mask) or mask_score.")
     ] = "score",
 ):
     """Choose the frame where the model is surest.
 
     Writes key_frame.json into the results folder of `rvos predict --data`; `rvos propagate` starts
-    from it.
+    from it. The published policy takes the highest class score. A model whose score is the same in
+    every frame (MUTR) is better asked where its mask is surest: mask_score.
 
     \b
     rvos keyframe runs/tiny
+    rvos keyframe runs/mutr --policy mask_score
     """
     from rvos_nb.keyframe import choose_key_frames
 

@@ -153,6 +153,74 @@ def test_published_weight_decay():
     assert {n: decay[id(model.get_parameter(n))] for n in wanted} == wanted
 
 
+def test_drops_stand_where_published_epochs_end():
+    "MUTR's recipe, 12 epochs with drops after 8 and 10, as torch's own scheduler sets rates."
+    from torch import nn
+    from torch.optim.lr_scheduler import MultiStepLR
+
+    from rvos_nb.train.recipe import Tuning
+    from rvos_nb.train.schedule import optimizer_for, set_rates
+
+    model = nn.ModuleDict({n: nn.Linear(1, 1) for n in ("backbone", "text_encoder", "head")})
+    groups = {"backbone": 0.06, "text_encoder": 0.1}
+    tuning = Tuning(lr=1e-4, schedule="step", warmup=0.0, drops=[8 / 12, 10 / 12], groups=groups)
+    ours = optimizer_for(model, tuning)
+    theirs = optimizer_for(model, tuning)
+    for group, rate in zip(theirs.param_groups, (6e-6, 6e-6, 1e-5, 1e-5, 1e-4, 1e-4)):
+        group["lr"] = rate
+    scheduler, steps = MultiStepLR(theirs, [8, 10]), 7  # in an epoch
+    for step in range(12 * steps):
+        set_rates(ours, step, 12 * steps, tuning)
+        rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in (ours, theirs)]
+        assert rates[0] == pytest.approx(rates[1], rel=1e-9), step
+        theirs.step()
+        if step % steps == steps - 1:
+            scheduler.step()
+
+
+def test_frozen_parts_and_decaying_vectors():
+    from torch import nn
+
+    from rvos_nb.train.recipe import Tuning
+    from rvos_nb.train.schedule import freeze_parts, optimizer_for, update_weights
+
+    parts = ("backbone", "text_encoder", "bbox_embed")
+    model = nn.ModuleDict({n: nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)) for n in parts})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuning = Tuning(
+        weight_decay=0.5, decay_vectors=True, no_decay=["backbone.1"], frozen=["text_encoder"]
+    )
+    freeze_parts(model, tuning.frozen)
+    optimizer = optimizer_for(model, tuning)
+    named = {id(p): n for n, p in model.named_parameters()}
+    decays = {named[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert set(decays) == {n for n in before if "text_encoder" not in n}
+    assert all(d == (0.0 if "backbone.1" in n else 0.5) for n, d in decays.items())
+    x, loss = torch.randn(3, 2), 0
+    for name in parts:
+        loss = loss + model[name](x).square().sum()
+    norm = update_weights(model, optimizer, loss, clip=0.1)
+    assert norm > 0.1 and all(p.grad is None for p in model["text_encoder"].parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("text_encoder" in name), name
+    with pytest.raises(Problem, match="frozen: found 'text_encodr'"):
+        freeze_parts(model, ["text_encodr"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    from torch import nn
+
+    from rvos_nb.train.recipe import Tuning
+    from rvos_nb.train.schedule import optimizer_for, update_weights
+
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer = optimizer_for(model, Tuning())
+    with pytest.raises(Problem, match=r"here.*finite numbers"):
+        update_weights(model, optimizer, model.weight.sum() * float("inf"), 1.0, "here")
+    assert torch.equal(model.weight, before)
+
+
 TEXT = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -414,7 +482,22 @@ def test_training_without_its_data_says_what_is_missing(tmp_path):
         assert said in next(iter(train(recipe, tmp_path / recipe, given=SMALL).failed.values()))
 
 
-@pytest.mark.parametrize("recipe", [REFER, AOT], ids=["referformer", "aot"])
+AS_PUBLISHED = REFER | {
+    "tuning": {
+        "schedule": "step",
+        "warmup": 0.0,
+        "drops": [0.6],
+        "decay_vectors": True,
+        "clip": 0.1,
+        "groups": {"backbone.0": 0.5},
+        "frozen": ["text_encoder"],
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "recipe", [REFER, AS_PUBLISHED, AOT], ids=["referformer", "as published", "aot"]
+)
 def test_resume_equals_undisturbed(recipe, tmp_path):
     from rvos_nb.models import zoo
     from rvos_nb.train.loop import train
@@ -496,6 +579,17 @@ def test_loss_that_explodes_is_named(tmp_path):
         ({"watch": 3}, "watch"),
         ({"tuning": None}, "tuning"),
         ({"tuning": {"lr": "1e-3"}}, "with a dot"),
+        ({"tuning": {"gamma": -1}}, "tuning, gamma"),
+        ({"tuning": {"drops": [0.5]}}, "tuning, drops.*'step'"),
+        ({"tuning": {"schedule": "step", "drops": [8]}}, "tuning, drops.*between 0 and 1"),
+        ({"tuning": {"schedule": "step", "drops": [0.8, 0.5]}}, "tuning, drops.*rising"),
+        ({"tuning": {"schedule": "step", "drops": 0.5}}, "tuning, drops.*in brackets"),
+        ({"tuning": {"groups": {"backbone.0": "1e-1"}}}, "tuning, groups, backbone.0"),
+        ({"tuning": {"groups": ["backbone.0"]}}, "tuning, groups"),
+        ({"tuning": {"no_decay": "conv_out"}}, "tuning, no_decay.*in brackets"),
+        ({"tuning": {"frozen": "text_encoder"}}, "tuning, frozen.*in brackets"),
+        ({"tuning": {"frozen": ["text_encodr"]}}, "tuning, frozen.*text_encodr"),
+        ({"tuning": {"decay_vectors": "no"}}, "tuning, decay_vectors"),
     ],
 )
 def test_bad_recipe(change, said, tmp_path):

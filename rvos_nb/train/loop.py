@@ -33,7 +33,13 @@ from rvos_nb.train.recipe import (
     rescale,
     same_recipe,
 )
-from .schedule import ema_decay, optimizer_for, set_rates
+from rvos_nb.train.schedule import (
+    ema_decay,
+    freeze_parts,
+    optimizer_for,
+    set_rates,
+    update_weights,
+)
 
 # %% ../../nbs/04g_train.loop.ipynb #26a29fa1
 class Trainer:
@@ -44,6 +50,7 @@ class Trainer:
         self.recipe, self.device, self.total = recipe, device, sum(s.steps for s in recipe.stages)
         torch.manual_seed(recipe.seed)
         self.task = find_object(find_family(recipe.family).task)(recipe, device)
+        freeze_parts(self.task.modules, recipe.tuning.frozen)
         self.optimizer = optimizer_for(self.task.modules, recipe.tuning)
         self.average = copy.deepcopy(self.task.model).eval() if recipe.tuning.ema else None
         self.step, self.seconds = 0, 0.0
@@ -56,17 +63,8 @@ class Trainer:
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         self.task.modules.train()
         total, parts = self.task.loss(batch, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self.task.modules.parameters(), t.clip)
-        if not torch.isfinite(total + norm):
-            raise Problem(
-                f"training step {self.step}",
-                f"loss {total.item()}, gradient norm {norm.item()}",
-                "finite numbers",
-                "lower the learning rate in the recipe and resume",
-            )
-        self.optimizer.step()
+        where = f"training step {self.step}"
+        norm = update_weights(self.task.modules, self.optimizer, total, t.clip, where)
         self.step += 1
         if self.average is not None:
             self._average(t.ema)

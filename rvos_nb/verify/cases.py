@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'SHARE', 'NO_FAMILY', 'image', 'fill', 'Case', 'read_archive', 'load_case', 'integer_tensors',
-           'published_tensors', 'list_misfits', 'load_filled', 'matches', 'tolerance', 'sample', 'largest_error',
-           'is_number', 'number_pairs', 'text_error', 'LabelMap', 'read_margins', 'label_error', 'sum_error', 'Verdict',
-           'value_error', 'compare', 'model_is', 'all_runners', 'find_runner', 'judge', 'find_cases', 'verify']
+           'fill_as_case', 'published_tensors', 'list_misfits', 'load_filled', 'matches', 'tolerance', 'sample',
+           'largest_error', 'is_number', 'number_pairs', 'text_error', 'LabelMap', 'read_margins', 'label_error',
+           'sum_error', 'Verdict', 'value_error', 'compare', 'model_is', 'all_runners', 'find_runner', 'judge',
+           'find_cases', 'verify']
 
 # %% ../../nbs/07f_verify.cases.ipynb #dbbf02c6
 import json
@@ -106,6 +107,20 @@ def integer_tensors(
     return listed | set(described) if isinstance(described, Mapping) else listed
 
 
+def fill_as_case(
+    meta: dict,  # of the case
+    name: str,  # of a tensor that is no alias
+    shape: tuple[int, ...],
+) -> np.ndarray:  # float32 of `shape`
+    "The values that a tensor holds in this case."
+    values = fill(name, shape)
+    if name in meta.get("scales", {}):
+        values = values * np.float32(meta["scales"][name])
+    if name in meta.get("offsets", {}):
+        values = values + np.float32(meta["offsets"][name])
+    return values
+
+
 def published_tensors(
     meta: dict,  # of the case
     arrays: Mapping = {},  # its stored arrays; `int/NAME` are the integer tensors
@@ -115,7 +130,7 @@ def published_tensors(
     integers = integer_tensors(meta)
     for name, shape, _ in meta["keys"]:
         if name not in integers:
-            yield name, fill(aliases.get(name, name), tuple(shape))
+            yield name, fill_as_case(meta, aliases.get(name, name), tuple(shape))
         elif f"int/{name}" in arrays:
             yield name, arrays[f"int/{name}"]
 
@@ -427,13 +442,16 @@ def model_is(name: str) -> Callable[[dict], bool]:
     return lambda meta: meta.get("model") == name
 
 
-NO_FAMILY = "rvos_nb.verify.pipeline:RUNNERS"  # of fusion and metrics
+NO_FAMILY = (
+    "rvos_nb.verify.training:RUNNERS",  # of the query models of all families
+    "rvos_nb.verify.pipeline:RUNNERS",  # of fusion and metrics
+)
 
 
 def all_runners() -> Iterator[tuple[Callable, Callable]]:
     "Every runner with its test: those of the families, then the rest."
     families = [find_family(name) for name in available_families()]
-    for reference in [f.runners for f in families if f.runners] + [NO_FAMILY]:
+    for reference in [*(f.runners for f in families if f.runners), *NO_FAMILY]:
         yield from find_object(reference)
 
 

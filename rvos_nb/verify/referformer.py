@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNNERS', 'pad_clips', 'record_outputs', 'recorded_modules', 'name_backbone', 'name_decoder', 'run_stages',
-           'run_model', 'list_text_layers', 'run_text', 'read_shapes', 'run_attention_function',
+           'build_case_model', 'run_model', 'list_text_layers', 'run_text', 'read_shapes', 'run_attention_function',
            'attend_with_gradients', 'run_attention', 'run_mask_head', 'read_targets', 'draw_predictions',
            'build_criterion', 'run_formulas', 'run_criterion', 'read_listed_numbers', 'run_frames', 'run_video',
            'run_label_map', 'run_metrics', 'run_postprocess', 'is_whole_model']
@@ -149,14 +149,21 @@ def run_stages(
         yield name, out[name]
 
 # %% ../../nbs/07g_verify.referformer.ipynb #06cdde7d
+def build_case_model(
+    meta: dict,  # of a case of a whole model
+) -> ReferFormer:
+    "The model of a case's configuration, not yet filled."
+    options = {field.name for field in dataclasses.fields(ReferFormerConfig)}
+    config = {name: value for name, value in meta["config"].items() if name in options}
+    return ReferFormer(ReferFormerConfig(**config))
+
+
 def run_model(
     meta: dict,  # of a model case
     arrays: Mapping,  # its stored inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of whole models: with the text encoder, then under `given_text/`."
-    options = {field.name for field in dataclasses.fields(ReferFormerConfig)}
-    config = {name: value for name, value in meta["config"].items() if name in options}
-    model = ReferFormer(ReferFormerConfig(**config)).eval()
+    model = build_case_model(meta).eval()
     inputs, clips = meta["inputs"], pad_clips(meta["inputs"])
     valid_indices = inputs.get("valid_indices")
     ids = torch.from_numpy(arrays["in/input_ids"])

@@ -79,6 +79,7 @@ class Family:
     task: type | str = ""  # of training
     criterion: Callable | str = "rvos_nb.train.losses:Criterion"  # (weights, costs) -> a loss
     recipes: tuple[str, ...] = ()  # that ship
+    case_model: Callable | str = ""  # (meta of a golden case) -> the model that it trains
     runners: list | str = ""  # of golden cases: (test of a case's meta, runner) each
     facts: Facts | None = None  # None: those of families/NAME.yaml
 

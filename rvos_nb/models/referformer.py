@@ -119,6 +119,7 @@ FAMILY = register(
         architectures=partial(name_architecture, "referformer"),
         task="rvos_nb.train.refer:Refer",
         recipes=("train-referformer-tiny", "train-toy"),
+        case_model="rvos_nb.verify.referformer:build_case_model",
         runners="rvos_nb.verify.referformer:RUNNERS",
     )
 )

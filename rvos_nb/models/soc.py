@@ -203,6 +203,7 @@ FAMILY = register(
         renames={"vita.": "voc."},
         task="rvos_nb.train.refer:Refer",
         criterion="rvos_nb.train.losses:ClusterCriterion",
+        case_model="rvos_nb.verify.soc:build_soc_case",
         runners="rvos_nb.verify.soc:RUNNERS",
     )
 )

@@ -20,7 +20,7 @@ from torchvision.ops import StochasticDepth
 from ..core import Problem
 from ..models.attention import Attention
 from ..models.family import Family, available_families, find_family, find_object
-from ..train.losses import Criterion, pad_masks
+from ..train.losses import pad_masks
 from ..train.recipe import Tuning
 from rvos_nb.train.schedule import (
     freeze_parts,
@@ -296,8 +296,7 @@ def find_parts(
     family: Family,
 ) -> tuple[Callable, Callable]:
     "What builds the model of a case from its meta, and the class of criteria."
-    module, _, _ = family.runners.partition(":")
-    return find_object(f"{module}:build_case_model"), Criterion
+    return find_object(family.case_model), find_object(family.criterion)
 
 # %% ../../nbs/07j_verify.training.ipynb #93f22487
 def read_statistics(
@@ -315,10 +314,11 @@ def build_trained(
     tuning: Tuning,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
     "Model, optimizer and criterion before the first step. Raises `Problem` for other groups."
-    build, criterion = find_parts(find_case_family(meta))
+    family = find_case_family(meta)
+    build, criterion = find_parts(family)
     model = build(meta).train()
     with torch.no_grad():
-        load_filled(model, meta, arrays)
+        load_filled(model, meta, arrays, renames=family.renames)
     switch_off_dropout(model)
     freeze_parts(model, tuning.frozen)
     optimizer = optimizer_for(model, tuning)

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from rvos_nb import pipeline, run_state
+from rvos_nb.candidates import load_candidates
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_tree
 from rvos_nb.files import read_json, write_json
-from rvos_nb.keyframe import as_json
+from rvos_nb.keyframe import as_json, choose_key_frames, from_json
+from rvos_nb.models import mutr, soc, zoo
+from rvos_nb.models.text import make_tokenizer
 from rvos_nb.pipeline import WorkflowFaults, plan_workflow, run_workflow
 from rvos_nb.propagate import propagate
 from rvos_nb.run_state import inspect_stage
@@ -217,6 +221,75 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
         and len(read_json(out / "second_ensemble/final/run.json")["inputs"]) == 5
     )
     assert (out / "soc/Annotations_AOT_class_index").is_dir()
+
+
+# ---- members of several families
+
+FAMILIES = {"soc": (soc.SOC, soc.tiny_config), "mutr": (mutr.MUTR, mutr.tiny_config)}
+FIRST_ROUND = ["generate", "soc", "mutr", "referformer_ft", "keys-soc", "keys-mutr"]
+FIRST_ROUND += ["aot-soc", "aot-mutr", "swap-1", "aot-swap-1"]
+
+
+def save_random(family, folder, seed=0):
+    "A checkpoint folder of a tiny model that was never trained: right shapes, no skill."
+    torch.manual_seed(seed)
+    make, configure = FAMILIES[family]
+    tokenizer = make_tokenizer(["the red circle on the left", "a small blue square"])
+    zoo.save(make(configure(len(tokenizer)), tokenizer).eval(), folder, {"steps": 0})
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    "The winners' graph up to the first vote, with a random SOC and a random MUTR."
+    root = tmp_path_factory.mktemp("mixed")
+    for family in FAMILIES:
+        save_random(family, root / family)
+    given = {name: str(root / name) for name in ("data", "out", *FAMILIES)}
+    given |= {"videos": 1, "frames": 3, "scales": [1.0], "mutr_key_frames": "mask_score"}
+    return given, run_workflow("lsvos2023-tiny", given, only=FIRST_ROUND)
+
+
+def test_members_of_several_families(mixed):
+    "A checkpoint folder is enough, whatever its family. Nothing is said of what they score."
+    given, ends = mixed
+    out, data = Path(given["out"]), open_dataset(given["data"])
+    assert [e.name for e in ends] == FIRST_ROUND and {e.state for e in ends} == {"done"}
+    for family in FAMILIES:
+        assert zoo.read_card(given[family])["family"] == family
+        assert read_json(out / family / "run.json")["params"]["model"] == given[family]
+    for run in ("soc", "mutr", "aot/soc", "aot/mutr", "soc_mutr_referft", "aot/soc_mutr_referft"):
+        for e in data:
+            masks = (out / run / "Annotations" / e.video / e.id).iterdir()
+            assert {p.stem for p in masks} == set(data.videos[e.video].frames), run
+    assert (out / "soc_mutr_referft/key_frame.json").read_bytes() == (
+        out / "soc/key_frame.json"
+    ).read_bytes()
+
+
+def test_key_frames_of_mutr(mixed, tmp_path):
+    "Its scores are the same in every frame, so that the published policy takes frame 0."
+    run = Path(mixed[0]["out"], "mutr")
+    files = sorted((run / "candidates").glob("*/*.safetensors"))
+    assert files
+    for path in files:
+        arrays, _ = load_candidates(path, ["scores"])
+        assert np.ptp(arrays["scores"]) < 1e-5
+    kept = shutil.copytree(run, tmp_path / "mutr")
+    for e in from_json(choose_key_frames(kept, "score")).values():
+        assert set(e.values()) == {0}
+
+
+def test_another_checkpoint_of_a_member_is_noticed(mixed):
+    given, _ = mixed
+    before = states("lsvos2023-tiny", given)
+    assert {before[name] for name in FIRST_ROUND} <= {"done", "skipped"}
+    save_random("mutr", Path(given["mutr"]), seed=1)
+    found = states("lsvos2023-tiny", given)
+    assert {n for n in FIRST_ROUND if found[n] == "stale"} == {
+        *{"mutr", *AFTER["mutr"]}.intersection(FIRST_ROUND)
+    }
+    save_random("mutr", Path(given["mutr"]))
+    assert states("lsvos2023-tiny", given) == before
 
 
 # ---- a small graph of the same kind, for what has to be done often

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import StochasticDepth
 
@@ -341,11 +342,12 @@ def run_training_case(
         rate = set_rates(optimizer, step, total, tuning)
         watched.forget_gradients()
         frames, mask, sizes = clips
-        words, sentence = model.text_encoder(ids, word_mask)
         padding = mask if mask.any() else None
-        out = model(frames, padding, words, word_mask, sentence, sizes, annotated, aux=True)
-        loss, parts, index = criterion(out, target)
-        norm = update_weights(model, optimizer, loss, tuning.clip)
+        with sdpa_kernel(SDPBackend.MATH):
+            words, sentence = model.text_encoder(ids, word_mask)
+            out = model(frames, padding, words, word_mask, sentence, sizes, annotated, aux=True)
+            loss, parts, index = criterion(out, target)
+            norm = update_weights(model, optimizer, loss, tuning.clip)
 
         at = f"step{step + 1}"
         yield f"{at}/loss", loss.detach().reshape(1).numpy()

@@ -225,7 +225,7 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
 
 # ---- members of several families
 
-FAMILIES = {"soc": (soc.SOC, soc.tiny_config), "mutr": (mutr.MUTR, mutr.tiny_config)}
+FAMILIES = {"soc": (soc.SOC, soc.tiny_soc), "mutr": (mutr.MUTR, mutr.tiny_mutr)}
 FIRST_ROUND = ["generate", "soc", "mutr", "referformer_ft", "keys-soc", "keys-mutr"]
 FIRST_ROUND += ["aot-soc", "aot-mutr", "swap-1", "aot-swap-1"]
 

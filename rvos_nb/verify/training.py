@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PADDING_ID', 'SPELLINGS', 'RUNNERS', 'read_rates', 'read_tuning', 'read_settings', 'check_groups', 'list_rates',
-           'stack_sentences', 'stack_targets', 'read_batch', 'switch_off_dropout', 'WatchedWeights', 'sum_moments',
-           'check_unused', 'read_weights', 'read_costs', 'find_case_family', 'find_parts', 'read_statistics',
-           'build_trained', 'run_training_case', 'is_training_case']
+           'stack_sentences', 'stack_targets', 'read_batch', 'switch_off_dropout', 'answer_batch', 'WatchedWeights',
+           'sum_moments', 'check_unused', 'read_weights', 'read_costs', 'find_case_family', 'find_parts',
+           'read_statistics', 'build_trained', 'run_training_case', 'is_training_case']
 
 # %% ../../nbs/07j_verify.training.ipynb #dce2603a
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,6 +169,17 @@ def switch_off_dropout(
             module.p = 0.0
         elif isinstance(module, (Attention, nn.MultiheadAttention)):
             module.dropout = 0.0
+
+
+def answer_batch(
+    model: nn.Module,
+    batch: tuple,  # of `read_batch`, without the targets
+) -> dict:  # as `forward`, with `aux_outputs`
+    "What every decoder layer of a model says of a batch."
+    (frames, mask, sizes), (ids, word_mask), annotated = batch
+    padding = mask if mask.any() else None
+    words, sentence = model.text_encoder(ids, word_mask)
+    return model(frames, padding, words, word_mask, sentence, sizes, annotated, aux=True)
 
 # %% ../../nbs/07j_verify.training.ipynb #c65a1d16
 class WatchedWeights:
@@ -338,15 +349,11 @@ def run_training_case(
     watched = WatchedWeights(model, meta, arrays["in/watched/index"])
     batches, total = inputs["batch_of_step"], len(inputs["batch_of_step"])
     for step, number in enumerate(batches):
-        clips, (ids, word_mask), annotated, target = read_batch(meta, arrays, number)
+        *batch, target = read_batch(meta, arrays, number)
         rate = set_rates(optimizer, step, total, tuning)
         watched.forget_gradients()
-        frames, mask, sizes = clips
-        padding = mask if mask.any() else None
         with sdpa_kernel(SDPBackend.MATH):
-            words, sentence = model.text_encoder(ids, word_mask)
-            out = model(frames, padding, words, word_mask, sentence, sizes, annotated, aux=True)
-            loss, parts, index = criterion(out, target)
+            loss, parts, index = criterion(answer_batch(model, batch), target)
             norm = update_weights(model, optimizer, loss, tuning.clip)
 
         at = f"step{step + 1}"

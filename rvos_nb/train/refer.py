@@ -108,7 +108,7 @@ class Refer:
         self.model = family.model(config, tokenizer=tokenizer)
         if recipe.start:
             load_start(self.model, recipe.start)
-        self.pixel = PixelLoss(self.model.pixel_channels, o.get("target", "average"))
+        self.pixel = PixelLoss([config.mask_dim, config.hidden_dim], o.get("target", "average"))
         self.modules = nn.ModuleDict({"model": self.model, "pixel": self.pixel}).to(device)
         own = {name: o[name] for name in criterion.options}
         self.criterion = criterion(o["weights"], o["weights"], **own)

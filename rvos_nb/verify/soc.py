@@ -272,7 +272,7 @@ def read_frame_targets(
         "masks": pad_masks([torch.cat(row).bool() for row in read("masks")], 1),
     }
 
-
+# %% ../../nbs/07h_verify.soc.ipynb #b7c35311
 def run_cluster_criterion(
     meta: dict,  # of the case
     arrays: Mapping,  # its stored inputs

@@ -18,7 +18,13 @@ from .backbones import count_modules
 from .deformable import TransformerOutput
 from .family import Family, register
 from .pieces import to_tokens
-from .query_model import QueryStates, name_architecture, small_options
+from rvos_nb.models.query_model import (
+    QueryStates,
+    count_states,
+    name_architecture,
+    relate_frames,
+    small_options,
+)
 from .referformer import ReferFormer, ReferFormerConfig, referformer_options
 from .referring import Seen, TextFeatures
 from .video_queries import VideoQueries, repeat_over_frames
@@ -118,20 +124,16 @@ class MUTR(ReferFormer):
         self, decoded: TransformerOutput, text: TextFeatures, every: bool
     ) -> dict[int, QueryStates]:
         "Class and kernels read the clip's queries; windows are shifted except while training."
-        layers, clips, mixed = self.layers(every), len(text.sentence), self.config.mixes_clips
-        states = decoded.hs if every else decoded.hs[-1:]
-        found = self.mti(states, clips, shifted=not every, mixed=mixed)
-        frames = decoded.hs.shape[1] // clips
+        mixed, frames = self.config.mixes_clips, decoded.hs.shape[1] // len(text.sentence)
+        found = relate_frames(self, self.mti, decoded, text, every, shifted=not every)
         return {
             layer: QueryStates(repeat_over_frames(video, frames, mixed), decoded.hs[layer])
-            for layer, video in zip(layers, found)
+            for layer, video in found
         }
 
     def extra_floats(self, frames: int, sentences: int) -> int:
-        "Of the interaction: states of all frames at their own width and at the feed-forward's."
-        c = self.config
-        states = frames * c.num_queries * sentences
-        return states * (c.dim_feedforward + (8 + c.dec_layers) * c.hidden_dim)
+        "Of the interaction, see `count_states`."
+        return count_states(self.config, frames, sentences)
 
 # %% ../../nbs/03i_models.mutr.ipynb #af4551aa
 def build_interaction(c: MUTRConfig) -> VideoQueries:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['QueryConfig', 'small_options', 'QueryStates', 'QueryModel', 'project_frames', 'build_transformer', 'take_span',
-           'fuse_levels', 'cut_masks', 'answer_with_best', 'predict_boxes', 'answer_with_all', 'pad_clip', 'respond_at',
-           'bound_memory', 'longest_clip', 'query_options', 'refines_boxes', 'name_architecture']
+           'fuse_levels', 'relate_frames', 'count_states', 'cut_masks', 'answer_with_best', 'predict_boxes',
+           'answer_with_all', 'pad_clip', 'respond_at', 'bound_memory', 'longest_clip', 'query_options',
+           'refines_boxes', 'name_architecture']
 
 # %% ../../nbs/03f_models.query_model.ipynb #ba0a2f23
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,7 +44,7 @@ from rvos_nb.models.referring import (
     sentences_per_batch,
 )
 from .text import ROBERTA_BASE, roberta_options, sine_position_1d, small_text_config
-from .video_queries import repeat_over_frames
+from .video_queries import VideoQueries, repeat_over_frames
 
 # %% ../../nbs/03f_models.query_model.ipynb #a71baab7
 @dataclass
@@ -290,6 +291,31 @@ def fuse_levels(
     "Every level joined with what its pixels read in the words."
     words = (text.words, text.mask, text.pos)
     return [to_maps(fusion(to_tokens(x, frames), *words), x.shape[-2:]) for x in levels]
+
+# %% ../../nbs/03f_models.query_model.ipynb #112a5d46
+def relate_frames(
+    model: QueryModel,  # whose configuration has `mixes_clips`
+    module: VideoQueries,
+    decoded: TransformerOutput,
+    text: TextFeatures,  # B sentences
+    every: bool,  # every layer has queries of the clip of its own
+    **options,  # of `VideoQueries.forward`
+) -> Iterator[tuple[int, Tensor]]:
+    "The layers that answer, and the states (B, Q, C) of the clip that go with each."
+    states = decoded.hs if every else decoded.hs[-1:]
+    mixed = model.config.mixes_clips
+    found = module(states, len(text.sentence), mixed=mixed, **options)
+    return zip(model.layers(every), found)
+
+
+def count_states(
+    c: QueryConfig,
+    frames: int,  # T
+    sentences: int,  # of a batch
+) -> int:  # numbers
+    "What a module of video queries holds at most while it answers."
+    states = frames * c.num_queries * sentences
+    return states * (c.dim_feedforward + (8 + c.dec_layers) * c.hidden_dim)
 
 # %% ../../nbs/03f_models.query_model.ipynb #a20bf18b
 def cut_masks(

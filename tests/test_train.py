@@ -602,6 +602,8 @@ def test_bad_recipe(change, said, tmp_path):
 
 @pytest.mark.parametrize("limit", [{"steps": 0}, {"minutes": -1}, {"workers": -1}], ids=str)
 def test_limits_that_mean_nothing(limit, tmp_path):
+    from rvos_nb.train.loop import train
+
     with pytest.raises(Problem, match=f"{next(iter(limit))}: found"):
         train("train-toy", tmp_path / "out", **limit)
     assert not (tmp_path / "out").exists()

@@ -326,14 +326,15 @@ def cut_masks(
     sizes: Tensor,  # (B, 2) h, w in pixels
     conv: nn.Conv2d | None = None,
 ) -> Tensor:  # (B, T, Q, h, w) mask logits at stride 4
-    """Each query's own small network over the features. In float32, since places are counted in
-    pixels."""
+    """Each query's own small network over the features. In float32 at least, since places are
+    counted in pixels."""
     c = model.config
     place = (centres, sizes) if c.rel_coord else (None, None)
     shape = (c.dynamic_mask_channels, c.controller_layers)
+    exact = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
-        numbers = model.controller(states.float())
-        return dynamic_mask_head(features.float(), numbers, *place, *shape, conv=conv)
+        numbers = model.controller(states.to(exact))
+        return dynamic_mask_head(features.to(exact), numbers, *place, *shape, conv=conv)
 
 # %% ../../nbs/03f_models.query_model.ipynb #998cee29
 def answer_with_best(

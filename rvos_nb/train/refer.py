@@ -41,12 +41,13 @@ def answer_sentences(
     frames: Tensor,  # (B, T, 3, H, W) normalised
     clip: Tensor,  # (E,) the clip of each sentence
     texts: Sequence[str],
+    aux: bool = True,  # every decoder layer answers for itself; False: as `refer` answers
 ) -> dict:  # what `QueryModel.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
     seen, t = model.look(frames), frames.shape[1]
     rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
     seen = replace(seen, fine=seen.fine[rows], levels=[x[rows] for x in seen.levels])
-    return model.all_queries(seen, model.listen(*model.encode(texts)), aux=True)
+    return model.all_queries(seen, model.listen(*model.encode(texts)), aux=aux)
 
 # %% ../../nbs/04e_train.refer.ipynb #9ea59211
 def clip_scores(
@@ -114,12 +115,13 @@ class Refer:
         self.criterion = criterion(o["weights"], o["weights"], **own)
         self.weight, self.device = o["pixel"], device
 
-    def answer(self, batch: ReferBatch) -> dict:
+    def answer(self, batch: ReferBatch, aux: bool = True) -> dict:
         return answer_sentences(
             self.model,
             normalise_clips(batch.frames, self.model.config, self.device),
             torch.from_numpy(batch.clip).to(self.device),
             batch.texts,
+            aux,
         )
 
     def loss(self, batch: ReferBatch, progress: float) -> tuple[Tensor, dict]:
@@ -153,7 +155,7 @@ class Refer:
         several, per kind of sentence."""
         rows = []
         for level, batch in batches:
-            out = self.answer(batch)
+            out = self.answer(batch, aux=False)
             scores = clip_scores(out["pred_logits"], out["pred_masks"], batch).values()
             for i, kind in enumerate(batch.kinds):
                 rows.append((level, kind, *(v[i].item() for v in scores)))

@@ -18,7 +18,12 @@ from .backbones import count_modules
 from .deformable import TransformerOutput
 from .family import Family, register
 from .pieces import to_tokens
-from .query_model import QueryStates, name_architecture, small_options
+from rvos_nb.models.query_model import (
+    QueryStates,
+    check_answer_layer,
+    name_architecture,
+    small_options,
+)
 from .referformer import ReferFormer, ReferFormerConfig, referformer_options
 from .referring import Seen, TextFeatures
 from .video_queries import VideoQueries, repeat_over_frames
@@ -35,6 +40,10 @@ class MUTRConfig(ReferFormerConfig):
     video_dropout: float = 0.2
     answer_layer: int = 0  # of the decoder; 0 as published, -1: the last
     mixes_clips: bool = False  # clips of a batch mix, as published, see `VideoQueries`
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_answer_layer(self.answer_layer, self.dec_layers)
 
 # %% ../../nbs/03i_models.mutr.ipynb #445da4a4
 def tiny_mutr(

@@ -302,3 +302,10 @@ def test_the_answer_layer_is_the_published_one_by_default():
         assert same == [family == "mutr", False]
         assert choose_query(plain["pred_logits"]).shape == (1,)
         assert find_family(family).config().answer_layer == 0
+
+
+@both
+@pytest.mark.parametrize("layer", [2, -3, "last"])
+def test_a_layer_that_the_decoder_lacks_is_named(family, layer):
+    with pytest.raises(Problem, match="answer_layer"):
+        TINY[family][1](30, answer_layer=layer)

@@ -25,6 +25,7 @@ from rvos_nb.models.query_model import (
     QueryModel,
     QueryStates,
     build_transformer,
+    check_answer_layer,
     count_states,
     name_architecture,
     query_options,
@@ -52,6 +53,10 @@ class SOCConfig(QueryConfig):
     video_dropout: float = 0.1
     answer_layer: int = 0  # of the decoder; 0 as published, -1: the last
     mixes_clips: bool = False  # clips of a batch mix, as published, see `VideoQueries`
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_answer_layer(self.answer_layer, self.dec_layers)
 
 # %% ../../nbs/03h_models.soc.ipynb #4f1a2c86
 def tiny_soc(

@@ -230,6 +230,7 @@ class Criterion:
     "Matching and the weighted sum of all losses of a DETR-like referring model (Wu et al. 2022)."
 
     options: ClassVar = {"target": "average", "mask_per": "clip"}  # of recipes, with their defaults
+    terms: ClassVar = tuple(MATCH)  # that have a weight
 
     def __init__(
         self,
@@ -321,6 +322,7 @@ class ClusterCriterion:
     layer is charged with its own clusters."""
 
     options: ClassVar = {}  # of recipes
+    terms: ClassVar = tuple(CLUSTER_WEIGHTS)  # that have a weight
 
     def __init__(
         self,

@@ -127,7 +127,7 @@ class MUTR(ReferFormer):
             for layer, video in zip(layers, found)
         }
 
-    def extra_floats(self, frames: int, sentences: int) -> int:
+    def extra_floats(self, frames: int, cells: int, sentences: int) -> int:
         "Of the interaction: states of all frames at their own width and at the feed-forward's."
         c = self.config
         states = frames * c.num_queries * sentences

@@ -8,7 +8,6 @@ __all__ = ['normalise_clips', 'answer_sentences', 'clip_scores', 'mean_scores', 
 # %% ../../nbs/04e_train.refer.ipynb #b1d7d88d
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,10 +42,8 @@ def answer_sentences(
     texts: Sequence[str],
 ) -> dict:  # what `QueryModel.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
-    seen, t = model.look(frames), frames.shape[1]
-    rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
-    seen = replace(seen, fine=seen.fine[rows], levels=[x[rows] for x in seen.levels])
-    return model.all_queries(seen, model.listen(*model.encode(texts)), aux=True)
+    seen = model.look(frames).repeat_clips(clip)
+    return model.all_queries(seen, model.listen_batch(*model.encode(texts)), aux=True)
 
 # %% ../../nbs/04e_train.refer.ipynb #9ea59211
 def clip_scores(

@@ -95,6 +95,9 @@ class SentenceGate(CrossFusion):
         rows: Tensor,  # (E or 1, n, C)
         sentence: Tensor,  # (E, C)
     ) -> Tensor:  # (E, n, C)
+        if torch.is_grad_enabled():
+            alone = sentence[:, None]
+            return super().forward(rows, alone, None, torch.zeros_like(alone))
         attention = self.multihead_attn
         _, _, weight = attention.in_proj_weight.chunk(3)
         _, _, bias = attention.in_proj_bias.chunk(3)
@@ -127,7 +130,7 @@ class FocusedAttention(nn.Module):
         "The features φ of queries or keys."
         u = (F.relu(rows.float()) + 1e-6) / F.softplus(self.scale)
         cube = u**3
-        return cube * (u.norm(dim=-1, keepdim=True) / cube.norm(dim=-1, keepdim=True))
+        return cube / cube.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
 
     def ask(self, details: Tensor) -> Tensor:  # (B, m, C), the same
         "The features of queries; they know of no sentence."
@@ -145,10 +148,9 @@ class FocusedAttention(nn.Module):
 
     def summarise(self, coarse: Tensor, height: int) -> BandSummary:
         "Sum up the coarse band (E, T·h·w, C) of a clip whose maps have `height` rows."
-        values = self.v(coarse)
+        values, share = self.v(coarse), coarse.shape[1] ** -0.5
         keys = self.split(run_in_pieces(lambda rows: self.focus(self.k_memory(rows)), coarse))
-        with torch.autocast(coarse.device.type, enabled=False):  # long sums in float32
-            pairs = keys.mT @ self.split(values.float()) / coarse.shape[1]
+        pairs = (keys.mT * share) @ (self.split(values) * share)
         mean = keys.mean(2)[..., None]
         return BandSummary(pairs, mean, self.convolve(values, height))
 
@@ -159,7 +161,7 @@ class FocusedAttention(nn.Module):
         first: int = 0,  # how many queries of the clip come before these
     ) -> Tensor:  # (E, m, C)
         q = self.split(asked)
-        found = q @ summary.pairs / (q @ summary.keys + 1e-6)
+        found = q @ summary.pairs * (1 / (q @ summary.keys + 1e-6))
         rows = torch.arange(first, first + asked.shape[1], device=asked.device)
         local = summary.local[:, rows % summary.local.shape[1]]
         return self.proj(found.transpose(1, 2).flatten(2) + local)

@@ -31,9 +31,9 @@ def make_kernels(
     high: list[float],
 ) -> Tensor:  # (4, 1, F, F)
     "The kernels of the four bands: products of a filter down the height and one along the width."
-    pair = torch.tensor([low, high], dtype=torch.float64)
+    pair = torch.tensor([low, high])
     down, across = pair[[0, 1, 0, 1]], pair[[0, 0, 1, 1]]
-    return torch.einsum("bi,bj->bij", down, across)[:, None].float()
+    return torch.einsum("bi,bj->bij", down, across)[:, None]
 
 # %% ../../nbs/02q_models.wavelets.ipynb #533f154c
 def continue_rows(

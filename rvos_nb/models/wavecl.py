@@ -95,9 +95,6 @@ class SentenceGate(CrossFusion):
         rows: Tensor,  # (E or 1, n, C)
         sentence: Tensor,  # (E, C)
     ) -> Tensor:  # (E, n, C)
-        if torch.is_grad_enabled():
-            alone = sentence[:, None]
-            return super().forward(rows, alone, None, torch.zeros_like(alone))
         attention = self.multihead_attn
         _, _, weight = attention.in_proj_weight.chunk(3)
         _, _, bias = attention.in_proj_bias.chunk(3)
@@ -126,9 +123,10 @@ class FocusedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dwc = nn.Conv2d(width, width, 5, padding=2, groups=width)
 
-    def focus(self, rows: Tensor) -> Tensor:  # (B, n, C), the same in float32
+    def focus(self, rows: Tensor) -> Tensor:  # (B, n, C), the same in float32 at least
         "The features φ of queries or keys."
-        u = (F.relu(rows.float()) + 1e-6) / F.softplus(self.scale)
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        u = (F.relu(rows.to(exact)) + 1e-6) / F.softplus(self.scale)
         cube = u**3
         return cube / cube.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
 

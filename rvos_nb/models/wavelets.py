@@ -61,11 +61,11 @@ class WaveletAnalysis(nn.Module):
         self,
         maps: Tensor,  # (N, C, h, w)
     ) -> Tensor:  # (N, C, 4, ⌈h/2⌉, ⌈w/2⌉)
-        n, channels, h, w = maps.shape
+        channels, h, w = maps.shape[1:]
         maps = F.pad(maps, (0, w % 2, 0, h % 2))
-        single = maps.reshape(n * channels, 1, *maps.shape[-2:])
-        single = continue_rows(continue_rows(single, 2, self.margin), 3, self.margin)
-        return F.conv2d(single, self.kernels, stride=2).unflatten(0, (n, channels))
+        maps = continue_rows(continue_rows(maps, 2, self.margin), 3, self.margin)
+        kernels = self.kernels.repeat(channels, 1, 1, 1)
+        return F.conv2d(maps, kernels, stride=2, groups=channels).unflatten(1, (channels, 4))
 
 # %% ../../nbs/02q_models.wavelets.ipynb #53400ce0
 def fold_rows(
@@ -97,7 +97,7 @@ class WaveletSynthesis(nn.Module):
         self,
         bands: Tensor,  # (N, C, 4, h, w)
     ) -> Tensor:  # (N, C, 2h, 2w)
-        n, channels = bands.shape[:2]
-        maps = F.conv_transpose2d(bands.flatten(0, 1), self.kernels, stride=2)
-        maps = fold_rows(fold_rows(maps, 2, self.margin), 3, self.margin)
-        return maps.reshape(n, channels, *maps.shape[-2:])
+        channels = bands.shape[1]
+        kernels = self.kernels.repeat(channels, 1, 1, 1)
+        maps = F.conv_transpose2d(bands.flatten(1, 2), kernels, stride=2, groups=channels)
+        return fold_rows(fold_rows(maps, 2, self.margin), 3, self.margin)

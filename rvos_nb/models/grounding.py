@@ -198,7 +198,6 @@ class GroundingOutput(TransformerOutput):
     sentence: Tensor  # (N, C_text) mean of the words after fusion
     proposal_logits: Tensor  # (N, S, 1) of every token
     proposal_boxes: Tensor  # (N, S, 4) of every token; 1 where it is of no use
-    padding: Tensor | None  # (1, S) True at padding
     ratios: Tensor | None  # (1, levels, 2), see `deformable.valid_ratios`
 
 
@@ -264,7 +263,7 @@ class GroundingTransformer(nn.Module):
         present = (~word_mask).repeat_interleave(len(levels[0]), 0)[..., None].to(words.dtype)
         sentence = (words * present).sum(1) / present.sum(1)
         maps = split_levels(memory, shapes)
-        found = (sentence, logits, boxes, padding, ratios)
+        found = (sentence, logits, boxes, ratios)
         return GroundingOutput(hs, start, references, maps, memory, *found)
 
     def propose(

@@ -338,11 +338,12 @@ class UNINEXT(SentenceModel):
         return tuple(x.unflatten(0, (len(text[0]), -1)) for x in found)
 
     def embed_objects(self, out: GroundingOutput) -> Tensor:  # (N, Q, C)
-        "The embeddings of all queries by which UNINEXT's trackers tell objects apart."
+        """The embeddings of all queries by which UNINEXT's trackers tell objects apart; as published
+        they are read from tokens of padding too."""
         decoder, project = self.reid_embed_head
         shapes = [tuple(x.shape[-2:]) for x in out.memory]
-        place = (out.references[-1], out.tokens, shapes, out.ratios, out.padding)
-        states, _ = decoder(out.hs[-1], None, *place)
+        place = (out.references[-1], out.tokens, shapes, out.ratios)
+        states, _ = decoder(out.hs[-1], None, *place, padding=None)
         return project(states[-1])
 
     @torch.inference_mode()

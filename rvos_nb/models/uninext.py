@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST_SENTENCE', 'REMOVED', 'MASK_CHANNELS', 'BODY_OPTIONS', 'DETECTRON_RESNET', 'PATTERNS', 'RENAMES', 'DROPS',
            'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'shortest_edge_size', 'clean_expression', 'MaskFeatures',
-           'turn_inputs', 'draw_masks', 'build_grounding', 'layer_options', 'build_class_heads', 'build_box_heads',
-           'UNINEXT', 'enlarge', 'uninext_options']
+           'turn_inputs', 'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads',
+           'build_box_heads', 'UNINEXT', 'probability_map', 'bytes_needed', 'uninext_options']
 
 # %% ../../nbs/03k_models.uninext.ipynb #51da1e98
 import math
@@ -41,8 +41,13 @@ from rvos_nb.models.heads import (
     dynamic_size,
     input_projections,
 )
-from .pieces import split_frames
-from .query_model import name_architecture, pad_clip, project_frames
+from .pieces import piece_size, split_frames
+from rvos_nb.models.query_model import (
+    longest_clip,
+    name_architecture,
+    pad_clip,
+    project_frames,
+)
 from rvos_nb.models.referring import (
     Responses,
     Seen,
@@ -183,7 +188,7 @@ def turn_inputs(
     return torch.cat([first, rest], -1)
 
 
-def draw_masks(
+def draw_query_masks(
     features: Tensor,  # (N, 8, h, w) at stride 8
     numbers: Tensor,  # (N, Q, n) of the controller
     centres: Tensor,  # (N, Q, 2) x, y as fractions of `sizes`
@@ -286,11 +291,15 @@ class UNINEXT(SentenceModel):
     def look(self, frames: Tensor) -> Seen:
         "Backbone, projections and positions of one clip (1, T, 3, h, w), padded here."
         clip, mask = pad_clip(frames[0], self.pad_multiple)
-        seen = project_frames(self.body, self.input_proj, clip, mask)
-        positions = [x[:1] for x in seen.positions[1:]]
-        masks = None if mask is None else [x[:1] for x in seen.masks[1:]]
-        size = tuple(frames.shape[-2:])
-        return Seen(seen.levels[0], seen.levels, positions, masks, seen.frames, size, size)
+        count, size = clip.shape[1], tuple(frames.shape[-2:])
+        parts = []
+        for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
+            padding = None if mask is None else mask[:, first:end]
+            parts.append(project_frames(self.body, self.input_proj, clip[:, first:end], padding))
+        levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
+        positions = [x[:1] for x in parts[0].positions[1:]]
+        masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
+        return Seen(levels[0], levels, positions, masks, count, size, size)
 
     def ground(self, seen: Seen, text, span=None) -> GroundingOutput:
         "Queries of the frames of `span` (first, end), or of all, for each of E sentences."
@@ -309,7 +318,7 @@ class UNINEXT(SentenceModel):
         "Mask logits (N, Q, h/4, w/4) of the padded frames, of queries (N, Q, C) at (N, Q, 2)."
         features = self.mask_head(out.memory[:3])
         numbers = self.controller(states)
-        return draw_masks(features, numbers, centres, seen.sizes(len(states)))
+        return draw_query_masks(features, numbers, centres, seen.sizes(len(states)))
 
     def entered(self, out: GroundingOutput) -> Tensor:  # (N, Q, 2)
         "Centres of the boxes that entered the last decoder layer, from which masks are drawn."
@@ -334,17 +343,25 @@ class UNINEXT(SentenceModel):
         row = torch.arange(len(query), device=query.device)
         states, centres = out.hs[-1][row, query], self.entered(out)[row, query]
         logits = self.draw(out, states[:, None], centres[:, None], seen)
-        found = (enlarge(logits[:, 0], seen.size), best, out.references[-1][row, query])
+        found = (probability_map(logits[:, 0], seen.size), best, out.references[-1][row, query])
         return tuple(x.unflatten(0, (len(text[0]), -1)) for x in found)
 
     def embed_objects(self, out: GroundingOutput) -> Tensor:  # (N, Q, C)
-        """The embeddings of all queries by which UNINEXT's trackers tell objects apart; as published
-        they are read from tokens of padding too."""
+        """The embeddings of all queries by which UNINEXT's trackers tell objects apart; tokens of
+        padding are read too, as published."""
         decoder, project = self.reid_embed_head
         shapes = [tuple(x.shape[-2:]) for x in out.memory]
         place = (out.references[-1], out.tokens, shapes, out.ratios)
         states, _ = decoder(out.hs[-1], None, *place, padding=None)
         return project(states[-1])
+
+    def memory_needed(self, frames: int, size, sentences: int, short_side=None) -> int:
+        "A bound in bytes, see `bytes_needed`, for frames of `size` (H, W)."
+        return bytes_needed(self, frames, self.input_size(size, short_side), sentences)
+
+    def frames_within(self, memory: int, size, sentences: int, short_side=None) -> int:
+        "The longest clip that `memory` bytes can answer, see `query_model.longest_clip`."
+        return longest_clip(self, memory, size, sentences, short_side)
 
     @torch.inference_mode()
     def respond(
@@ -363,14 +380,32 @@ class UNINEXT(SentenceModel):
         answers = (self.score(out), logits, out.references[-1])
         return Responses(*(x.float().cpu() for x in answers), seen.size, size, padded)
 
-
-def enlarge(
+# %% ../../nbs/03k_models.uninext.ipynb #7d1e0a02
+def probability_map(
     logits: Tensor,  # (N, h/4, w/4) of padded frames
     size: tuple[int, int],  # (h, w) without padding, in pixels
 ) -> Tensor:  # (N, h, w)
     "Probabilities of every pixel of the network's input."
     large = F.interpolate(logits[:, None], scale_factor=4, mode="bilinear", align_corners=False)
     return large[:, 0, : size[0], : size[1]].sigmoid()
+
+
+def bytes_needed(
+    model: UNINEXT,
+    frames: int,  # T of a clip
+    size: tuple[int, int],  # (h, w) of the network's input, without padding
+    sentences: int,  # asked of it
+) -> int:  # bytes
+    "A bound on the memory that `see` and `refer` take above the weights."
+    c, body = model.config, model.body
+    h, w = (-(-side // 32) * 32 for side in size)
+    tokens = sum(-(-h // 2**i) * -(-w // 2**i) for i in range(3, 3 + c.num_feature_levels))
+    piece = piece_size(model.device)
+    kept = frames * (tokens * c.hidden_dim + (3 + 2 * sentences) * h * w)
+    seen = max(h * w, 16 * piece) // body.strides[0] ** 2 * body.channels[0]
+    read = max(tokens, piece) * (14 * c.hidden_dim + 4 * c.fusion_heads * LONGEST_SENTENCE)
+    asked = max(1, piece // tokens) * c.num_queries * 4 * c.dim_feedforward
+    return 4 * (kept + max(14 * seen, read + asked)) + 2**26
 
 # %% ../../nbs/03k_models.uninext.ipynb #19655926
 BODY_OPTIONS = {"convnext_large": {"first_norm": False, "norm_eps": 1e-6, "drop": 0.7}}

@@ -32,7 +32,7 @@ from rvos_nb.models.uninext import (
     UNINEXT,
     MaskFeatures,
     UNINEXTConfig,
-    draw_masks,
+    draw_query_masks,
 )
 from ..models.vit import ViT
 from ..models.zoo import on_meta_device
@@ -255,7 +255,7 @@ def name_modules(meta: dict, inputs: dict) -> Iterator[tuple[str, Tensor]]:
     sizes = torch.tensor(inputs["unpadded size (w,h) per row"]).flip(-1)
     yield "mask_features", features
     yield "controller", numbers
-    yield "mask_logits", draw_masks(features, numbers, boxes[..., :2], sizes)
+    yield "mask_logits", draw_query_masks(features, numbers, boxes[..., :2], sizes)
 
 
 def is_modules(meta: dict) -> bool:

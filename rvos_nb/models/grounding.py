@@ -26,11 +26,11 @@ from rvos_nb.models.deformable import (
 from .heads import MLP
 from ..ops.deform_attn import MSDeformAttn
 
-# %% ../../nbs/02s_models.grounding.ipynb #160bdee2
+# %% ../../nbs/02s_models.grounding.ipynb #af952450
 LARGEST_SCORE = 50_000  # scores of fusion and of the class head are cut off there, as published
 HIDDEN_SCORE = -9e15  # of words that are padding
 
-
+# %% ../../nbs/02s_models.grounding.ipynb #160bdee2
 class BidirectionalFusion(nn.Module):
     "Tokens read words and words read tokens (GLIP, §3.2); published name `vl_layers.0.b_attn`."
 

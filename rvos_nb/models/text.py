@@ -420,9 +420,7 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
 
     def __init__(
         self,
-        config: dict
-        | PreTrainedConfig,  # constants, and perhaps `word_std` for a fresh word table,
-        # and `max_tokens`, where BERT shall read shorter sentences only
+        config: dict | PreTrainedConfig,  # constants; perhaps `word_std` of a table, `max_tokens`
         tokenizer=None,  # for `encode`, see `load_tokenizer`
         pooler: bool = True,  # without it there is no sentence vector (UNINEXT)
     ):
@@ -610,11 +608,8 @@ def sine_position_1d(
     return sine_features(count / (count[:, -1:] + 1e-6) * (2 * math.pi), dim).transpose(1, 2)
 
 # %% ../../nbs/02h_models.text.ipynb #0c85ef6e
-def text_options(
-    shapes: Mapping[str, tuple[int, ...]],  # of a published model
-    base: Mapping = ROBERTA_BASE,  # what no shape shows; or `BERT_BASE`
-) -> dict:  # as `base`
-    "The configuration of a text encoder, from the shapes of its tensors; its heads are 64 wide."
+def text_options(shapes: Mapping, base: Mapping = ROBERTA_BASE) -> dict:
+    "`base` with the sizes that the shapes of a published model show; heads are 64 wide."
     embeddings, layer = "text_encoder.embeddings.", "text_encoder.encoder.layer."
     words, width = shapes[embeddings + "word_embeddings.weight"]
     return dict(base) | {

@@ -6,7 +6,8 @@
 __all__ = ['LONGEST_SENTENCE', 'REMOVED', 'MASK_CHANNELS', 'BODY_OPTIONS', 'DETECTRON_RESNET', 'PATTERNS', 'RENAMES', 'DROPS',
            'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'shortest_edge_size', 'clean_expression', 'MaskFeatures',
            'turn_inputs', 'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads',
-           'build_box_heads', 'UNINEXT', 'probability_map', 'bytes_needed', 'uninext_options']
+           'build_box_heads', 'build_embedding_head', 'UNINEXT', 'look_at_frames', 'probability_map', 'answer_span',
+           'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'uninext_options']
 
 # %% ../../nbs/03k_models.uninext.ipynb #51da1e98
 import math
@@ -91,7 +92,7 @@ class UNINEXTConfig:
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)
 
-
+# %% ../../nbs/03k_models.uninext.ipynb #8effcec1
 def tiny_uninext(
     vocab_size: int,  # of its tokenizer
     **changes,  # any other option
@@ -174,7 +175,7 @@ class MaskFeatures(nn.Module):
         x = F.relu(self.jia_dcn(x))
         return F.relu(self.lay2(F.relu(self.lay1(x))))
 
-
+# %% ../../nbs/03k_models.uninext.ipynb #70d9b9fd
 def turn_inputs(
     numbers: Tensor,  # (..., n) of the controller: the first layer reads x, y, then features
 ) -> Tensor:  # (..., n): the first layer reads features, then x, y
@@ -233,6 +234,13 @@ def build_box_heads(c: UNINEXTConfig) -> nn.ModuleList:
         nn.init.zeros_(head.layers[-1].bias)
     return heads
 
+
+def build_embedding_head(c: UNINEXTConfig) -> nn.ModuleList:
+    "Decoder layers and an MLP for the embeddings of objects."
+    options = {"levels": c.num_feature_levels, "points": c.dec_n_points, **layer_options(c)}
+    layers = BoxDecoder(c.embed_layers, **options)
+    return nn.ModuleList([layers, MLP(c.hidden_dim, c.hidden_dim, c.hidden_dim)])
+
 # %% ../../nbs/03k_models.uninext.ipynb #01408026
 class UNINEXT(SentenceModel):
     "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
@@ -259,9 +267,7 @@ class UNINEXT(SentenceModel):
         self.mask_head = MaskFeatures(c.hidden_dim)
         self.controller = MLP(c.hidden_dim, c.hidden_dim, dynamic_size(MASK_CHANNELS))
         if c.embed_layers:
-            options = {"levels": c.num_feature_levels, "points": c.dec_n_points, **layer_options(c)}
-            layers = BoxDecoder(c.embed_layers, **options)
-            self.reid_embed_head = nn.ModuleList([layers, MLP(*[c.hidden_dim] * 3)])
+            self.reid_embed_head = build_embedding_head(c)
 
     @property
     def body(self) -> nn.Module:  # the backbone itself
@@ -289,17 +295,8 @@ class UNINEXT(SentenceModel):
         return shortest_edge_size(size, short_side or self.config.short_side, self.config.long_side)
 
     def look(self, frames: Tensor) -> Seen:
-        "Backbone, projections and positions of one clip (1, T, 3, h, w), padded here."
-        clip, mask = pad_clip(frames[0], self.pad_multiple)
-        count, size = clip.shape[1], tuple(frames.shape[-2:])
-        parts = []
-        for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
-            padding = None if mask is None else mask[:, first:end]
-            parts.append(project_frames(self.body, self.input_proj, clip[:, first:end], padding))
-        levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
-        positions = [x[:1] for x in parts[0].positions[1:]]
-        masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
-        return Seen(levels[0], levels, positions, masks, count, size, size)
+        "Backbone, projections and positions of a clip (1, T, 3, h, w), see `look_at_frames`."
+        return look_at_frames(self, frames)
 
     def ground(self, seen: Seen, text, span=None) -> GroundingOutput:
         "Queries of the frames of `span` (first, end), or of all, for each of E sentences."
@@ -325,35 +322,8 @@ class UNINEXT(SentenceModel):
         return out.references_before(self.config.dec_layers - 1)[..., :2]
 
     def choose(self, seen: Seen, text) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities (E, T, h, w), scores (E, T) and boxes (E, T, 4) of the best query of each
-        frame."""
-        tokens = sum(x[0, 0].numel() for x in seen.levels)
-        rows = []
-        for first, end in split_frames(len(text[0]), tokens, seen.fine):
-            group = tuple(x[first:end] for x in text)
-            spans = split_frames(seen.frames, (end - first) * tokens, seen.fine)
-            parts = [self.answer(seen, group, span) for span in spans]
-            rows.append([torch.cat(x, 1) for x in zip(*parts)])
-        return tuple(torch.cat(x) for x in zip(*rows))
-
-    def answer(self, seen: Seen, text, span: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        "As `choose`, for the frames of `span`."
-        out = self.ground(seen, text, span)
-        best, query = self.score(out).max(1)  # (N,)
-        row = torch.arange(len(query), device=query.device)
-        states, centres = out.hs[-1][row, query], self.entered(out)[row, query]
-        logits = self.draw(out, states[:, None], centres[:, None], seen)
-        found = (probability_map(logits[:, 0], seen.size), best, out.references[-1][row, query])
-        return tuple(x.unflatten(0, (len(text[0]), -1)) for x in found)
-
-    def embed_objects(self, out: GroundingOutput) -> Tensor:  # (N, Q, C)
-        """The embeddings of all queries by which UNINEXT's trackers tell objects apart; tokens of
-        padding are read too, as published."""
-        decoder, project = self.reid_embed_head
-        shapes = [tuple(x.shape[-2:]) for x in out.memory]
-        place = (out.references[-1], out.tokens, shapes, out.ratios)
-        states, _ = decoder(out.hs[-1], None, *place, padding=None)
-        return project(states[-1])
+        "Probabilities, scores and boxes of the best query of each frame, see `answer_in_pieces`."
+        return answer_in_pieces(self, seen, text)
 
     def memory_needed(self, frames: int, size, sentences: int, short_side=None) -> int:
         "A bound in bytes, see `bytes_needed`, for frames of `size` (H, W)."
@@ -363,24 +333,29 @@ class UNINEXT(SentenceModel):
         "The longest clip that `memory` bytes can answer, see `query_model.longest_clip`."
         return longest_clip(self, memory, size, sentences, short_side)
 
-    @torch.inference_mode()
-    def respond(
-        self, frames, texts: Sequence[str], at: int = 0, short_side: int = 0, long_side: int = 0
-    ) -> Responses:
-        "What every query says of frame `at`; 0: the model's own sizes, in pixels."
-        frame = check_frames(frames)[at : at + 1]
-        size, c = tuple(frame.shape[1:3]), self.config
-        sides = (short_side or c.short_side, long_side or c.long_side)
-        pixels = normalise_frames(frame, shortest_edge_size(size, *sides), c, self.device)
-        with self.computing():
-            seen = self.look(pixels[None])
-            out = self.ground(seen, self.listen(*self.encode(texts)))
-            logits = self.draw(out, out.hs[-1], self.entered(out), seen)
-        padded = tuple(4 * n for n in logits.shape[-2:])
-        answers = (self.score(out), logits, out.references[-1])
-        return Responses(*(x.float().cpu() for x in answers), seen.size, size, padded)
+    def respond(self, frames, texts: Sequence[str], at: int = 0, **sizes: int) -> Responses:
+        "What every query says of frame `at`, see `respond_with_all`."
+        return respond_with_all(self, frames, texts, at, **sizes)
 
-# %% ../../nbs/03k_models.uninext.ipynb #7d1e0a02
+# %% ../../nbs/03k_models.uninext.ipynb #c6fcf468
+def look_at_frames(
+    model: UNINEXT,
+    frames: Tensor,  # (1, T, 3, h, w) normalised, one clip
+) -> Seen:
+    "What does not depend on words; frames are padded here, and seen a piece at a time."
+    clip, mask = pad_clip(frames[0], model.pad_multiple)
+    count, size = clip.shape[1], tuple(frames.shape[-2:])
+    parts = []
+    for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
+        padding = None if mask is None else mask[:, first:end]
+        piece = clip[:, first:end]
+        parts.append(project_frames(model.body, model.input_proj, piece, padding))
+    levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
+    positions = [x[:1] for x in parts[0].positions[1:]]
+    masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
+    return Seen(levels[0], levels, positions, masks, count, size, size)
+
+# %% ../../nbs/03k_models.uninext.ipynb #2fddb7f0
 def probability_map(
     logits: Tensor,  # (N, h/4, w/4) of padded frames
     size: tuple[int, int],  # (h, w) without padding, in pixels
@@ -390,6 +365,74 @@ def probability_map(
     return large[:, 0, : size[0], : size[1]].sigmoid()
 
 
+def answer_span(
+    model: UNINEXT,
+    seen: Seen,
+    text: tuple[Tensor, Tensor],  # words (E, L, C_text) and their padding (E, L)
+    span: tuple[int, int],  # first frame, and the one after the last
+) -> tuple[Tensor, Tensor, Tensor]:  # (E, t, h, w), (E, t), (E, t, 4)
+    "Probabilities, scores and boxes of the best query of each frame of `span`."
+    out = model.ground(seen, text, span)
+    scores, query = model.score(out).max(1)  # (N,)
+    row = torch.arange(len(query), device=query.device)
+    states, centres = out.hs[-1][row, query], model.entered(out)[row, query]
+    logits = model.draw(out, states[:, None], centres[:, None], seen)[:, 0]
+    found = (probability_map(logits, seen.size), scores, out.references[-1][row, query])
+    return tuple(x.unflatten(0, (len(text[0]), -1)) for x in found)
+
+
+def answer_in_pieces(
+    model: UNINEXT,
+    seen: Seen,
+    text: tuple[Tensor, Tensor],  # words (E, L, C_text) and their padding (E, L)
+) -> tuple[Tensor, Tensor, Tensor]:  # (E, T, h, w), (E, T), (E, T, 4)
+    "As `answer_span`, for all frames: a few sentences and frames at a time."
+    tokens = sum(x[0, 0].numel() for x in seen.levels)
+    rows = []
+    for first, end in split_frames(len(text[0]), tokens, seen.fine):
+        group = tuple(x[first:end] for x in text)
+        spans = split_frames(seen.frames, (end - first) * tokens, seen.fine)
+        parts = [answer_span(model, seen, group, span) for span in spans]
+        rows.append([torch.cat(x, 1) for x in zip(*parts)])
+    return tuple(torch.cat(x) for x in zip(*rows))
+
+# %% ../../nbs/03k_models.uninext.ipynb #61a2b049
+@torch.inference_mode()
+def respond_with_all(
+    model: UNINEXT,
+    frames,  # (T, H, W, 3) uint8
+    texts: Sequence[str],  # E sentences
+    at: int = 0,  # the frame that is asked about
+    short_side: int = 0,  # in pixels; 0: the model's own
+    long_side: int = 0,  # at most; 0: the model's own
+) -> Responses:
+    "All queries of a model for one frame of a clip."
+    frame, c = check_frames(frames)[at : at + 1], model.config
+    size = tuple(frame.shape[1:3])
+    inner = shortest_edge_size(size, short_side or c.short_side, long_side or c.long_side)
+    pixels = normalise_frames(frame, inner, c, model.device)
+    with model.computing():
+        seen = model.look(pixels[None])
+        out = model.ground(seen, model.listen(*model.encode(texts)))
+        logits = model.draw(out, out.hs[-1], model.entered(out), seen)
+    padded = tuple(4 * n for n in logits.shape[-2:])
+    answers = (model.score(out), logits, out.references[-1])
+    return Responses(*(x.float().cpu() for x in answers), inner, size, padded)
+
+
+def embed_objects(
+    model: UNINEXT,
+    out: GroundingOutput,
+) -> Tensor:  # (N, Q, C)
+    """The embeddings of all queries by which UNINEXT's trackers tell objects apart; tokens of
+    padding are read too, as published."""
+    decoder, project = model.reid_embed_head
+    shapes = [tuple(x.shape[-2:]) for x in out.memory]
+    place = (out.references[-1], out.tokens, shapes, out.ratios)
+    states, _ = decoder(out.hs[-1], None, *place, padding=None)
+    return project(states[-1])
+
+# %% ../../nbs/03k_models.uninext.ipynb #7d1e0a02
 def bytes_needed(
     model: UNINEXT,
     frames: int,  # T of a clip
@@ -439,7 +482,7 @@ DROPS = {
     "criterion.": "a counter of the training",
 }
 
-
+# %% ../../nbs/03k_models.uninext.ipynb #a6e3bf29
 def uninext_options(
     tensors: Mapping[str, Tensor],  # by our names
     options: Mapping,  # of the training; they decide only what no shape shows
@@ -473,7 +516,7 @@ def uninext_options(
         "embed_layers": count_modules(shapes, "reid_embed_head.0.layers."),
     }
 
-
+# %% ../../nbs/03k_models.uninext.ipynb #f9be1ae5
 FAMILY = register(
     Family(
         "uninext",

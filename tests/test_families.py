@@ -28,6 +28,7 @@ from rvos_nb.predict import predict
 from rvos_nb.protocols import run_protocol
 from rvos_nb.train.loop import Trainer
 from rvos_nb.train.recipe import read_recipe
+from rvos_nb.train.refer import clip_scores
 from rvos_nb.verify.cases import compare, load_case, load_filled
 from rvos_nb.verify.mutr import build_mutr_case
 from rvos_nb.verify.referformer import pad_clips
@@ -186,6 +187,31 @@ def test_a_tiny_one_learns_a_clip_by_heart(family):
     assert np.mean(scores) >= 0.95, scores
 
 
+@both
+def test_validation_scores_what_refer_answers(family, monkeypatch):
+    "Not the last layer, nor closed windows, as losses do."
+    options = dataclasses.asdict(TINY[family][1](len(make_tokenizer(scenes.WORDS)), answer_layer=0))
+    recipe = {"name": "watched", "family": family, "model": options}
+    recipe["stages"] = [{"steps": 1, "frames": 6, "clips": 1, "size": [64, 96]}]
+    trainer = Trainer(read_recipe(recipe), "cpu")
+    batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
+    scored = []
+
+    def record(logits, masks, batch):
+        scored.append((logits, masks))
+        return clip_scores(logits, masks, batch)
+
+    monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
+    trainer.validate([("easy", batch)])
+    ((logits, masks),) = scored
+    model = trainer.model.eval()
+    found = model.refer(model.see(batch.frames[0], short_side=64), batch.texts)
+    e = torch.arange(len(batch.texts))
+    chosen = masks[e, :, choose_query(logits)]
+    scale = found.logits.abs().max().item()
+    assert torch.allclose(chosen, found.logits, rtol=1e-3, atol=1e-3 * scale)
+
+
 # Every stage that takes a model
 
 
@@ -276,3 +302,10 @@ def test_the_answer_layer_is_the_published_one_by_default():
         assert same == [family == "mutr", False]
         assert choose_query(plain["pred_logits"]).shape == (1,)
         assert find_family(family).config().answer_layer == 0
+
+
+@both
+@pytest.mark.parametrize("layer", [2, -3, "last"])
+def test_a_layer_that_the_decoder_lacks_is_named(family, layer):
+    with pytest.raises(Problem, match="answer_layer"):
+        TINY[family][1](30, answer_layer=layer)

@@ -600,6 +600,15 @@ def test_bad_recipe(change, said, tmp_path):
     assert all(word in str(e.value) for word in ("found", "expected"))
 
 
+@pytest.mark.parametrize("limit", [{"steps": 0}, {"minutes": -1}, {"workers": -1}], ids=str)
+def test_limits_that_mean_nothing(limit, tmp_path):
+    from rvos_nb.train.loop import train
+
+    with pytest.raises(Problem, match=f"{next(iter(limit))}: found"):
+        train("train-toy", tmp_path / "out", **limit)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_recipe_file(tmp_path):
     from rvos_nb.train.recipe import read_recipe
 

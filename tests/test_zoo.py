@@ -338,6 +338,13 @@ def test_a_model_of_somebody_else(cache, tmp_path):
 # The table
 
 
+def test_a_family_lists_only_its_own_shipped_models():
+    assert "aot-tiny" in zoo.list_shipped() and "referformer-tiny" in zoo.list_shipped()
+    aot = zoo.list_shipped("aot")
+    assert " aot-tiny" in aot and "deaot-tiny" not in aot and "referformer" not in aot
+    assert zoo.list_shipped("soc") == ""
+
+
 def test_every_published_variant_has_a_row():
     rows = {r["name"]: r for r in zoo.published_models()}
     assert [r["name"] for r in zoo.shipped_models()] == sorted(

@@ -71,18 +71,21 @@ def cell_centres(
     """Where each cell of each level lies, in units of every level; one answer for all levels where
     nothing is padded."""
 
+    dtype = torch.float32 if like.dtype == torch.float64 else like.dtype
+
     def along(n):
-        return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
+        return (torch.arange(n, device=like.device, dtype=dtype) + 0.5) / n
 
     grids = [
         torch.stack(torch.meshgrid(along(w), along(h), indexing="xy"), -1).view(1, -1, 1, 2)
         for h, w in shapes
     ]
-    if ratios is None:
-        return torch.cat(grids, 1)
-    return (
-        torch.cat([g / ratios[:, None, None, i] for i, g in enumerate(grids)], 1) * ratios[:, None]
-    )
+    if ratios is not None:
+        grids = [g / ratios[:, None, None, i] for i, g in enumerate(grids)]
+    centres = torch.cat(grids, 1)
+    if ratios is not None:
+        centres = centres * ratios[:, None]
+    return centres.double() if like.dtype == torch.float64 else centres
 
 # %% ../../nbs/02o_models.deformable.ipynb #998b3248
 class Encoder(nn.Module):

@@ -76,9 +76,7 @@ class Family:
     options: Callable | None = None  # (tensors, the script's options) -> options of `config`
     architectures: Callable | None = None  # options of `config` -> names that fit, likeliest first
     renames: Mapping = field(default_factory=dict)  # how published names begin -> how ours do
-    patterns: Mapping = field(
-        default_factory=dict
-    )  # regular expression in them -> what replaces it
+    patterns: Mapping = field(default_factory=dict)  # expression in them -> what replaces it
     one_row: str = ""  # regular expression of published names: vectors stored as tables of one row
     drops: Mapping = field(default_factory=dict)  # how published names begin -> why they are unused
     load: Callable | None = None  # (name, device, online) -> model; None: from a folder of ours

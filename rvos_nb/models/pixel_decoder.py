@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import Problem
 from .attention import Attention
 from .pieces import run_in_pieces, select_frames, split_frames, to_maps, to_tokens
 
@@ -255,6 +256,9 @@ class SpatialFPN(nn.Module):
     ):
         super().__init__()
         widths = [dim // 2**i for i in range(5)]
+        if widths[-1] % groups:
+            found = f"{groups} groups for {widths[-1]} channels at stride 4"
+            raise Problem("fpn_groups", found, "a divisor", "correct the configuration")
         for i, (before, after) in enumerate(zip([dim, *widths], widths), 1):
             self.add_module(f"lay{i}", nn.Conv2d(before, after, 3, padding=1))  # published names
             self.add_module(f"gn{i}", nn.GroupNorm(groups, after))

@@ -25,8 +25,11 @@ from rvos_nb.models.query_model import (
     QueryModel,
     QueryStates,
     build_transformer,
+    check_answer_layer,
+    count_states,
     name_architecture,
     query_options,
+    relate_frames,
     small_options,
 )
 from .referring import Seen, TextFeatures
@@ -50,6 +53,10 @@ class SOCConfig(QueryConfig):
     video_dropout: float = 0.1
     answer_layer: int = 0  # of the decoder; 0 as published, -1: the last
     mixes_clips: bool = False  # clips of a batch mix, as published, see `VideoQueries`
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_answer_layer(self.answer_layer, self.dec_layers)
 
 # %% ../../nbs/03h_models.soc.ipynb #4f1a2c86
 def tiny_soc(
@@ -123,12 +130,11 @@ class SOC(QueryModel):
         self, decoded: TransformerOutput, text: TextFeatures, every: bool
     ) -> dict[int, QueryStates]:
         "Frame queries plus their clusters: of their own layer while training, else of the last."
-        layers, clips = self.layers(every), len(text.sentence)
-        states = decoded.hs if every else decoded.hs[-1:]
-        clusters = self.voc(states, clips, text.sentence, mixed=self.config.mixes_clips)
-        frames = decoded.hs.shape[1] // clips
+        frames = decoded.hs.shape[1] // len(text.sentence)
         related = {}
-        for layer, video in zip(layers, clusters):
+        for layer, video in relate_frames(
+            self, self.voc, decoded, text, every, sentence=text.sentence
+        ):
             objects = decoded.hs[layer] + repeat_over_frames(video, frames)
             related[layer] = QueryStates(objects, objects, video)
         return related
@@ -143,10 +149,8 @@ class SOC(QueryModel):
         return out | {"text_feature": summarise_words(self.lvf, seen, text)}
 
     def extra_floats(self, frames: int, sentences: int) -> int:
-        "Of the clusters: tokens at their own width and at that of the feed-forward."
-        c = self.config
-        tokens = frames * c.num_queries * sentences
-        return tokens * (c.dim_feedforward + (8 + c.dec_layers) * c.hidden_dim)
+        "Of the clusters, see `count_states`."
+        return count_states(self.config, frames, sentences)
 
 # %% ../../nbs/03h_models.soc.ipynb #9f525178
 def build_clusters(c: SOCConfig) -> VideoQueries:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import Problem
 from .attention import Attention
 
 # %% ../../nbs/02p_models.video_queries.ipynb #135b496c
@@ -93,6 +94,10 @@ class VideoQueries(nn.Module):
             return nn.ModuleList(blocks)
 
         encoder, decoder = layers
+        if min(encoder, decoder - 1, window) < 0:
+            found = f"layers {layers}, window {window}"
+            expected = "0 or more encoder layers, 1 or more decoder layers, a window of 0 or more"
+            raise Problem("video queries", found, expected, "correct the configuration")
         self.window = window
         self.enc_self_attn = attention(encoder, "self_attn")  # published names, here and below
         self.enc_ffn = feed_forward(encoder)

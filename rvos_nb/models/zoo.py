@@ -427,9 +427,8 @@ def list_shipped(
 ) -> str:  # '' where none of the family ships
     "The models that ship as a table."
     head = ["name", "backbone", "params", "easy", "medium", "hard"]
-    rows = [
-        [m["name"], m["backbone"], m["params"], *m["scores"].values()] for m in shipped_models()
-    ]
+    models = [m for m in shipped_models() if plain_name(family) in ("", m["family"])]
+    rows = [[m["name"], m["backbone"], m["params"], *m["scores"].values()] for m in models]
     title = "Models that ship, J&F on the levels of RefShapes (synthetic); given to --model by name"
     return "\n".join([title, *align([head, *rows])]) if rows else ""
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trainer', 'draw_batches', 'TrainingLog', 'Progress', 'run_steps', 'describe_hardware', 'make_card', 'TrainWork',
-           'train']
+           'check_limits', 'train']
 
 # %% ../../nbs/04g_train.loop.ipynb #6f612842
 import copy
@@ -310,6 +310,14 @@ class TrainWork(StageWork):
             zoo.save(trainer.model, self.out / "model", make_card(trainer, scores))
 
 
+def check_limits(minutes: float | None, steps: int | None, workers: int):
+    "Raise `Problem` for a limit of `train` that means nothing."
+    limits = (("minutes", minutes, 0), ("steps", steps, 1), ("workers", workers, 0))
+    for name, value, least in limits:
+        if value is not None and not value >= least:
+            raise Problem(name, str(value), f"a number from {least} on", "correct the option")
+
+
 def train(
     recipe,  # a name that ships, a path of a YAML file, or a mapping
     out,  # results folder
@@ -322,8 +330,9 @@ def train(
 ) -> Report:
     """Train a model by a recipe and save it as `out/model`. Raises Problem for a wrong recipe or a
     folder of another one."""
+    check_limits(minutes, steps, workers)
     r, out, device = read_recipe(recipe, given), Path(out), choose_device(device)
-    if steps:
+    if steps is not None:
         r = rescale(r, steps)
     work = TrainWork(
         out,

@@ -56,9 +56,9 @@ def box_corners(
 def giou(
     a: Tensor,  # (..., 4) cxcywh
     b: Tensor,  # (..., 4) cxcywh, broadcastable to `a`
-    eps: float = 1e-6,  # on either side of both fractions: ReferFormer's; SOC has none
 ) -> Tensor:  # (...) in [-1, 1]
-    "Generalised IoU of box pairs (Rezatofighi et al. 2019)."
+    """Generalised IoU of box pairs (Rezatofighi et al. 2019) with ReferFormer's 1e-6 on either side
+    of both fractions."""
     area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]
     a, b = torch.broadcast_tensors(box_corners(a), box_corners(b))
     inter = (
@@ -72,7 +72,7 @@ def giou(
         .prod(-1)
     )
     union = area - inter
-    return (inter + eps) / (union + eps) - (hull - union + eps) / (hull + eps)
+    return (inter + 1e-6) / (union + 1e-6) - (hull - union + 1e-6) / (hull + 1e-6)
 
 # %% ../../nbs/04b_train.losses.ipynb #4d298c9f
 def pad_masks(
@@ -230,6 +230,7 @@ class Criterion:
     "Matching and the weighted sum of all losses of a DETR-like referring model (Wu et al. 2022)."
 
     options: ClassVar = {"target": "average", "mask_per": "clip"}  # of recipes, with their defaults
+    terms: ClassVar = tuple(MATCH)  # that have a weight
 
     def __init__(
         self,
@@ -289,7 +290,7 @@ def frame_costs(
         x = enlarge(pred["pred_masks"], target["masks"].shape[-2:])
         cost = costs["cls"] * class_cost(pred["pred_logits"], labels, valid)
         cost = cost + costs["bbox"] * (boxes - truth).abs().sum(-1).mean(1)
-        cost = cost - costs["giou"] * giou(boxes, truth, eps=0).mean(1)
+        cost = cost - costs["giou"] * giou(boxes, truth).mean(1)
         return cost - costs["dice"] * dice(x, masks).mean(1)
 
 
@@ -309,7 +310,7 @@ def charge_frames(
     return {
         "cls": focal(pred["pred_logits"], truth).sum() / n,
         "bbox": (boxes - target["boxes"]).abs().sum() / n,
-        "giou": (1 - giou(boxes, target["boxes"], eps=0)).sum() / n,
+        "giou": (1 - giou(boxes, target["boxes"])).sum() / n,
         "sigmoid_focal": focal(x, y).mean(-1).sum() / n,
         "dice": (1 - dice(x, y)).sum() / n,
         "con": F.cross_entropy(agreement, index),
@@ -321,6 +322,7 @@ class ClusterCriterion:
     layer is charged with its own clusters."""
 
     options: ClassVar = {}  # of recipes
+    terms: ClassVar = tuple(CLUSTER_WEIGHTS)  # that have a weight
 
     def __init__(
         self,

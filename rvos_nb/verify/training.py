@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import StochasticDepth
 
@@ -179,6 +178,7 @@ def answer_batch(
     (frames, mask, sizes), (ids, word_mask), annotated = batch
     padding = mask if mask.any() else None
     words, sentence = model.text_encoder(ids, word_mask)
+    frames = frames.to(words.dtype)
     return model(frames, padding, words, word_mask, sentence, sizes, annotated, aux=True)
 
 # %% ../../nbs/07j_verify.training.ipynb #c65a1d16
@@ -331,6 +331,7 @@ def build_trained(
     model = build(meta).train()
     with torch.no_grad():
         load_filled(model, meta, arrays, record=family)
+    model.double()
     switch_off_dropout(model)
     freeze_parts(model, tuning.frozen)
     optimizer = optimizer_for(model, tuning)
@@ -352,9 +353,8 @@ def run_training_case(
         *batch, target = read_batch(meta, arrays, number)
         rate = set_rates(optimizer, step, total, tuning)
         watched.forget_gradients()
-        with sdpa_kernel(SDPBackend.MATH):
-            loss, parts, index = criterion(answer_batch(model, batch), target)
-            norm = update_weights(model, optimizer, loss, tuning.clip)
+        loss, parts, index = criterion(answer_batch(model, batch), target)
+        norm = update_weights(model, optimizer, loss, tuning.clip)
 
         at = f"step{step + 1}"
         yield f"{at}/loss", loss.detach().reshape(1).numpy()

@@ -28,7 +28,7 @@ from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_text_config
 from rvos_nb.verify.cases import fill, load_case
 from rvos_nb.vos.aot import AOT, AOT_VARIANTS
 
-FOLDERS = ("referformer", "soc", "mutr", "vos")
+FOLDERS = ("referformer", "soc", "mutr", "wavecl", "vos")
 GOLDEN = [p for f in FOLDERS for p in sorted(Path(__file__).with_name("golden").glob(f"{f}/*.npz"))]
 
 
@@ -314,12 +314,12 @@ def test_golden_key_lists_are_recognised(path):
     if not any(n.startswith(("fusion_module", "vlf", "LSTT")) for n in names):
         return  # a part of a model
     tensors, options = split_published({"model": tensors_of(case)}).tensors, case.meta["config"]
-    if path.parent.name in ("referformer", "soc", "mutr"):
+    if path.parent.name in ("referformer", "soc", "mutr", "wavecl"):
         found = recognise(tensors)
         assert found.variant in zoo.published() and not found.notes
         backbone = options["backbone"].replace("-", "_").removesuffix("_p4w7")
         assert found.config["backbone"].removesuffix("_p4w7") == backbone
-        assert path.parent.name == "soc" or {
+        assert path.parent.name in ("soc", "wavecl") or {
             k: found.config[k] for k in options if k in found.config
         } == {k: options[k] for k in options if k in found.config}
     else:

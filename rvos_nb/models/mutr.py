@@ -142,7 +142,7 @@ class MUTR(ReferFormer):
         frames = len(states.objects) // len(logits)
         return repeat_over_frames(logits, frames, self.config.mixes_clips)
 
-    def extra_floats(self, frames: int, sentences: int) -> int:
+    def extra_floats(self, frames: int, cells: int, sentences: int) -> int:
         "Of the interaction, see `count_states`."
         return count_states(self.config, frames, sentences)
 

@@ -180,6 +180,10 @@ class QueryModel(SentenceModel):
         pos, project = sine_position_1d(word_mask, self.config.hidden_dim), self.text_projection
         return TextFeatures(project(words), word_mask, pos.transpose(1, 2), project(sentence))
 
+    def listen_batch(self, words: Tensor, word_mask: Tensor, sentence: Tensor) -> TextFeatures:
+        "As `listen`, for a batch of training: what a family reads in its padding; here nothing."
+        return self.listen(words, word_mask, sentence)
+
     def read(self, seen: Seen, text: TextFeatures) -> TextFeatures:
         "Sentences in view of the clip; here nothing changes."
         return text
@@ -188,10 +192,16 @@ class QueryModel(SentenceModel):
         "What the queries (B, Q, C) look for."
         raise TypeError(f"{type(self).__name__} does not define content")
 
+    def fuse(self, seen: Seen, text: TextFeatures, span) -> list[Tensor]:
+        "Every level of the frames of `span`, joined with the words: what the encoder reads."
+        levels, _, _, frames = take_span(seen, span)
+        return fuse_levels(self.fusion, levels, [text] * len(levels), frames)
+
     def decode(self, seen: Seen, text: TextFeatures, span=None) -> TransformerOutput:
         "Fusion, encoder and decoder over the frames of `span` (first, end), or over all of them."
-        levels, positions, masks, frames = take_span(seen, span or (0, seen.frames))
-        fused = fuse_levels(self.fusion, levels, text, frames)
+        span = span or (0, seen.frames)
+        _, positions, masks, frames = take_span(seen, span)
+        fused = self.fuse(seen, text, span)
         content = repeat_over_frames(self.content(text), frames)
         return self.transformer(fused, positions, masks, self.query_embed.weight, content)
 
@@ -228,11 +238,15 @@ class QueryModel(SentenceModel):
     ) -> dict:
         "What `all_queries` answers; training and the golden cases call it."
         seen = self.look(frames, mask, valid_indices)
-        return self.all_queries(seen, self.listen(words, word_mask, sentence), sizes, aux)
+        return self.all_queries(seen, self.listen_batch(words, word_mask, sentence), sizes, aux)
 
     def all_queries(self, seen: Seen, text: TextFeatures, sizes=None, aux=None) -> dict:
         "The answers of all queries, see `answer_with_all`."
         return answer_with_all(self, seen, text, sizes, self.training if aux is None else aux)
+
+    def also_answer(self, seen: Seen, text: TextFeatures) -> dict:
+        "What the losses of a family want beside the answers; here nothing."
+        return {}
 
     def choose(self, seen: Seen, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         "Logits, scores and boxes of the query that answers each sentence, see `answer_with_best`."
@@ -242,8 +256,9 @@ class QueryModel(SentenceModel):
         "What every query says of frame `at`, see `respond_at`."
         return respond_at(self, frames, texts, at, **sizes)
 
-    def extra_floats(self, frames: int, sentences: int) -> int:
-        "How many numbers the steps of this family hold beside those that all families have."
+    def extra_floats(self, frames: int, cells: int, sentences: int) -> int:
+        """How many numbers the steps of this family hold beside those that all families have;
+        `cells` are those of a frame at stride 4."""
         return 0
 
     def memory_needed(self, frames: int, size, sentences: int, short_side=None) -> int:
@@ -310,12 +325,15 @@ def take_span(
 def fuse_levels(
     fusion: CrossFusion,
     levels: list[Tensor],  # (B*T, C, h, w), or of one clip where there are B sentences
-    text: TextFeatures,  # B sentences
+    texts: list[TextFeatures],  # B sentences, as each level reads them
     frames: int,  # T
 ) -> list[Tensor]:  # (B*T, C, h, w)
     "Every level joined with what its pixels read in the words."
-    words = (text.words, text.mask, text.pos)
-    return [to_maps(fusion(to_tokens(x, frames), *words), x.shape[-2:]) for x in levels]
+    fused = []
+    for x, text in zip(levels, texts):
+        rows = fusion(to_tokens(x, frames), text.words, text.mask, text.pos)
+        fused.append(to_maps(rows, x.shape[-2:]))
+    return fused
 
 # %% ../../nbs/03f_models.query_model.ipynb #112a5d46
 def relate_frames(
@@ -411,9 +429,9 @@ def answer_with_all(
 ) -> dict:
     """`pred_logits` (B, T, Q, K), `pred_boxes` (B, T, Q, 4), `pred_masks` (B, T, Q, h/4, w/4)
     logits, `pred_video` (B, Q, C) where a family has it; `aux_outputs`, the same for the layers
-    before the last; in eval mode `reference_points` (B, T, Q, 2), those that entered the last
-    layer; `pixel_maps`, for losses on pixels: mask features (B*T, mask_dim, h/4, w/4) and the
-    encoder's memory at stride 8 (B*T, C, h/8, w/8)."""
+    before the last; what `also_answer` gives; in eval mode `reference_points` (B, T, Q, 2), those
+    that entered the last layer; `pixel_maps`, for losses on pixels: mask features (B*T, mask_dim,
+    h/4, w/4) and the encoder's memory at stride 8 (B*T, C, h/8, w/8)."""
     text = model.read(seen, text)
     decoded = model.decode(seen, text)
     related = model.relate(decoded, text, every=aux)
@@ -433,7 +451,7 @@ def answer_with_all(
         }
 
     *others, out = [answer(layer, states) for layer, states in related.items()]
-    out |= {"pixel_maps": [features, decoded.memory[0]]}
+    out |= {"pixel_maps": [features, decoded.memory[0]]} | model.also_answer(seen, text)
     if aux:
         out["aux_outputs"] = others
     if not model.training:
@@ -496,7 +514,7 @@ def bound_memory(
     piece = piece_size(model.device)
     kept = frames * cells * (128 + max(6 * first + width, 4 * first + (1 + batch) * width))
     working = 10 * width * max(batch * cells, piece) + piece * model.config.dim_feedforward
-    return 4 * (kept + working + model.extra_floats(frames, batch)) + 2**26
+    return 4 * (kept + working + model.extra_floats(frames, cells, batch)) + 2**26
 
 
 def longest_clip(

@@ -129,6 +129,15 @@ class Seen:
         it there would make everything wait."""
         return level_sizes((self.size,), self.fine.device, torch.float32).flip(-1).expand(n, -1)
 
+    def repeat_clips(self, clip: Tensor) -> "Seen":
+        "Once for each of E sentences what was seen of the clip (E,) that it is about."
+        frame = torch.arange(self.frames, device=clip.device)
+        rows = (clip[:, None] * self.frames + frame).flatten()
+        positions = [x if len(x) == 1 else x[rows] for x in self.positions]
+        masks = self.masks and [x[rows] for x in self.masks]
+        levels = [x[rows] for x in self.levels]
+        return replace(self, fine=self.fine[rows], levels=levels, positions=positions, masks=masks)
+
 
 @dataclass
 class TextFeatures:

@@ -143,12 +143,11 @@ class SOC(QueryModel):
         "Arguments of the pixel decoder: levels, frames."
         return [seen.fine, *decoded.memory[:3]], seen.frames
 
-    def all_queries(self, seen: Seen, text: TextFeatures, sizes=None, aux=None) -> dict:
-        "See `answer_with_all`; and `text_feature` (B, C), see `summarise_words`."
-        out = super().all_queries(seen, text, sizes, aux)
-        return out | {"text_feature": summarise_words(self.lvf, seen, text)}
+    def also_answer(self, seen: Seen, text: TextFeatures) -> dict:
+        "`text_feature` (B, C), see `summarise_words`."
+        return {"text_feature": summarise_words(self.lvf, seen, text)}
 
-    def extra_floats(self, frames: int, sentences: int) -> int:
+    def extra_floats(self, frames: int, cells: int, sentences: int) -> int:
         "Of the clusters, see `count_states`."
         return count_states(self.config, frames, sentences)
 

@@ -8,7 +8,6 @@ __all__ = ['normalise_clips', 'answer_sentences', 'clip_scores', 'mean_scores', 
 # %% ../../nbs/04e_train.refer.ipynb #b1d7d88d
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,10 +44,9 @@ def answer_sentences(
     aux: bool = True,  # every decoder layer answers for itself; False: as `refer` answers
 ) -> dict:  # what `QueryModel.forward` answers, for E sentences
     "What `model.forward` answers, for several sentences about a clip that is seen once."
-    seen, t = model.look(frames), frames.shape[1]
-    rows = (clip[:, None] * t + torch.arange(t, device=clip.device)).flatten()
-    seen = replace(seen, fine=seen.fine[rows], levels=[x[rows] for x in seen.levels])
-    return model.all_queries(seen, model.listen(*model.encode(texts)), aux=aux)
+    seen = model.look(frames).repeat_clips(clip)
+    listen = model.listen_batch if aux else model.listen
+    return model.all_queries(seen, listen(*model.encode(texts)), aux=aux)
 
 # %% ../../nbs/04e_train.refer.ipynb #9ea59211
 def clip_scores(

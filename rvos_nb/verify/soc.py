@@ -6,7 +6,7 @@
 __all__ = ['PREDICTIONS', 'RUNNERS', 'read_published_config', 'build_soc_case', 'record_clusters', 'name_clusters',
            'run_soc_stages', 'name_text', 'name_fusion', 'name_soc_decoder', 'name_answers', 'name_inference',
            'name_single_frames', 'read_case_text', 'run_soc', 'answer_case', 'read_layer', 'clip_first',
-           'read_frame_targets', 'run_cluster_criterion']
+           'read_frame_targets', 'build_criterion', 'run_cluster_criterion']
 
 # %% ../../nbs/07h_verify.soc.ipynb #68009d98
 from collections.abc import Iterator, Mapping
@@ -273,16 +273,25 @@ def read_frame_targets(
     }
 
 # %% ../../nbs/07h_verify.soc.ipynb #b7c35311
+def build_criterion(
+    weights: Mapping[str, float],  # of the losses, as published; those of other layers are the same
+    matcher: Mapping[str, float],  # of the costs, as published
+) -> ClusterCriterion:
+    "The criterion of a case."
+    last = {name: weight for name, weight in weights.items() if not name[-1].isdigit()}
+    costs = {"bbox" if name == "box" else name: weight for name, weight in matcher.items()}
+    return ClusterCriterion(
+        {name.removeprefix("loss_"): weight for name, weight in last.items()},
+        {name: costs[name] for name in ("cls", "bbox", "giou", "dice")},
+    )
+
+
 def run_cluster_criterion(
     meta: dict,  # of the case
     arrays: Mapping,  # its stored inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of matching and losses, for every batch of the case."
-    weights = {name.removeprefix("loss_"): w for name, w in meta["config"]["weights"].items()}
-    matcher = meta["config"]["matcher"]
-    costs = {"cls": matcher["cls"], "bbox": matcher["box"]} | {
-        k: matcher[k] for k in ("giou", "dice")
-    }
+    criterion = build_criterion(meta["config"]["weights"], meta["config"]["matcher"])
     for name, about in meta["config"]["cases"].items():
         prefix, count = f"in/{name}/", about["layers"]
         layers = [read_layer(arrays, f"{prefix}layer{i}/") for i in range(count)]
@@ -290,10 +299,11 @@ def run_cluster_criterion(
         target = read_frame_targets(arrays, f"{prefix}target/", about["T"], about["B"])
         *others, last = [clip_first(layer) for layer in layers]
         out = last | {"aux_outputs": others, "text_feature": text}
-        total, losses, index = ClusterCriterion(weights, costs)(out, target)
+        total, losses, index = criterion(out, target)
         total.backward()
         for i, layer in enumerate([*others, last]):
-            yield f"{name}/layer{i}/cost", frame_costs(layer, target, costs)[..., None].numpy()
+            costs = frame_costs(layer, target, criterion.costs)
+            yield f"{name}/layer{i}/cost", costs[..., None].numpy()
             yield f"{name}/layer{i}/matched_query", index[i].numpy()
         for loss, x in losses.items():
             yield f"{name}/loss/{loss}", x.detach().numpy()

@@ -43,7 +43,7 @@ from rvos_nb.models.referring import (
     longest_within,
     sentences_per_batch,
 )
-from .text import ROBERTA_BASE, roberta_options, sine_position_1d, small_text_config
+from .text import ROBERTA_BASE, sine_position_1d, small_text_config, text_options
 from .video_queries import VideoQueries, repeat_over_frames
 
 # %% ../../nbs/03f_models.query_model.ipynb #a71baab7
@@ -286,7 +286,8 @@ def project_frames(
         levels = [torch.stack([x[row] for row in rows]) for x in levels]
         mask = None if mask is None else torch.stack([mask[row] for row in rows])
         t = 1
-    projected = [project(levels[min(i, 3)]) for i, project in enumerate(projections, 1)]
+    coarse = levels[-3:]  # strides 8, 16 and 32
+    projected = [project(coarse[min(i, 2)]) for i, project in enumerate(projections)]
     shapes = [tuple(x.shape[-2:]) for x in (levels[0], *projected)]
     masks = None if mask is None else [resize_mask(mask, s) for s in shapes]
     unpadded = [torch.zeros(1, *s, dtype=torch.bool, device=frames.device) for s in shapes]
@@ -560,7 +561,7 @@ def query_options(
     return {
         "backbone": backbone,
         "backbone_options": backbone_options,
-        "text": roberta_options(shapes),
+        "text": text_options(shapes),
         "num_feature_levels": levels,
         "num_queries": shapes["query_embed.weight"][0],
         "hidden_dim": shapes["query_embed.weight"][1],

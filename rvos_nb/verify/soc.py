@@ -215,7 +215,7 @@ def run_soc(
     model, inputs = build_soc_case(meta).eval(), meta["inputs"]
     clips, valid, training = pad_clips(inputs), inputs["valid_frame"], inputs["training"]
     with torch.inference_mode():
-        load_filled(model, meta, arrays, renames=FAMILY.renames)
+        load_filled(model, meta, arrays, record=FAMILY)
         text = read_case_text(model, arrays)
         for name, x in run_soc_stages(model, clips, text, valid, training):
             yield name, x.numpy()

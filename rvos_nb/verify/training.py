@@ -330,7 +330,7 @@ def build_trained(
     build, criterion = find_parts(family)
     model = build(meta).train()
     with torch.no_grad():
-        load_filled(model, meta, arrays, renames=family.renames)
+        load_filled(model, meta, arrays, record=family)
     model.double()
     switch_off_dropout(model)
     freeze_parts(model, tuning.frozen)

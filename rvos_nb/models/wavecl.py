@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENTENCES_AT_ONCE', 'FAMILY', 'mean_plus_max', 'GatedLinear', 'WordProjection', 'SentenceGate', 'BandSummary',
            'FocusedAttention', 'WaveletBands', 'WaveletSeen', 'Calibration', 'WideText', 'CalibratedText', 'half_size',
-           'WaveCLConfig', 'tiny_wavecl', 'WaveCL']
+           'WaveCLConfig', 'tiny_wavecl', 'WaveCL', 'cut_bands', 'join_bands']
 
 # %% ../../nbs/03j_models.wavecl.ipynb #d691f5fb
 from dataclasses import dataclass, replace
@@ -259,7 +259,7 @@ class WaveCL(SOC):
         "As in SOC; then the vector of each level, and the bands of strides 8 and 16."
         seen = super().look(frames, mask, keep)
         contexts = [mean_plus_max(to_tokens(x, seen.frames)) for x in seen.levels]
-        bands = [self.cut_bands(x, seen.frames) for x in seen.levels[: len(self.convs)]]
+        bands = [cut_bands(self, x, seen.frames) for x in seen.levels[: len(self.convs)]]
         return WaveletSeen(**vars(seen), contexts=contexts, bands=bands)
 
     def listen(self, words: Tensor, word_mask: Tensor, sentence: Tensor) -> WideText:
@@ -293,32 +293,13 @@ class WaveCL(SOC):
             fused[i] = F.leaky_relu(conv(fused[i] * gate.sigmoid()), 0.01)
         return fused
 
-    def cut_bands(self, maps: Tensor, frames: int) -> WaveletBands:
-        "Both scales of a level (B·T, C, h, w); details as queries."
-        outer = self.analysis(maps)
-        inner = self.analysis(outer[:, :, 0])
-
-        def ask(bands):
-            details = bands[:, :, 1:]
-            return self.wavelet_vlf_h.ask(
-                rearrange(details, "(b t) c k h w -> b (t k h w) c", t=frames)
-            )
-
-        return WaveletBands(to_tokens(inner[:, :, 0], frames), ask(inner), ask(outer))
-
-    def join_bands(self, low: Tensor, high: Tensor, height: int, frames: int) -> Tensor:
-        "Coarse (E, T·h·w, C) and detail rows (E, T·3·h·w, C) to maps (E·T, C, 2h, 2w)."
-        rows = [x.unflatten(1, (frames, -1, low.shape[1] // frames)) for x in (low, high)]
-        bands = rearrange(torch.cat(rows, 2), "e t k (h w) c -> (e t) c k h w", h=height)
-        return self.synthesis(bands)
-
     def calibrate(self, bands: WaveletBands, sentence: Tensor, size, frames: int) -> Calibration:
         "The inner scale, and what the outer one needs; `size` (h, w) of the level."
         h, w = half_size(size)
         rows, reader = half_size((h, w))[0], self.wavelet_vlf_h
         low = self.wavelet_vlf_l(bands.low, sentence)
         high = reader(bands.inner, reader.summarise(low, rows))
-        maps = self.join_bands(low, high, rows, frames)[..., :h, :w]
+        maps = join_bands(self.synthesis, low, high, rows, frames)[..., :h, :w]
         low = self.wavelet_vlf_l(to_tokens(maps, frames), sentence)
         return Calibration(low, reader.summarise(low, h))
 
@@ -335,7 +316,9 @@ class WaveCL(SOC):
         first, end = (frame * rows * columns for frame in span)
         asked = bands.outer[:, 3 * first : 3 * end]
         high = self.wavelet_vlf_h(asked, calibration.details, 3 * first)
-        gate = self.join_bands(calibration.low[:, first:end], high, rows, span[1] - span[0])
+        gate = join_bands(
+            self.synthesis, calibration.low[:, first:end], high, rows, span[1] - span[0]
+        )
         return gate[..., :h, :w]
 
     def extra_floats(self, frames: int, cells: int, sentences: int) -> int:
@@ -345,6 +328,29 @@ class WaveCL(SOC):
         gates = 4 * min(sentences, SENTENCES_AT_ONCE) * c.hidden_dim * c.text["hidden_size"]
         own = (3 + 2 * sentences) * level + gates
         return super().extra_floats(frames, cells, sentences) + own
+
+# %% ../../nbs/03j_models.wavecl.ipynb #ee7a2599
+def cut_bands(model: WaveCL, maps: Tensor, frames: int) -> WaveletBands:
+    "Both scales of a level (B·T, C, h, w); details as queries."
+    outer = model.analysis(maps)
+    inner = model.analysis(outer[:, :, 0])
+
+    def ask(bands):
+        details = bands[:, :, 1:]
+        return model.wavelet_vlf_h.ask(
+            rearrange(details, "(b t) c k h w -> b (t k h w) c", t=frames)
+        )
+
+    return WaveletBands(to_tokens(inner[:, :, 0], frames), ask(inner), ask(outer))
+
+
+def join_bands(
+    synthesis: WaveletSynthesis, low: Tensor, high: Tensor, height: int, frames: int
+) -> Tensor:
+    "Coarse (E, T·h·w, C) and detail rows (E, T·3·h·w, C) to maps (E·T, C, 2h, 2w)."
+    rows = [x.unflatten(1, (frames, -1, low.shape[1] // frames)) for x in (low, high)]
+    bands = rearrange(torch.cat(rows, 2), "e t k (h w) c -> (e t) c k h w", h=height)
+    return synthesis(bands)
 
 # %% ../../nbs/03j_models.wavecl.ipynb #a32515d4
 FAMILY = register(

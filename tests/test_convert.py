@@ -21,7 +21,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.models import zoo
 from rvos_nb.models.convert import convert, recognise
-from rvos_nb.models.family import find_family, rename_parts
+from rvos_nb.models.family import adopt_tensors, find_family
 from rvos_nb.models.files import read_pickle, read_published, split_published
 from rvos_nb.models.referformer import ReferFormer, ReferFormerConfig
 from rvos_nb.models.text import ROBERTA_BASE, make_tokenizer, small_text_config
@@ -328,7 +328,7 @@ def test_golden_key_lists_are_recognised(path):
     cls, config = family.model, family.config
     with torch.device("meta"):
         wanted, aliases = zoo.unique_tensors(cls(config(**found.config)))
-    tensors = rename_parts(tensors, family.renames)
+    tensors, _ = adopt_tensors(tensors, family)
     zoo.check_tensors(wanted, {n: t for n, t in tensors.items() if n not in aliases}, path)
 
 

@@ -20,14 +20,14 @@ from ..files import replace_folder
 from . import zoo
 from .backbones import recognise_backbone
 from rvos_nb.models.family import (
+    adopt_tensors,
     all_facts,
     available_families,
     find_family,
     recognise_family,
-    rename_parts,
 )
 from .files import Published, read_pickle, split_published
-from .text import ROBERTA_BASE, load_tokenizer
+from .text import BERT_BASE, ROBERTA_BASE, load_tokenizer
 
 # %% ../../nbs/03t_models.convert.ipynb #493629b0
 START = ("patch_embed.", "backbone.patch_embed.", "conv1.", "features.0.", "stem.")  # of a backbone
@@ -107,7 +107,7 @@ def recognise(
             "use a version of this package that has it",
         )
     record = find_family(family)
-    tensors = rename_parts(tensors, record.renames)
+    tensors, _ = adopt_tensors(tensors, record)
     try:
         config = record.options(tensors, options)
     except KeyError as e:
@@ -191,12 +191,17 @@ def tokenizer_for(
                 "name the tokenizer that the model was trained with",
             )
         return words
-    if vocabulary == ROBERTA_BASE["vocab_size"]:
-        return "roberta-base"
+    named = {
+        ROBERTA_BASE["vocab_size"]: "roberta-base",
+        BERT_BASE["vocab_size"]: "bert-base-uncased",
+    }
+    if vocabulary in named:
+        return named[vocabulary]
+    known = " or ".join(f"the {words} of {name}" for words, name in named.items())
     raise Problem(
         where,
         f"a text encoder of {vocabulary} words",
-        f"the {ROBERTA_BASE['vocab_size']} of roberta-base, or its tokenizer",
+        f"{known}, or its tokenizer",
         "add --tokenizer FOLDER",
     )
 
@@ -256,7 +261,7 @@ def convert(
     config = zoo.read_config(record.config, found.config, file)
     with torch.device("meta"):
         wanted, aliases = zoo.unique_tensors(record.model(config))
-    tensors = rename_parts(published.tensors, record.renames)
+    tensors, unused = adopt_tensors(published.tensors, record)
     given = {n: t for n, t in tensors.items() if n not in aliases}
     zoo.check_tensors(wanted, given, file)
 
@@ -270,7 +275,7 @@ def convert(
             "loaded; --tokenizer FOLDER copies one in"
         )
         about["tokenizer"], words = words, None
-    dropped = dict(published.dropped)
+    dropped = published.dropped | unused
     if twice := [n for n in tensors if n in aliases]:
         dropped["second names of tensors that are kept once"] = twice
     with replace_folder(out) as tmp:

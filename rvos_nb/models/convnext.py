@@ -17,7 +17,7 @@ from .backbones import ChannelNorm, fold_time, run_by_frames, wrap_body
 
 # %% ../../nbs/02f_models.convnext.ipynb #1acedd6e
 class ConvNeXt(nn.Module):
-    "ConvNeXt (Liu et al. 2022, §2) without classifier, levels normalised as in MUTR."
+    "ConvNeXt (Liu et al. 2022, §2) without classifier; levels leave normalised."
 
     strides: ClassVar[list[int]] = [4, 8, 16, 32]
 
@@ -26,6 +26,8 @@ class ConvNeXt(nn.Module):
         depths: Sequence[int],  # blocks of the four stages
         dims: Sequence[int],  # C of the four stages
         drop: float = 0.5,  # stochastic depth of the last stage; 0 in the first
+        first_norm: bool = True,  # the level at stride 4 is normalised too (MUTR, not UNINEXT)
+        norm_eps: float = 1e-5,  # of the levels' normalisations
     ):
         super().__init__()
         if len(depths) != 4 or len(dims) != 4:
@@ -39,7 +41,9 @@ class ConvNeXt(nn.Module):
             num_classes=0, depths=tuple(depths), dims=tuple(dims), drop_path_rate=drop
         )
         self.stem, self.stages = whole.stem, whole.stages
-        self.norm_layers = nn.ModuleList(ChannelNorm(c) for c in dims)
+        self.norm_layers = nn.ModuleList(ChannelNorm(c, norm_eps) for c in dims)
+        if not first_norm:
+            self.norm_layers[0] = nn.Identity()
         self.channels = list(dims)
 
     def forward(

@@ -159,12 +159,20 @@ class Decoder(nn.Module):
             at = reference[:, :, None]
             if ratios is not None:
                 at = at * ratios.repeat(1, 1, at.shape[-1] // 2)[:, None]
-            x = layer(x, pos, at, memory, shapes, padding)
+            x = layer(x, self.locate(pos, at), at, memory, shapes, padding)
             if self.bbox_embed is not None:
                 reference = refine_boxes(self.bbox_embed[i](x), reference).detach()
             states.append(x)
             references.append(reference)
         return torch.stack(states), torch.stack(references)
+
+    def locate(
+        self,
+        pos: Tensor | None,  # (N or 1, Q, C) as `forward` was given it
+        at: Tensor,  # (N, Q, levels or 1, 2 or 4) the references of a layer
+    ) -> Tensor:  # (N or 1, Q, C)
+        "The positions of the queries in a layer: here the same in all layers."
+        return pos
 
 # %% ../../nbs/02o_models.deformable.ipynb #a893656c
 @dataclass

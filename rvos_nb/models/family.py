@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Facts', 'read_facts', 'shipped_facts', 'Family', 'find_object', 'register', 'all_facts',
-           'available_families', 'find_family', 'family_of', 'recognise_family', 'rename_part', 'rename_parts']
+           'available_families', 'find_family', 'family_of', 'recognise_family', 'rename_part', 'why_dropped',
+           'adopt_tensors']
 
 # %% ../../nbs/03b_models.family.ipynb #01822bb3
 import importlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,6 +76,9 @@ class Family:
     options: Callable | None = None  # (tensors, the script's options) -> options of `config`
     architectures: Callable | None = None  # options of `config` -> names that fit, likeliest first
     renames: Mapping = field(default_factory=dict)  # how published names begin -> how ours do
+    patterns: Mapping = field(default_factory=dict)  # expression in them -> what replaces it
+    one_row: str = ""  # regular expression of published names: vectors stored as tables of one row
+    drops: Mapping = field(default_factory=dict)  # how published names begin -> why they are unused
     load: Callable | None = None  # (name, device, online) -> model; None: from a folder of ours
     propagator: Callable | str = ""  # (model, options of propagation) -> a `Propagator`
     task: type | str = ""  # of training
@@ -157,16 +162,35 @@ def recognise_family(
 
 def rename_part(
     name: str,  # as published
-    renames: Mapping[str, str],  # how published names begin -> how ours do
+    record: Family,  # with `renames` and `patterns`
 ) -> str:  # as in this package
-    "The name of a tensor, where an edition of a file has another."
-    old = next((old for old in renames if name.startswith(old)), "")
-    return renames[old] + name[len(old) :] if old else name
+    "The name of a tensor, where a file has another."
+    old = next((old for old in record.renames if name.startswith(old)), "")
+    name = record.renames[old] + name[len(old) :] if old else name
+    for pattern, new in record.patterns.items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
-def rename_parts(
+def why_dropped(
+    name: str,  # as published
+    record: Family,  # with `drops`
+) -> str:  # "" where the tensor is of use
+    "The reason why a family leaves a published tensor out."
+    return next((why for old, why in record.drops.items() if name.startswith(old)), "")
+
+
+def adopt_tensors(
     tensors: Mapping,  # by their published names
-    renames: Mapping[str, str],  # as of `rename_part`
-) -> dict:
-    "Tensors under the names of this package."
-    return {rename_part(name, renames): tensor for name, tensor in tensors.items()}
+    record: Family,
+) -> tuple[dict, dict[str, list[str]]]:  # by our names; reason -> published names of the rest
+    "Tensors under the names and in the shapes of this package, without those of other tasks."
+    adopted, dropped = {}, {}
+    for name, tensor in tensors.items():
+        if reason := why_dropped(name, record):
+            dropped.setdefault(reason, []).append(name)
+            continue
+        if record.one_row and re.search(record.one_row, name):
+            tensor = tensor[0]
+        adopted[rename_part(name, record)] = tensor
+    return adopted, dropped

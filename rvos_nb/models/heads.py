@@ -172,7 +172,7 @@ def aligned_bilinear(
 
 # %% ../../nbs/02n_models.heads.ipynb #dac32163
 def input_projections(
-    channels: Sequence[int],  # of the backbone's levels, fine to coarse
+    channels: Sequence[int],  # of the backbone's levels, fine to coarse; the last three are used
     config,  # with `hidden_dim`, `proj_groups` and `num_feature_levels`
 ) -> nn.ModuleList:
     "Convolution and GroupNorm for each transformer level; published names `input_proj.i.{0,1}`."
@@ -184,7 +184,7 @@ def input_projections(
         return nn.Sequential(conv, nn.GroupNorm(config.proj_groups, config.hidden_dim))
 
     extra = [projection(channels[-1], 3, 2)] * (config.num_feature_levels - 3)
-    return nn.ModuleList([projection(c, 1, 1) for c in channels[1:]] + extra)
+    return nn.ModuleList([projection(c, 1, 1) for c in channels[-3:]] + extra)
 
 # %% ../../nbs/02n_models.heads.ipynb #e0b55e07
 def prediction_heads(

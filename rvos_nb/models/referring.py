@@ -40,12 +40,17 @@ class Candidates:
         e: int,  # which sentence
         threshold: float = 0.5,
     ) -> Tensor:  # (T, H, W) bool, on the CPU
-        "Masks at the frames' size: logits are enlarged bilinearly, then sigmoid > threshold."
+        """Masks at the frames' size: logits are enlarged bilinearly, probabilities by the nearest
+        pixel."""
         return torch.stack([self._mask(frame, threshold) for frame in self.logits[e]])
 
-    def _mask(self, logits: Tensor, threshold: float) -> Tensor:  # (h, w) -> (H, W)
-        x = F.interpolate(logits[None, None], self.size, mode="bilinear", align_corners=False)
-        return (x[0, 0].sigmoid() > threshold).cpu()
+    def _mask(self, values: Tensor, threshold: float) -> Tensor:  # (h, w) -> (H, W)
+        if self.kind == "probability":
+            x = F.interpolate(values[None, None], self.size, mode="nearest")
+        else:
+            logits = values[None, None]
+            x = F.interpolate(logits, self.size, mode="bilinear", align_corners=False).sigmoid()
+        return (x[0, 0] > threshold).cpu()
 
 # %% ../../nbs/03e_models.referring.ipynb #1882486e
 @dataclass
@@ -245,6 +250,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
 
     reads_sentences = True
     precision = torch.float32  # of matrices and convolutions in `see` and `refer`
+    kind = "logit"  # of its answers, see `Candidates`
 
     @property
     def device(self) -> torch.device:
@@ -295,7 +301,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
             with self.computing():
                 parts.append(self.choose(seen, self.listen(*encoded)))
         logits, scores, boxes = (torch.cat(x) for x in zip(*parts))
-        return Candidates(logits, scores, boxes, seen.original)
+        return Candidates(logits, scores, boxes, seen.original, self.kind)
 
     def optimise(self, precision="float32", compile=False, channels_last=False) -> "SentenceModel":
         """Choose how `see` and `refer` compute; answers stay float32. Raises `Problem` for another

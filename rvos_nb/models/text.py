@@ -8,7 +8,7 @@ __all__ = ['SPECIAL_TOKENS', 'HUB_NAMES', 'HUB_FILES', 'TOKENIZERS', 'ROBERTA_BA
            'silence_transformers', 'load_tokenizer', 'SentenceTokenizer', 'weights_version', 'SentenceCache',
            'SentenceEncoder', 'drop_position_ids', 'TransformersEncoder', 'TextEncoder', 'BertEncoder',
            'small_text_config', 'build_text_encoder', 'load_encoder_weights', 'FeatureResizer', 'sine_position_1d',
-           'roberta_options']
+           'text_options']
 
 # %% ../../nbs/02h_models.text.ipynb #ba3d6175
 import json
@@ -420,7 +420,7 @@ class TransformersEncoder(SentenceEncoder, SentenceTokenizer):
 
     def __init__(
         self,
-        config: dict | PreTrainedConfig,  # constants, and perhaps `word_std` for a fresh word table
+        config: dict | PreTrainedConfig,  # constants; perhaps `word_std` of a table, `max_tokens`
         tokenizer=None,  # for `encode`, see `load_tokenizer`
         pooler: bool = True,  # without it there is no sentence vector (UNINEXT)
     ):
@@ -475,11 +475,11 @@ class BertEncoder(TransformersEncoder, BertModel):
 
     @property
     def max_tokens(self) -> int:
-        return self.config.max_position_embeddings
+        return getattr(self.config, "max_tokens", self.config.max_position_embeddings)
 
     def count_positions(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return positions.clamp(max=self.max_tokens - 1).expand_as(ids)
+        return positions.clamp(max=self.config.max_position_embeddings - 1).expand_as(ids)
 
 # %% ../../nbs/02h_models.text.ipynb #74395e01
 def small_text_config(
@@ -608,13 +608,11 @@ def sine_position_1d(
     return sine_features(count / (count[:, -1:] + 1e-6) * (2 * math.pi), dim).transpose(1, 2)
 
 # %% ../../nbs/02h_models.text.ipynb #0c85ef6e
-def roberta_options(
-    shapes: Mapping[str, tuple[int, ...]],  # of a published model
-) -> dict:  # as `ROBERTA_BASE`
-    "RoBERTa's configuration, from the shapes of its tensors; its heads are 64 wide."
+def text_options(shapes: Mapping, base: Mapping = ROBERTA_BASE) -> dict:
+    "`base` with the sizes that the shapes of a published model show; heads are 64 wide."
     embeddings, layer = "text_encoder.embeddings.", "text_encoder.encoder.layer."
     words, width = shapes[embeddings + "word_embeddings.weight"]
-    return ROBERTA_BASE | {
+    return dict(base) | {
         "vocab_size": words,
         "hidden_size": width,
         "num_hidden_layers": count_modules(shapes, layer),

@@ -101,7 +101,7 @@ def check_weights(
         found, expected = ", ".join(map(str, weights)), "one for each of " + ", ".join(terms)
         raise Problem("recipe, loss, weights", found, expected, "correct the recipe")
 
-
+# %% ../../nbs/04e_train.refer.ipynb #47614f52
 class Refer:
     """Training a query model on RefShapes. Options of `loss`: weights, those that the criterion of
     its family has, and pixel, the weight of the pixel loss."""

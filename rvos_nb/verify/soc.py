@@ -6,7 +6,7 @@
 __all__ = ['PREDICTIONS', 'RUNNERS', 'read_published_config', 'build_soc_case', 'record_clusters', 'name_clusters',
            'run_soc_stages', 'name_text', 'name_fusion', 'name_soc_decoder', 'name_answers', 'name_inference',
            'name_single_frames', 'read_case_text', 'run_soc', 'answer_case', 'read_layer', 'clip_first',
-           'read_frame_targets', 'build_criterion', 'run_cluster_criterion']
+           'read_frame_targets', 'build_cluster_criterion', 'run_cluster_criterion']
 
 # %% ../../nbs/07h_verify.soc.ipynb #68009d98
 from collections.abc import Iterator, Mapping
@@ -273,7 +273,7 @@ def read_frame_targets(
     }
 
 # %% ../../nbs/07h_verify.soc.ipynb #b7c35311
-def build_criterion(
+def build_cluster_criterion(
     weights: Mapping[str, float],  # of the losses, as published; those of other layers are the same
     matcher: Mapping[str, float],  # of the costs, as published
 ) -> ClusterCriterion:
@@ -291,7 +291,7 @@ def run_cluster_criterion(
     arrays: Mapping,  # its stored inputs
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Runner of matching and losses, for every batch of the case."
-    criterion = build_criterion(meta["config"]["weights"], meta["config"]["matcher"])
+    criterion = build_cluster_criterion(meta["config"]["weights"], meta["config"]["matcher"])
     for name, about in meta["config"]["cases"].items():
         prefix, count = f"in/{name}/", about["layers"]
         layers = [read_layer(arrays, f"{prefix}layer{i}/") for i in range(count)]

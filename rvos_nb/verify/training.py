@@ -24,7 +24,6 @@ from ..train.losses import pad_masks
 from ..train.recipe import Tuning
 from rvos_nb.train.schedule import (
     freeze_parts,
-    learning_rate,
     optimizer_for,
     set_rates,
     update_weights,

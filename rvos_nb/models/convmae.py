@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'PRETRAINED_SIDE', 'WHOLE_SIDE', 'ConvPatches', 'DepthwiseBlock', 'relative_positions', 'mark_places',
            'attend_by_distance', 'split_windows', 'join_windows', 'RelativeAttention', 'AttentionBlock',
-           'resize_positions', 'build_attention_blocks', 'ConvMAE']
+           'resize_positions', 'start_tokens', 'build_attention_blocks', 'ConvMAE']
 
 # %% ../../nbs/02g_models.convmae.ipynb #5b27a309
 from collections.abc import Sequence
@@ -207,6 +207,17 @@ def resize_positions(
     square = rearrange(positions, "1 (h w) c -> 1 c h w", h=side)
     return F.interpolate(square, size, mode="bicubic").movedim(1, -1)
 
+
+def start_tokens(
+    model: nn.Module,  # with `pos_embed`
+):
+    "Truncated normal of .02 for positions and matrices, zero for biases of these."
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+
 # %% ../../nbs/02g_models.convmae.ipynb #272de9da
 WINDOW = 14  # cells of a window's side
 PRETRAINED_SIDE = 14  # side of the map that positions were learnt on: 224 pixels
@@ -260,15 +271,7 @@ class ConvMAE(nn.Module):
         self.blocks3 = build_attention_blocks(dims[2], heads, third)
         self.norm3 = nn.LayerNorm(dims[2], 1e-6)
         self.norm4 = nn.LayerNorm(dims[2], 1e-6)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Truncated normal of .02 for positions and matrices, zero for biases of these."
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+        start_tokens(self)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from rvos_nb.models.convmae import (
     AttentionBlock,
     RelativeAttention,
     resize_positions,
+    start_tokens,
 )
 
 # %% ../../nbs/02r_models.vit.ipynb #9eb98940
@@ -77,15 +78,7 @@ class ViT(nn.Module):
             attention = RelativeAttention(width, heads, *reach)
             self.blocks.append(AttentionBlock(attention, width, rate))
         self.fpn1 = nn.Sequential(nn.ConvTranspose2d(width, width // 2, 2, 2))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Truncated normal of .02 for positions and matrices, zero for biases of these."
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+        start_tokens(self)
 
     def forward(
         self,

@@ -192,5 +192,9 @@ def adopt_tensors(
             continue
         if record.one_row and re.search(record.one_row, name):
             tensor = tensor[0]
-        adopted[rename_part(name, record)] = tensor
+        ours = rename_part(name, record)
+        if ours in adopted:
+            found, expected = f"two tensors for {ours}, one of them {name}", "one"
+            raise Problem("published file", found, expected, "use a file of one edition")
+        adopted[ours] = tensor
     return adopted, dropped

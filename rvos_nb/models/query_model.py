@@ -489,6 +489,9 @@ def respond_at(
 ) -> Responses:
     "All queries of a model for one frame of a clip."
     size = tuple(frames.shape[1:3])
+    if not 0 <= at < len(frames):
+        expected = f"a frame from 0 to {len(frames) - 1}"
+        raise Problem("at", str(at), expected, "name a frame of the clip")
     side = short_side or model.config.short_side
     if max(size) / min(size) * side > long_side:
         side = round(long_side * min(size) / max(size))

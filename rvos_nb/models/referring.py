@@ -9,6 +9,7 @@ __all__ = ['SENTENCE_CELLS', 'PRECISIONS', 'Candidates', 'Responses', 'Referring
 # %% ../../nbs/03e_models.referring.ipynb #71ac8770
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..core import Problem
 from .hub import OnHub
 from ..ops.deform_attn import level_sizes
+from ..ops.linear import FastLinear
 
 # %% ../../nbs/03e_models.referring.ipynb #b6a7e707
 @dataclass
@@ -318,7 +320,8 @@ class SentenceModel(OnHub, Referring, nn.Module):
                 part.compile()
         return self
 
-    def computing(self) -> torch.autocast:
+    def computing(self) -> AbstractContextManager:
         "A context in which matrices and convolutions have the chosen precision."
-        half = self.precision != torch.float32
-        return torch.autocast(self.device.type, self.precision, enabled=half)
+        if self.precision == torch.float32:
+            return FastLinear()
+        return torch.autocast(self.device.type, self.precision)

@@ -6,8 +6,8 @@
 __all__ = ['LONGEST_SENTENCE', 'REMOVED', 'MASK_CHANNELS', 'BODY_OPTIONS', 'DETECTRON_RESNET', 'PATTERNS', 'RENAMES', 'DROPS',
            'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'shortest_edge_size', 'clean_expression', 'MaskFeatures',
            'turn_inputs', 'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads',
-           'build_box_heads', 'build_embedding_head', 'UNINEXT', 'look_at_frames', 'enlarge_masks', 'answer_span',
-           'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'draw_assigned',
+           'build_box_heads', 'build_embedding_head', 'UNINEXTSteps', 'UNINEXT', 'look_at_frames', 'enlarge_masks',
+           'answer_span', 'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'draw_assigned',
            'answer_every_layer', 'answer_every_query', 'uninext_options']
 
 # %% ../../nbs/03k_models.uninext.ipynb #51da1e98
@@ -247,8 +247,8 @@ def build_embedding_head(c: UNINEXTConfig) -> nn.ModuleList:
     return nn.ModuleList([layers, MLP(c.hidden_dim, c.hidden_dim, c.hidden_dim)])
 
 # %% ../../nbs/03k_models.uninext.ipynb #01408026
-class UNINEXT(SentenceModel):
-    "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
+class UNINEXTSteps(SentenceModel):
+    "The parts of a UNINEXT, by their published names, and its steps."
 
     kind = "probability"
     pad_multiple = 32  # of the sides of a frame
@@ -325,6 +325,10 @@ class UNINEXT(SentenceModel):
     def entered(self, out: GroundingOutput) -> Tensor:  # (N, Q, 2)
         "Centres of the boxes that entered the last decoder layer, from which masks are drawn."
         return out.references_before(self.config.dec_layers - 1)[..., :2]
+
+# %% ../../nbs/03k_models.uninext.ipynb #a7c1d208
+class UNINEXT(UNINEXTSteps):
+    "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
 
     @property
     def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`

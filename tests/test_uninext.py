@@ -253,7 +253,7 @@ def test_validation_scores_what_refer_answers(monkeypatch):
     trainer.validate([("easy", batch)])
     ((query, masks),) = scored
     model, t = trainer.model.eval(), torch.arange(3)
-    assert len({tuple(row) for row in query.tolist()}) > 1 or query.unique().numel() > 1
+    assert any(len(set(row)) > 1 for row in query.tolist())  # not one query for a whole clip
     for e, (clip, text) in enumerate(zip(batch.clip, batch.texts)):
         found = model.refer(model.see(batch.frames[clip], short_side=64), [text])
         assert torch.allclose(masks[e, t, query[e]].sigmoid(), found.logits[0], atol=1e-3)

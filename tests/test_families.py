@@ -206,17 +206,17 @@ def test_validation_scores_what_refer_answers(family, monkeypatch):
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
     scored = []
 
-    def record(logits, masks, batch):
-        scored.append((logits, masks))
-        return clip_scores(logits, masks, batch)
+    def record(query, masks, batch):
+        scored.append((query, masks))
+        return clip_scores(query, masks, batch)
 
     monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
     trainer.validate([("easy", batch)])
-    ((logits, masks),) = scored
+    ((query, masks),) = scored
     model = trainer.model.eval()
     found = model.refer(model.see(batch.frames[0], short_side=64), batch.texts)
-    e = torch.arange(len(batch.texts))
-    chosen = masks[e, :, choose_query(logits)]
+    e, t = torch.arange(len(batch.texts))[:, None], torch.arange(6)
+    chosen = masks[e, t, query]
     scale = found.logits.abs().max().item()
     assert torch.allclose(chosen, found.logits, rtol=1e-3, atol=1e-3 * scale)
 

@@ -1,10 +1,12 @@
 """UNINEXT beyond the golden cases: published files of every backbone, frames of any size, sentences
-as its loader cleans them, and every stage that takes a model."""
+as its loader cleans them, training, and every stage that takes a model."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import make
@@ -14,7 +16,9 @@ from transformers import BertTokenizerFast
 from rvos_nb.candidates import load_candidates
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
+from rvos_nb.data.clips import draw_refer_batch
 from rvos_nb.data.masks import read_mask
+from rvos_nb.metrics import j_and_f
 from rvos_nb.models import zoo
 from rvos_nb.models.backbones import build_backbone
 from rvos_nb.models.convert import convert, recognise
@@ -24,6 +28,11 @@ from rvos_nb.models.text import BERT_BASE, make_tokenizer
 from rvos_nb.models.uninext import FAMILY, UNINEXT, UNINEXTConfig, tiny_uninext
 from rvos_nb.predict import predict
 from rvos_nb.protocols import run_protocol
+from rvos_nb.train.assignment import AssignmentCriterion, assign_queries
+from rvos_nb.train.loop import Trainer, train
+from rvos_nb.train.losses import box_corners
+from rvos_nb.train.recipe import read_recipe, trainable_families
+from rvos_nb.train.refer import clip_scores
 from rvos_nb.verify.cases import load_case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,6 +118,168 @@ def test_half_precision_answers_the_same_masks():
     half = model.optimise("bfloat16").refer(model.see(frames), TEXTS)
     assert half.logits.dtype == torch.float32
     assert (whole.scores - half.scores).abs().max() < 0.02
+
+
+# Training
+
+
+def plain_iou(a: list[float], b: list[float]) -> tuple[float, float]:
+    "IoU and generalised IoU of two boxes (x1, y1, x2, y2), in numbers."
+    sides = [(min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
+    hull = [(max(a[i + 2], b[i + 2]) - min(a[i], b[i])) for i in (0, 1)]
+    inter = max(sides[0], 0) * max(sides[1], 0)
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+    union = sum(areas) - inter
+    return inter / union, inter / union - (hull[0] * hull[1] - union) / (hull[0] * hull[1])
+
+
+def assign_plainly(scores: list[float], boxes: list, truth: list[float]) -> set[int]:
+    "simOTA for one frame as its authors describe it: one query after another."
+    x1, y1, x2, y2 = truth
+    middle = ((x1 + x2) / 2, (y1 + y2) / 2)
+    costs, overlaps = [], []
+    for p, box in zip(scores, boxes):
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        inside = x1 < x < x2 and y1 < y < y2
+        near = abs(x - middle[0]) < 2.5 / 32 and abs(y - middle[1]) < 2.5 / 32
+        overlap, generalised = plain_iou(box, truth)
+        cost = 0.25 * (1 - p) ** 2 * -np.log(p) - 0.75 * p**2 * -np.log(1 - p)
+        cost += -3 * generalised + 100 * (not (inside and near)) + 10_000 * (not (inside or near))
+        costs.append(cost)
+        overlaps.append(overlap)
+    k = max(int(sum(sorted(overlaps, reverse=True)[:10])), 1)
+    return set(np.argsort(costs)[:k].tolist())
+
+
+@pytest.mark.parametrize("queries", [3, 10, 40])
+@pytest.mark.parametrize("spread", [0.02, 0.1, 0.3])
+def test_assignment_is_that_of_a_plain_loop(queries, spread):
+    torch.manual_seed(queries)
+    truth = 0.3 + 0.4 * torch.rand(4, 4)
+    boxes = (truth[:, None] + spread * torch.randn(2, 4, queries, 4)).clamp(0.05, 0.95)
+    logits, valid = 2 * torch.randn(2, 4, queries, 1), torch.tensor([True, True, False, True])
+    right = assign_queries(logits, boxes, truth, valid)
+    assert not right[:, 2].any() and right.shape == (2, 4, queries)
+    scores, corners, wanted = logits[..., 0].sigmoid(), box_corners(boxes), box_corners(truth)
+    counts = set()
+    for layer in range(2):
+        for n in (0, 1, 3):
+            row = (scores[layer, n].tolist(), corners[layer, n].tolist(), wanted[n].tolist())
+            found = set(right[layer, n].nonzero()[:, 0].tolist())
+            assert found == assign_plainly(*row)
+            counts.add(len(found))
+    assert max(counts) <= 10 and (max(counts) > 1 or spread > 0.02)
+
+
+RECIPE = {
+    "name": "trained",
+    "family": "uninext",
+    "stages": [{"steps": 1, "frames": 3, "clips": 2, "sentences": 2, "size": [64, 72]}],
+    "loss": {"pixel": 0.0},
+}
+
+
+def build_trainer(**changes) -> Trainer:
+    "Of a tiny model; other settings of the recipe by name."
+    options = dataclasses.asdict(tiny_uninext(len(make_tokenizer(scenes.WORDS))))
+    return Trainer(read_recipe(RECIPE | {"model": options} | changes), "cpu")
+
+
+def test_a_tiny_one_learns_a_clip_by_heart():
+    """From random weights to J&F ≥ 95: two sentences about four frames that are padded, without the
+    pixel loss, so assignment, losses and heads are all there is."""
+    stage = {"steps": 110, "frames": 4, "clips": 1, "sentences": 2, "size": [160, 240]}
+    tuning = {"lr": 2.0e-3, "warmup": 0.05, "clip": 1.0}
+    trainer = build_trainer(stages=[stage], tuning=tuning)
+    batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
+    for _ in range(stage["steps"]):
+        trainer.one_step(batch)
+    model = trainer.model.eval()
+    found = model.refer(model.see(batch.frames[0], short_side=160), batch.texts)
+    scores = [np.mean(j_and_f(found.masks(e).numpy(), batch.masks[e])) for e in range(2)]
+    assert len(set(batch.texts)) == 2 and np.mean(scores) >= 0.95, scores
+
+
+def test_frames_without_a_referent_have_no_right_query():
+    trainer = build_trainer()
+    batch = draw_refer_batch(7, 0, trainer.recipe.stages[0])
+    out = trainer.task.answer(batch)
+    target = {k: torch.from_numpy(getattr(batch, k)) for k in ("boxes", "valid", "masks")}
+    names = {"ce", "bbox", "giou", "boxiou", "mask", "dice"}
+    for rows in (slice(1, 2), slice(None)):  # one frame of each sentence, then every frame
+        target["boxes"][:, rows], target["valid"][:, rows] = 0, False
+        target["masks"][:, rows] = False
+        total, parts, right = AssignmentCriterion()(out, target)
+        assert not right[:, :, rows].any() and total.isfinite()
+        assert all(parts[f"loss_{n}{i}"].isfinite() for n in names for i in ("", "_0"))
+    assert total == 0 and not right.any()
+    total.backward()  # nothing to learn, and no number that is none
+    grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    assert grads and all(g.isfinite().all() for g in grads)
+
+
+def test_every_trained_parameter_learns():
+    """All are reached. The head that embeds objects for tracking has a loss of its own, which is
+    not here; a bias on attention's keys moves all scores of a row alike and has no effect."""
+    trainer = build_trainer()
+    model = make_answer(trainer.model).train()
+    for name, p in model.named_parameters():  # zero at first: attention that looks at no position
+        if re.search("sampling_offsets.weight|attention_weights.weight", name):
+            nn.init.normal_(p, std=0.1)
+    batch = draw_refer_batch(7, 0, trainer.recipe.stages[0])
+    total, _ = trainer.task.loss(batch, 0.0)
+    total.backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(re.search(r"attention\.self\.key\.bias", n) for n in still), still
+    with_head = build_trainer(model=dataclasses.asdict(model.config) | {"embed_layers": 1})
+    total, _ = with_head.task.loss(batch, 0.0)
+    total.backward()
+    untrained = [n for n, p in with_head.model.named_parameters() if p.grad is None]
+    assert untrained and all(n.startswith("reid_embed_head.") for n in untrained)
+
+
+def test_validation_scores_what_refer_answers(monkeypatch):
+    "The query of each frame, chosen by class and IoU, and its mask without padding."
+    trainer = build_trainer()
+    make_answer(trainer.model)
+    batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
+    scored = []
+
+    def record(query, masks, batch):
+        scored.append((query, masks))
+        return clip_scores(query, masks, batch)
+
+    monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
+    trainer.validate([("easy", batch)])
+    ((query, masks),) = scored
+    model, t = trainer.model.eval(), torch.arange(3)
+    assert any(len(set(row)) > 1 for row in query.tolist())  # not one query for a whole clip
+    for e, (clip, text) in enumerate(zip(batch.clip, batch.texts)):
+        found = model.refer(model.see(batch.frames[clip], short_side=64), [text])
+        assert torch.allclose(masks[e, t, query[e]].sigmoid(), found.logits[0], atol=1e-3)
+
+
+def test_resume_equals_undisturbed(tmp_path):
+    "Ten steps with the published optimizer, and the same ten with a pause after the first."
+    train("train-uninext-toy", tmp_path / "a").check()
+    torch.rand(7)  # the state of the global generator must not matter
+    train("train-uninext-toy", tmp_path / "b", minutes=0).check()
+    train("train-uninext-toy", tmp_path / "b").check()
+    for name in ("model/model.safetensors", "run.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    card = zoo.read_card(tmp_path / "a/model")["card"]
+    assert card["steps"] == card["of_steps"] == 10 and "J easy" in card["quick_validation"]
+    assert "uninext" in trainable_families()
+
+
+def test_the_published_optimizer_has_its_groups():
+    trainer = Trainer(read_recipe("train-uninext-toy"), "cpu")
+    factors = {p: g["factor"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.05}
+    for name, p in trainer.task.model.named_parameters():
+        slow = "backbone" in name or "sampling_offsets" in name
+        wanted = None if name.startswith("text_encoder") else 0.1 if slow else 1.0
+        assert factors.get(p) == wanted, name
 
 
 # Files

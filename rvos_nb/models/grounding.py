@@ -40,9 +40,10 @@ class BidirectionalFusion(nn.Module):
         text_dim: int = 768,  # of words
         inner: int = 2048,  # of all heads
         heads: int = 8,
+        dropout: float = 0.0,  # of the shares, while training
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.layer_norm_v, self.layer_norm_l = nn.LayerNorm(dim), nn.LayerNorm(text_dim)
         sizes = {
             "v_proj": (dim, inner),
@@ -70,8 +71,8 @@ class BidirectionalFusion(nn.Module):
         scores = self.compare(tokens, words)
         hidden = padding[:, None, None, None]
         shares = scores.masked_fill(hidden, HIDDEN_SCORE).softmax(-1)
-        read_words = self.gather_words(shares, words)
-        read_tokens = self.gather_tokens(scores.softmax(2), tokens)
+        read_words = self.gather_words(self.dropout(shares), words)
+        read_tokens = self.gather_tokens(self.dropout(scores.softmax(2)), tokens)
         return tokens + self.gamma_v * read_words, words[:, None] + self.gamma_l * read_tokens
 
     def compare(
@@ -103,7 +104,7 @@ class BidirectionalFusion(nn.Module):
 
     def gather_tokens(
         self,
-        shares: Tensor,  # (E, T, S, heads, L), 1 in sum over S
+        shares: Tensor,  # (E, T, S, heads, L), 1 in sum over S but for what is dropped
         tokens: Tensor,  # (E or 1, T, S, C) normalised
     ) -> Tensor:  # (E, T, L, C_text)
         "What each word reads in the tokens."
@@ -111,8 +112,11 @@ class BidirectionalFusion(nn.Module):
         found = shares.flatten(3).transpose(2, 3) @ tokens  # (E, T, heads·L, C)
         found = found.unflatten(2, (self.heads, -1))
         weight = layer.weight.unflatten(0, (self.heads, -1))  # (heads, d, C)
-        values = torch.einsum("ethlc,hdc->etlhd", found, weight).flatten(3) + layer.bias
-        return self.attn["out_l_proj"](values)
+        bias = layer.bias.unflatten(0, (self.heads, -1))
+        if self.training:  # dropped shares do not add up to one
+            bias = shares.sum(2).transpose(2, 3)[..., None] * bias
+        values = torch.einsum("ethlc,hdc->etlhd", found, weight) + bias
+        return self.attn["out_l_proj"](values.flatten(3))
 
 # %% ../../nbs/02s_models.grounding.ipynb #a296af43
 def propose_boxes(
@@ -239,16 +243,18 @@ class GroundingTransformer(nn.Module):
 
     def forward(
         self,
-        levels: list[Tensor],  # per level (T, C, h, w)
+        levels: list[Tensor],  # per level (clips·T, C, h, w)
         positions: list[Tensor],  # per level (1, C, h, w)
         masks: list[Tensor] | None,  # per level (1, h, w) bool, True at padding of all frames
         words: Tensor,  # (E, L, C_text)
         word_mask: Tensor,  # (E, L) True at padding
+        clips: int = 1,  # one that all sentences are about; or E, one for each
     ) -> GroundingOutput:  # N = E·T
         "Fusion, encoder, choice of queries, decoder."
         shapes = [tuple(x.shape[-2:]) for x in levels]
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1)
-        x, words = self.encoder.fusion(x[None], words, word_mask)
+        frames = len(x) // clips
+        x, words = self.encoder.fusion(x.unflatten(0, (clips, frames)), words, word_mask)
         x, words = x.flatten(0, 1), words.flatten(0, 1)
         places = [p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)]
         padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
@@ -260,7 +266,7 @@ class GroundingTransformer(nn.Module):
         start = self.choose(logits, boxes)
         content = self.tgt_embed.weight[: start.shape[1]].expand(len(x), -1, -1)
         hs, references = self.decoder(content, None, start, memory, shapes, ratios, padding)
-        present = (~word_mask).repeat_interleave(len(levels[0]), 0)[..., None].to(words.dtype)
+        present = (~word_mask).repeat_interleave(frames, 0)[..., None].to(words.dtype)
         sentence = (words * present).sum(1) / present.sum(1)
         maps = split_levels(memory, shapes)
         found = (sentence, logits, boxes, ratios)
@@ -287,7 +293,8 @@ class GroundingTransformer(nn.Module):
         logits: Tensor,  # (N, S, 1)
         boxes: Tensor,  # (N, S, 4)
     ) -> Tensor:  # (N, Q, 4)
-        "The boxes of the best proposals, in falling order."
+        """The boxes of the best proposals, in falling order, with their gradient, as published: the
+        first decoder layer teaches the encoder where to look."""
         count = min(len(self.tgt_embed.weight), logits.shape[1])
         best = logits[..., 0].topk(count, 1).indices
-        return boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        return boxes.gather(1, best[..., None].expand(-1, -1, 4))

@@ -146,10 +146,11 @@ def dynamic_mask_head(
     numbers = params.flatten(0, 2).split(sections, -1)
     weights = [n.unflatten(-1, s) for n, s in zip(numbers, shapes)]
     biases = [n[..., None] for n in numbers[layers:]]
-    first = weights[0][..., :c].reshape(b * t, -1, c)  # (B·T, Q·channels, C)
+    width = shapes[0][0]  # of the first layer
+    first = weights[0][..., :c].reshape(b * t, q * width, c)  # (B·T, Q·channels, C)
     x = features.flatten(0, 1)
     x = torch.bmm(first, x.flatten(2)) if conv is None else convolve_few(first, conv, x)
-    x = x.view(b * t * q, -1, h * w) + biases[0]
+    x = x.view(b * t * q, width, h * w) + biases[0]
     if reference is not None:
         x = x + coordinate_plane(weights[0][..., c:], reference, sizes, (h, w), stride)
     for weight, bias in zip(weights[1:], biases[1:]):

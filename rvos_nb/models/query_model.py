@@ -180,10 +180,6 @@ class QuerySteps(SentenceModel):
         pos, project = sine_position_1d(word_mask, self.config.hidden_dim), self.text_projection
         return TextFeatures(project(words), word_mask, pos.transpose(1, 2), project(sentence))
 
-    def listen_batch(self, words: Tensor, word_mask: Tensor, sentence: Tensor) -> TextFeatures:
-        "As `listen`, for a batch of training: what a family reads in its padding; here nothing."
-        return self.listen(words, word_mask, sentence)
-
     def read(self, seen: Seen, text: TextFeatures) -> TextFeatures:
         "Sentences in view of the clip; here nothing changes."
         return text
@@ -251,6 +247,16 @@ class QueryModel(QuerySteps):
     def also_answer(self, seen: Seen, text: TextFeatures) -> dict:
         "What the losses of a family want beside the answers; here nothing."
         return {}
+
+    @property
+    def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`
+        return [self.config.mask_dim, self.config.hidden_dim]
+
+    def best_queries(self, out: dict) -> Tensor:  # (B, T)
+        "The queries that `choose` would take of what `all_queries` answered."
+        frames = out["pred_logits"].shape[1]
+        best = choose_query(out["pred_logits"], self.choose_per)
+        return best.view(len(best), -1).expand(-1, frames)
 
     def choose(self, seen: Seen, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         "Logits, scores and boxes of the query that answers each sentence, see `answer_with_best`."

@@ -121,7 +121,7 @@ class Seen:
     fine: Tensor  # (B*T, C0, h/4, w/4) the backbone's first level
     levels: list[Tensor]  # (B*T, C, h, w) projected, strides 8, 16, 32 and 64
     positions: list[Tensor]  # (B*T or 1, C, h, w) of `fine`, then of `levels`
-    masks: list[Tensor] | None  # (B*T, h, w) True at padding, in the same order
+    masks: list[Tensor] | None  # (B*T or 1, h, w) True at padding, in the same order
     frames: int  # T
     size: tuple[int, int]  # (h, w) of the network's input, in pixels
     original: tuple[int, int]  # (H, W) of the frames that came in
@@ -135,9 +135,12 @@ class Seen:
         "Once for each of E sentences what was seen of the clip (E,) that it is about."
         frame = torch.arange(self.frames, device=clip.device)
         rows = (clip[:, None] * self.frames + frame).flatten()
-        positions = [x if len(x) == 1 else x[rows] for x in self.positions]
-        masks = self.masks and [x[rows] for x in self.masks]
+
+        def repeat(maps):
+            return [x if len(x) == 1 else x[rows] for x in maps]
+
         levels = [x[rows] for x in self.levels]
+        positions, masks = repeat(self.positions), self.masks and repeat(self.masks)
         return replace(self, fine=self.fine[rows], levels=levels, positions=positions, masks=masks)
 
 
@@ -270,6 +273,10 @@ class SentenceModel(OnHub, Referring, nn.Module):
         """Words (B, L, C_text), their padding (B, L), sentences (B, C_text). Raises `Problem` for
         one without words or too long."""
         return self.text_encoder.encode(list(texts))
+
+    def listen_batch(self, *encoded):
+        "As `listen`, for a batch of training: what a family reads in its padding; here nothing."
+        return self.listen(*encoded)
 
     def input_size(self, size: tuple[int, int], short_side: int | None = None) -> tuple[int, int]:
         "(h, w) of the network's input for frames of `size` (H, W)."

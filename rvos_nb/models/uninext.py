@@ -6,8 +6,9 @@
 __all__ = ['LONGEST_SENTENCE', 'REMOVED', 'MASK_CHANNELS', 'BODY_OPTIONS', 'DETECTRON_RESNET', 'PATTERNS', 'RENAMES', 'DROPS',
            'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'shortest_edge_size', 'clean_expression', 'MaskFeatures',
            'turn_inputs', 'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads',
-           'build_box_heads', 'build_embedding_head', 'UNINEXT', 'look_at_frames', 'probability_map', 'answer_span',
-           'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'uninext_options']
+           'build_box_heads', 'build_embedding_head', 'UNINEXTSteps', 'UNINEXT', 'look_at_frames', 'enlarge_masks',
+           'answer_span', 'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'draw_assigned',
+           'answer_every_layer', 'answer_every_query', 'uninext_options']
 
 # %% ../../nbs/03k_models.uninext.ipynb #51da1e98
 import math
@@ -41,6 +42,7 @@ from rvos_nb.models.heads import (
     dynamic_mask_head,
     dynamic_size,
     input_projections,
+    refine_boxes,
 )
 from .pieces import piece_size, split_frames
 from rvos_nb.models.query_model import (
@@ -80,6 +82,7 @@ class UNINEXTConfig:
     num_queries: int = 900  # per frame, at most
     fusion_dim: int = 2048  # of all heads of the fusion
     fusion_heads: int = 8
+    fusion_dropout: float = 0.1  # of the shares, while training
     embed_layers: int = 2  # of the head that embeds objects for tracking; 0: there is none
     dropout: float = 0.0
     proj_groups: int = 32  # GroupNorm of the input projections
@@ -114,6 +117,7 @@ def tiny_uninext(
         "num_queries": 20,
         "fusion_dim": 128,
         "fusion_heads": 4,
+        "fusion_dropout": 0.0,
         "embed_layers": 0,
         "proj_groups": 8,
         "class_prior": 0.1,
@@ -205,7 +209,8 @@ def draw_query_masks(
 # %% ../../nbs/03k_models.uninext.ipynb #06ec5fb3
 def build_grounding(c: UNINEXTConfig) -> GroundingTransformer:
     "The transformer of these options."
-    fusion = BidirectionalFusion(c.hidden_dim, c.text["hidden_size"], c.fusion_dim, c.fusion_heads)
+    sizes = (c.hidden_dim, c.text["hidden_size"], c.fusion_dim, c.fusion_heads)
+    fusion = BidirectionalFusion(*sizes, c.fusion_dropout)
     layers, points = (c.enc_layers, c.dec_layers), (c.enc_n_points, c.dec_n_points)
     options = {"levels": c.num_feature_levels, **layer_options(c)}
     return GroundingTransformer(fusion, c.num_queries, layers, points, **options)
@@ -242,8 +247,8 @@ def build_embedding_head(c: UNINEXTConfig) -> nn.ModuleList:
     return nn.ModuleList([layers, MLP(c.hidden_dim, c.hidden_dim, c.hidden_dim)])
 
 # %% ../../nbs/03k_models.uninext.ipynb #01408026
-class UNINEXT(SentenceModel):
-    "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
+class UNINEXTSteps(SentenceModel):
+    "The parts of a UNINEXT, by their published names, and its steps."
 
     kind = "probability"
     pad_multiple = 32  # of the sides of a frame
@@ -295,7 +300,7 @@ class UNINEXT(SentenceModel):
         return shortest_edge_size(size, short_side or self.config.short_side, self.config.long_side)
 
     def look(self, frames: Tensor) -> Seen:
-        "Backbone, projections and positions of a clip (1, T, 3, h, w), see `look_at_frames`."
+        "Backbone, projections and positions of clips (B, T, 3, h, w), see `look_at_frames`."
         return look_at_frames(self, frames)
 
     def ground(self, seen: Seen, text, span=None) -> GroundingOutput:
@@ -321,6 +326,22 @@ class UNINEXT(SentenceModel):
         "Centres of the boxes that entered the last decoder layer, from which masks are drawn."
         return out.references_before(self.config.dec_layers - 1)[..., :2]
 
+# %% ../../nbs/03k_models.uninext.ipynb #a7c1d208
+class UNINEXT(UNINEXTSteps):
+    "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
+
+    @property
+    def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`
+        return [MASK_CHANNELS, self.config.hidden_dim]
+
+    def all_queries(self, seen: Seen, text, aux: bool = True) -> dict:
+        "Answers for training, see `answer_every_layer`; without `aux` see `answer_every_query`."
+        return answer_every_layer(self, seen, text) if aux else answer_every_query(self, seen, text)
+
+    def best_queries(self, out: dict) -> Tensor:  # (E, T)
+        "The queries that `choose` would take of what `answer_every_query` gives."
+        return out["pred_scores"].argmax(-1)
+
     def choose(self, seen: Seen, text) -> tuple[Tensor, Tensor, Tensor]:
         "Probabilities, scores and boxes of the best query of each frame, see `answer_in_pieces`."
         return answer_in_pieces(self, seen, text)
@@ -340,10 +361,11 @@ class UNINEXT(SentenceModel):
 # %% ../../nbs/03k_models.uninext.ipynb #c6fcf468
 def look_at_frames(
     model: UNINEXT,
-    frames: Tensor,  # (1, T, 3, h, w) normalised, one clip
+    frames: Tensor,  # (B, T, 3, h, w) normalised
 ) -> Seen:
-    "What does not depend on words; frames are padded here, and seen a piece at a time."
-    clip, mask = pad_clip(frames[0], model.pad_multiple)
+    """What does not depend on words. Each frame is seen alone, so those of all clips are one row;
+    they are padded here, and seen a piece at a time."""
+    clip, mask = pad_clip(frames.flatten(0, 1), model.pad_multiple)
     count, size = clip.shape[1], tuple(frames.shape[-2:])
     parts = []
     for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
@@ -353,16 +375,16 @@ def look_at_frames(
     levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
     positions = [x[:1] for x in parts[0].positions[1:]]
     masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
-    return Seen(levels[0], levels, positions, masks, count, size, size)
+    return Seen(levels[0], levels, positions, masks, frames.shape[1], size, size)
 
 # %% ../../nbs/03k_models.uninext.ipynb #2fddb7f0
-def probability_map(
-    logits: Tensor,  # (N, h/4, w/4) of padded frames
+def enlarge_masks(
+    logits: Tensor,  # (N, Q, h/4, w/4) of padded frames
     size: tuple[int, int],  # (h, w) without padding, in pixels
-) -> Tensor:  # (N, h, w)
-    "Probabilities of every pixel of the network's input."
-    large = F.interpolate(logits[:, None], scale_factor=4, mode="bilinear", align_corners=False)
-    return large[:, 0, : size[0], : size[1]].sigmoid()
+) -> Tensor:  # (N, Q, h, w)
+    "Logits of every pixel of the network's input."
+    large = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    return large[..., : size[0], : size[1]]
 
 
 def answer_span(
@@ -376,8 +398,9 @@ def answer_span(
     scores, query = model.score(out).max(1)  # (N,)
     row = torch.arange(len(query), device=query.device)
     states, centres = out.hs[-1][row, query], model.entered(out)[row, query]
-    logits = model.draw(out, states[:, None], centres[:, None], seen)[:, 0]
-    found = (probability_map(logits, seen.size), scores, out.references[-1][row, query])
+    logits = model.draw(out, states[:, None], centres[:, None], seen)
+    masks = enlarge_masks(logits, seen.size)[:, 0].sigmoid()
+    found = (masks, scores, out.references[-1][row, query])
     return tuple(x.unflatten(0, (len(text[0]), -1)) for x in found)
 
 
@@ -449,6 +472,71 @@ def bytes_needed(
     read = max(tokens, piece) * (14 * c.hidden_dim + 4 * c.fusion_heads * LONGEST_SENTENCE)
     asked = max(1, piece // tokens) * c.num_queries * 4 * c.dim_feedforward
     return 4 * (kept + max(14 * seen, read + asked)) + 2**26
+
+# %% ../../nbs/03k_models.uninext.ipynb #a7c1d202
+def draw_assigned(
+    model: UNINEXT,
+    out: GroundingOutput,
+    entered: Tensor,  # (layers, N, Q, 4) boxes that entered each layer
+    features: Tensor,  # (N, 8, h, w) of `mask_head`
+    seen: Seen,
+    at: tuple[Tensor, Tensor, Tensor],  # (n,) each: layers, rows, queries
+) -> Tensor:  # (n, 2h, 2w) logits at stride 4 of the padded frames
+    "The masks of some queries."
+    numbers = model.controller(out.hs[at])[:, None]
+    centres = entered[at][:, None, :2]
+    sizes = seen.sizes(len(centres))
+    return draw_query_masks(features[at[1]], numbers, centres, sizes)[:, 0]
+
+
+def answer_every_layer(
+    model: UNINEXT,
+    seen: Seen,  # E clips of T frames, one for each sentence
+    text: tuple[Tensor, Tensor],  # words (E, L, C_text) and their padding (E, L)
+) -> dict:
+    """`pred_logits` (E, T, Q, 1), `pred_boxes` (E, T, Q, 4) and `pred_ious` (E, T, Q, 1) logits of
+    the last layer; `aux_outputs`, the same for the layers before; `proposals`, logits and boxes of
+    all S tokens; `draw`, see `draw_assigned`; `pixel_maps`, for losses on pixels: mask features
+    (E*T, 8, h/8, w/8) and the encoder's memory (E*T, C, h/8, w/8), without padding."""
+    clips = len(text[0])
+    out = model.transformer(seen.levels, seen.positions, seen.masks, *text, clips=clips)
+    features = model.mask_head(out.memory[:3])
+
+    def by_clip(x):  # (E*T, ...) -> (E, T, ...)
+        return x.unflatten(0, (clips, seen.frames))
+
+    entered, answers = [out.init_reference], []
+    for layer, states in enumerate(out.hs):
+        step = model.bbox_embed[layer](states)
+        found = {"pred_logits": model.class_embed[layer](states, out.sentence)}
+        found |= {"pred_boxes": refine_boxes(step, entered[-1])}
+        found |= {"pred_ious": model.iou_head[layer](states)}
+        answers.append({name: by_clip(x) for name, x in found.items()})
+        entered.append(refine_boxes(step, out.references_before(layer)))
+    *others, last = answers
+    proposals = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
+    h, w = (side // 8 for side in seen.size)
+    place = (model, out, torch.stack(entered[:-1]), features, seen)
+    return last | {
+        "aux_outputs": others,
+        "proposals": {name: by_clip(x) for name, x in proposals.items()},
+        "draw": partial(draw_assigned, *place),
+        "pixel_maps": [x[..., :h, :w] for x in (features, out.memory[0])],
+    }
+
+# %% ../../nbs/03k_models.uninext.ipynb #a7c1d204
+def answer_every_query(
+    model: UNINEXT,
+    seen: Seen,  # E clips of T frames, one for each sentence
+    text: tuple[Tensor, Tensor],  # words (E, L, C_text) and their padding (E, L)
+) -> dict:
+    "`pred_scores` (E, T, Q) in [0, 1], `pred_boxes` (E, T, Q, 4), `pred_masks` (E, T, Q, h, w)."
+    clips = len(text[0])
+    out = model.transformer(seen.levels, seen.positions, seen.masks, *text, clips=clips)
+    masks = model.draw(out, out.hs[-1], model.entered(out), seen)
+    found = {"pred_scores": model.score(out), "pred_boxes": out.references[-1]}
+    found |= {"pred_masks": enlarge_masks(masks, seen.size)}
+    return {name: x.unflatten(0, (clips, seen.frames)) for name, x in found.items()}
 
 # %% ../../nbs/03k_models.uninext.ipynb #19655926
 BODY_OPTIONS = {"convnext_large": {"first_norm": False, "norm_eps": 1e-6, "drop": 0.7}}
@@ -528,6 +616,9 @@ FAMILY = register(
         patterns=PATTERNS,
         one_row=r"\.(weight|bias|gamma)\.weight$",
         drops=DROPS,
+        task="rvos_nb.train.refer:Refer",
+        criterion="rvos_nb.train.assignment:AssignmentCriterion",
+        recipes=("train-uninext-toy",),
         runners="rvos_nb.verify.uninext:RUNNERS",
     )
 )

@@ -325,15 +325,15 @@ def _check_choices(rule: Rule):
     policies = "'member', 'pooled' or 'nonempty'"
     _need(rule, rule.key_frames in ("member", "pooled", "nonempty"), "key_frames", policies)
     named = rule.leftover in ("majority", "first")
-    counted = not isinstance(rule.leftover, str) and rule.leftover > 0
+    counted = not isinstance(rule.leftover, str) and 0 < rule.leftover < math.inf
     _need(rule, named or counted, "leftover", "'majority', 'first', or a threshold above 0")
 
 
 def _check_numbers(rule: Rule):
     weights, threshold = rule.weights, rule.threshold
-    usable = weights is None or min(weights) >= 0 < max(weights) < math.inf
+    usable = weights is None or (all(0 <= w < math.inf for w in weights) and any(weights))
     _need(rule, usable, "weights", "numbers from 0 on, not all 0")
-    _need(rule, threshold is None or threshold > 0, "threshold", "more than 0")
+    _need(rule, threshold is None or 0 < threshold < math.inf, "threshold", "more than 0")
     for name in ("guard", "union", "absent"):
         _need(rule, 0 <= getattr(rule, name) <= 1, name, "a share, from 0 (off) to 1")
     _need(rule, not rule.absent or rule.confidence, "absent", "confidence switched on with it")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .candidates import check_values
 from .core import Problem, check_id
 
 # %% ../nbs/05g_predictions.ipynb #bccd3a6c
@@ -285,9 +286,11 @@ def _read_frames(file: Predictions, video: str, expression: str) -> Iterator[np.
                 "copy or download the file again",
             )
         if x.storage.type == "BFloat16Storage":
-            yield (plane.astype(np.uint32) << 16).view(np.float32)
+            values = (plane.astype(np.uint32) << 16).view(np.float32)
         else:
-            yield plane.astype(np.float32, copy=False)
+            values = plane.astype(np.float32, copy=False)
+        check_values(values, f"{file.path}, {video}/{expression}, frame {t}")
+        yield values
 
 # %% ../nbs/05g_predictions.ipynb #95ac82db
 def guess_kind(

@@ -548,6 +548,46 @@ def test_damaged_or_foreign_checkpoint(tmp_path):
     assert train(AOT, tmp_path, resume=False).check().done
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"step": 10**6}, "step 1000000"),
+        ({"step": -1}, "step -1"),
+        ({"step": 1.5}, "no step"),
+        ({"seconds": float("nan")}, "nan s"),
+        ({"modules": []}, "no modules"),
+        ({"modules": {}}, "RuntimeError"),
+        ({"optimizer": {}}, "KeyError"),
+        ({"recipe": None}, "no recipe"),
+        (None, "no recipe"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_is_refused(change, said, tmp_path):
+    from rvos_nb.train.loop import train
+
+    train(AOT, tmp_path, minutes=0).check()
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save([] if change is None else state | change, path)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    report = train(AOT, tmp_path)
+    assert said in report.failed["toy-aot"], report.failed
+    assert str(path) in report.failed["toy-aot"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_with_a_nan_is_refused(tmp_path):
+    from rvos_nb.train.loop import train
+
+    train(AOT, tmp_path, minutes=0).check()
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    name = next(n for n, x in state["modules"].items() if x.is_floating_point())
+    state["modules"][name].view(-1)[0] = float("nan")
+    torch.save(state, path)
+    assert f"{name} with 1 of" in train(AOT, tmp_path).failed["toy-aot"]
+
+
 def test_loss_that_explodes_is_named(tmp_path):
     from rvos_nb.data.clips import Stream
     from rvos_nb.train.loop import Trainer, draw_batches
@@ -567,12 +607,15 @@ def test_loss_that_explodes_is_named(tmp_path):
         ({"learning_rate": 1}, "learning_rate"),
         ({"tuning": {"momentum": 1}}, "momentum"),
         ({"loss": {"size": 1}}, "size"),
+        ({"loss": {"mask_per": "dog"}}, "mask_per.*dog"),
         ({"model": {"width": 1}}, "width"),
         ({"stages": []}, "at least one stage"),
         ({"stages": [{"clips": 1}]}, "steps"),
         ({"stages": [{"steps": 1, "source": "dog"}]}, "source 'dog'"),
         ({"stages": [{"steps": 1, "folders": ["x"], "look": "v3"}]}, "v3"),
         ({"tuning": {"schedule": "dog"}}, "dog"),
+        ({"tuning": {"lr": float("nan")}}, "nan"),
+        ({"tuning": {"clip": float("inf")}}, "inf"),
         ({"stages": [{"steps": 1, "size": [30, 48]}]}, "size"),
         ({"stages": [{"steps": 1, "levels": {"odd": 1}}]}, "levels"),
         ({"stages": [{"steps": 1, "kinds": ["smell"]}]}, "smell"),

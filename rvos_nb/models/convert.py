@@ -264,6 +264,7 @@ def convert(
     tensors, unused = adopt_tensors(published.tensors, record)
     given = {n: t for n, t in tensors.items() if n not in aliases}
     zoo.check_tensors(wanted, given, file)
+    zoo.check_numbers(given, file)
 
     about = {"family": found.family, "config": config, "card": describe(file, published, found)}
     words = None

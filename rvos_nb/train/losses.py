@@ -251,12 +251,11 @@ class Criterion:
         target: str = "sample",  # target masks at stride 4: 'sample' or 'average', see `shrink`
         mask_per: str = "clip",  # see `charge`
     ):
-        self.weights, self.costs, self.target, self.mask_per = (
-            weights or MATCH,
-            costs or MATCH,
-            target,
-            mask_per,
-        )
+        if mask_per not in ("clip", "frame"):
+            found, expected = repr(mask_per), "'clip' or 'frame'"
+            raise Problem("mask_per", found, expected, "set it in the recipe to one of them")
+        self.weights, self.costs = weights or MATCH, costs or MATCH
+        self.target, self.mask_per = target, mask_per
 
     def __call__(
         self,

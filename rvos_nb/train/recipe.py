@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'VALIDATION', 'SOURCES', 'check_number', 'check_names', 
 # %% ../../nbs/04d_train.recipe.ipynb #8eadda8f
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ def check_number(
     value,
 ):
     "Raise `Problem` unless `value` is a number from 0 on."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise Problem(
             f"recipe, tuning, {setting}",
             repr(value),

@@ -128,7 +128,7 @@ def update_weights(
             where,
             f"loss {loss.item()}, gradient norm {norm.item()}",
             "finite numbers",
-            "lower the learning rate in the recipe and resume",
+            "lower the learning rate in the recipe, and train into another folder",
         )
     optimizer.step()
     return norm

@@ -92,7 +92,7 @@ def from_json(
             v: {e: int(d["index_info"]["class_index"]) for e, d in es.items()}
             for v, es in obj.items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise Problem(
             where,
             f"another form ({type(e).__name__}: {e})",

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from .core import Problem, check_id, find_shipped, resolve
+from .schema import read_yaml
 
 # %% ../nbs/09a_workflow.ipynb #52ccef86
 @dataclass(frozen=True)
@@ -140,9 +139,10 @@ def read_mapping(
             remedy = f"name a YAML file or one of: {known}"
             raise Problem(where, "no such file", "a recipe", remedy)
         try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise Problem(where, " ".join(str(e).split()), "YAML", "correct the line") from None
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise Problem(where, str(e), "a text in UTF-8", "save it as UTF-8") from None
+        recipe = read_yaml(text, where)
     extends = isinstance(recipe, dict) and "extends" in recipe
     top = check_keys(recipe, RECIPE_KEYS, {"name"} if extends else {"name", "stages"}, where)
     if not extends:

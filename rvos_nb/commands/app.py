@@ -18,11 +18,11 @@ from types import UnionType
 from typing import Annotated, get_args, get_origin
 
 import typer
-import yaml
 from typer.core import TyperGroup
 
 from ..core import Problem
 from ..options import Option, describe_options
+from ..schema import read_yaml
 from ..stage import Report
 
 # %% ../../nbs/09d_commands.app.ipynb #bf07b5cb
@@ -258,11 +258,10 @@ def read_parameters(
             given[name] = str(absolute(value))
             continue
         try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise Problem(
-                f"-p {name}", repr(value), "a value in YAML", "quote it, as in '\"a: b\"'"
-            ) from None
+            given[name] = read_yaml(value, f"-p {name}")
+        except Problem:
+            remedy = "quote it, as in '\"a: b\"'"
+            raise Problem(f"-p {name}", repr(value), "a value in YAML", remedy) from None
     return given
 
 # %% ../../nbs/09d_commands.app.ipynb #b6774602

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 
-import yaml
-
 from ..core import Problem
+from ..schema import read_yaml
 
 # %% ../../nbs/03b_models.family.ipynb #257b236f
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def read_facts(
     text: str,  # YAML
 ) -> Facts:
     "The facts of one file; raises `Problem` for a key that there is not."
-    found = yaml.safe_load(text)
+    found = read_yaml(text, f"{name}.yaml")
     known = set(Facts.__dataclass_fields__) - {"name"}
     if strange := sorted(set(found) - known):
         expected = "some of " + ", ".join(sorted(known))

@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import yaml
-
 from ..core import Problem, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
+from ..schema import name_nearest, read_yaml
 
 # %% ../../nbs/04d_train.recipe.ipynb #1946493e
 def check_number(
@@ -167,7 +166,8 @@ def build_checked(
     if strange := sorted(set(map(str, values)) - set(known)):
         raise Problem(
             where,
-            f"unknown setting{'s' * (len(strange) > 1)} {', '.join(strange)}",
+            f"unknown setting{'s' * (len(strange) > 1)} {', '.join(strange)}"
+            + name_nearest(strange[0], known),
             f"some of {', '.join(known)}",
             "correct the recipe",
         )
@@ -250,7 +250,7 @@ def recipe_mapping(
         else find_shipped("recipes", f"{recipe}.yaml")
     )
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         names = ", ".join(
             sorted(p.stem for p in find_shipped("recipes", "x").parent.glob("train-*.yaml"))
@@ -261,7 +261,7 @@ def recipe_mapping(
             f"a YAML file, or one of {names}",
             "correct the name or the path",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise Problem(
             path, f"text that is not YAML ({e})", "a recipe", "correct the file"
         ) from None

@@ -349,10 +349,11 @@ def look_at_frames(
     for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
         padding = None if mask is None else mask[:, first:end]
         piece = clip[:, first:end]
-        parts.append(project_frames(model.body, model.input_proj, piece, padding))
-    levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
-    positions = [x[:1] for x in parts[0].positions[1:]]
-    masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
+        seen = project_frames(model.body, model.input_proj, piece, padding)
+        parts.append(seen.levels)  # the backbone's own first level is not kept
+    levels = [torch.cat(maps) for maps in zip(*parts)]
+    positions = [x[:1] for x in seen.positions[1:]]
+    masks = None if mask is None else [x[:1] for x in seen.masks[1:]]
     return Seen(levels[0], levels, positions, masks, count, size, size)
 
 # %% ../../nbs/03k_models.uninext.ipynb #2fddb7f0

@@ -153,7 +153,7 @@ def waits_for(
     before: Sequence[StageState],  # in a plan: the stages before it
 ) -> tuple[
     list[str], list[str]
-]:  # names: whose results it reads; on whose results a condition hangs
+]:  # names: whose results it reads; paths that conditions ask for, `PATH after NAME`
     "The stages that have to run before it is known what this one has to do."
     busy = [v.stage for v in before if v.state in ("to do", "stale")]
     read = [s.name for s in busy if s.name in stages_read(stage, [s, stage])]
@@ -163,7 +163,7 @@ def waits_for(
     def makes(s, p):
         return any(p == m or p.startswith(m + os.sep) for m in s.makes())
 
-    return read, [s.name for s in busy if any(makes(s, p) for p in paths)]
+    return read, [f"{p} after {s.name}" for s in busy for p in paths if makes(s, p)]
 
 # %% ../nbs/09b_run_state.ipynb #a80ac9c9
 def compare_results(
@@ -196,7 +196,8 @@ def inspect_stage(
     units, made = read_units(stage), stage.makes()
     read, conditions = waits_for(stage, before)
     if conditions:
-        return StageState(stage, "to do", f"if a condition holds after {conditions[-1]}", units)
+        asked = os.path.relpath(conditions[-1], root)
+        return StageState(stage, "to do", f"depends on {asked}", units)
     if why := why_skipped(stage):
         return StageState(stage, "skipped", why)
     if not made:

@@ -9,22 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make, write_a2d
+from helpers import TREES, make, write_a2d
 
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
 from rvos_nb.data.clips import draw_refer_batch
+from rvos_nb.data.datasets import open_dataset
 from rvos_nb.evaluate import evaluate
 from rvos_nb.keyframe import choose_key_frames
 from rvos_nb.metrics import j_and_f
 from rvos_nb.models import zoo
-from rvos_nb.models.convert import convert
+from rvos_nb.models.convert import convert, recognise
 from rvos_nb.models.family import find_family
 from rvos_nb.models.mutr import MUTR, tiny_mutr
 from rvos_nb.models.referring import choose_query
 from rvos_nb.models.soc import SOC, tiny_soc
 from rvos_nb.models.text import make_tokenizer, small_text_config
-from rvos_nb.models.wavecl import WaveCL, tiny_wavecl
+from rvos_nb.models.wavecl import WaveCL, WaveCLConfig, tiny_wavecl
 from rvos_nb.predict import predict
 from rvos_nb.protocols import run_protocol
 from rvos_nb.train.loop import Trainer
@@ -259,6 +260,59 @@ def test_every_query_of_a_single_frame(family, tmp_path):
     answer = tiny(family).respond(frame, ["the red circle", "it"], at=1, short_side=62)
     assert answer.scores.shape == (2, 5 if family == "mutr" else 8)
     assert answer.padded == ((64, 96) if family == "mutr" else answer.inner)
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_wavecl_answers_every_benchmark(layout, tmp_path):
+    "Ref-YouTube-VOS is asked like any other, see above; eight frames as its authors ask A2D."
+    data = TREES[layout](tmp_path / "data")
+    length = 1 if layout == "refcoco" else 8
+    model = tiny("wavecl", short_side=64, long_side=80)
+    report, lines = run_protocol(data, tmp_path / "run", model, clip_length=length)
+    report.check()
+    if layout == "ref-davis17":
+        assert lines.count("anno_") == 4 and "mean" in lines
+        return
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert len(results) == 8 * len(open_dataset(data, ""))
+    scores = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert 0 <= scores["mask"]["oIoU"] <= 100 and ("box" in scores) == (layout == "refcoco")
+
+
+def test_a_single_frame_is_as_long_as_its_model_wants():
+    frame = torch.randint(0, 256, (1, 60, 120, 3), dtype=torch.uint8)
+    for long_side, inner in ((None, (96, 192)), (160, (80, 160))):
+        model = tiny("wavecl", long_side=long_side)
+        assert model.respond(frame, ["it"]).inner == inner
+    assert model.respond(frame, ["it"], long_side=100).inner == (50, 100)
+
+
+WAVECL_RECIPES = {  # backbone, classes, sides of a frame in evaluation
+    "wavecl-video-swin-t-scratch": ("video_swin_t_p4w7", 65, 360, None),
+    "wavecl-video-swin-t-refcoco": ("video_swin_t_p4w7", 1, 360, 640),
+    "wavecl-video-swin-t": ("video_swin_t_p4w7", 1, 360, None),
+    "wavecl-video-swin-t-a2d-scratch": ("video_swin_t_p4w7", 1, 320, 576),
+    "wavecl-video-swin-t-a2d": ("video_swin_t_p4w7", 1, 320, 576),
+    "wavecl-video-swin-b-joint": ("video_swin_b_p4w7", 1, 360, None),
+}
+
+
+def test_models_of_the_published_recipes_of_wavecl():
+    "What its tables of configurations and recipes say, from the tensors and the name."
+    names = [row["name"] for row in zoo.published_models("wavecl")]
+    assert sorted(names) == sorted(WAVECL_RECIPES)
+    for name, (backbone, classes, *sides) in WAVECL_RECIPES.items():
+        with torch.device("meta"):
+            state = WaveCL(WaveCLConfig(backbone=backbone, num_classes=classes)).state_dict()
+        found = recognise(state, model=name)
+        config = WaveCLConfig(**found.config)
+        assert found.variant == name and config.backbone == backbone
+        assert (config.num_classes, config.short_side, config.long_side) == (classes, *sides)
+        assert (config.num_queries, config.hidden_dim, config.num_feature_levels) == (20, 256, 4)
+        assert (config.enc_layers, config.dec_layers, config.answer_layer) == (3, 3, 0)
+        assert (config.video_enc_layers, config.video_dec_layers) == (3, 3)
+        assert (config.nheads, config.enc_n_points, config.dec_n_points) == (8, 4, 4)
+        assert config.with_box_refine and config.rel_coord and config.mask_dim == 8
 
 
 @each

@@ -8,28 +8,30 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn.functional import interpolate
 
 from rvos_nb import pipeline, run_state
 from rvos_nb.candidates import load_candidates
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import write_tree
+from rvos_nb.data.masks import read_mask, write_tree
 from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json, choose_key_frames, from_json
-from rvos_nb.models import mutr, soc, zoo
+from rvos_nb.models import mutr, referformer, soc, uninext, zoo
 from rvos_nb.models.text import make_tokenizer
 from rvos_nb.pipeline import WorkflowFaults, plan_workflow, run_workflow
 from rvos_nb.propagate import propagate
 from rvos_nb.run_state import inspect_stage
 from rvos_nb.stage import StageFailed
-from rvos_nb.workflow import load_workflow
+from rvos_nb.workflow import find_function, find_notebook, load_workflow, take_stage_cells
 
 
 def tree(folder, *without):
@@ -42,6 +44,12 @@ def tree(folder, *without):
         and p.name != ".lock"
         and not {*p.relative_to(folder).parts} & {*without}
     }
+
+
+def read_zip(path):
+    "The files of a zip with their bytes."
+    with zipfile.ZipFile(path) as box:
+        return {n: box.read(n) for n in box.namelist()}
 
 
 def states(recipe, given):
@@ -114,10 +122,8 @@ def test_the_winners_tree(tiny):
 
 def test_the_submission_is_the_final_ensemble(tiny):
     out = Path(tiny[0]["out"])
-    with zipfile.ZipFile(out / "submission.zip") as box:
-        packed = {n: box.read(n) for n in box.namelist()}
     final = out / "second_ensemble/Annotations_vit_convnext_soc_deaot_vitdeaot_en2_referftdeaot"
-    assert packed == {
+    assert read_zip(out / "submission.zip") == {
         f"Annotations/{p.relative_to(final)}": p.read_bytes() for p in final.rglob("*.png")
     }
 
@@ -223,47 +229,112 @@ def test_a_member_more_is_made_and_only_what_reads_it_again(tiny, tmp_path):
     assert (out / "soc/Annotations_AOT_class_index").is_dir()
 
 
-# ---- members of several families
+# ---- five members of four families
 
-FAMILIES = {"soc": (soc.SOC, soc.tiny_soc), "mutr": (mutr.MUTR, mutr.tiny_mutr)}
-FIRST_ROUND = ["generate", "soc", "mutr", "referformer_ft", "keys-soc", "keys-mutr"]
-FIRST_ROUND += ["aot-soc", "aot-mutr", "swap-1", "aot-swap-1"]
+SMALL_BODIES = {
+    "vit_huge": {"depth": 2, "width": 32, "heads": 2, "windowed": [0]},
+    "convnext": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+    | uninext.BODY_OPTIONS["convnext_large"],
+}
 
 
-def save_random(family, folder, seed=0):
+def configure_uninext(vocab_size, member):
+    "As `tiny_uninext`, with the kind of backbone that the member has."
+    backbone = {"convnext": "convnext_large"}.get(member, member)
+    options = {"backbone": backbone, "backbone_options": SMALL_BODIES[member]}
+    return uninext.tiny_uninext(vocab_size, **options)
+
+
+MEMBERS = {
+    "soc": (soc.SOC, soc.tiny_soc),
+    "mutr": (mutr.MUTR, mutr.tiny_mutr),
+    "referformer_ft": (referformer.ReferFormer, referformer.tiny_config),
+    "vit_huge": (uninext.UNINEXT, partial(configure_uninext, member="vit_huge")),
+    "convnext": (uninext.UNINEXT, partial(configure_uninext, member="convnext")),
+}
+
+
+def save_random(member, folder, seed=0):
     "A checkpoint folder of a tiny model that was never trained: right shapes, no skill."
     torch.manual_seed(seed)
-    make, configure = FAMILIES[family]
+    make, configure = MEMBERS[member]
     tokenizer = make_tokenizer(["the red circle on the left", "a small blue square"])
     zoo.save(make(configure(len(tokenizer)), tokenizer).eval(), folder, {"steps": 0})
 
 
+def run_here(stage, folder, threads=0):
+    "`run_stage_process` without a process: imports and kernels would take most of the time."
+    start = time.monotonic()
+    if stage.function:
+        find_function(stage.function)(**stage.parameters)
+    else:
+        names = {}
+        parameters, *run = take_stage_cells(read_json(find_notebook(stage.notebook)))
+        exec("".join(parameters["source"]), names)
+        names |= stage.parameters
+        for cell in run:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    return pipeline.Outcome(stage.name, "done", seconds=time.monotonic() - start)
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    "The winners' graph up to the first vote, with a random SOC and a random MUTR."
+    "The winners' whole graph, each member a random model of the family that it had."
     root = tmp_path_factory.mktemp("mixed")
-    for family in FAMILIES:
-        save_random(family, root / family)
-    given = {name: str(root / name) for name in ("data", "out", *FAMILIES)}
-    given |= {"videos": 1, "frames": 3, "scales": [1.0], "mutr_key_frames": "mask_score"}
-    return given, run_workflow("lsvos2023-tiny", given, only=FIRST_ROUND)
+    for member in MEMBERS:
+        save_random(member, root / member)
+    given = {name: str(root / name) for name in ("data", "out", *MEMBERS)}
+    given |= {"videos": 1, "frames": 3, "scales": [1.0], "flip": False}
+    given |= {"mutr_key_frames": "mask_score"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_stage_process", run_here)
+        return given, run_workflow("lsvos2023-tiny", given)
 
 
 def test_members_of_several_families(mixed):
-    "A checkpoint folder is enough, whatever its family. Nothing is said of what they score."
+    "Checkpoint folders are enough, from models to submission. Nothing is said of what they score."
     given, ends = mixed
     out, data = Path(given["out"]), open_dataset(given["data"])
-    assert [e.name for e in ends] == FIRST_ROUND and {e.state for e in ends} == {"done"}
-    for family in FAMILIES:
-        assert zoo.read_card(given[family])["family"] == family
-        assert read_json(out / family / "run.json")["params"]["model"] == given[family]
-    for run in ("soc", "mutr", "aot/soc", "aot/mutr", "soc_mutr_referft", "aot/soc_mutr_referft"):
+    assert {e.state for e in ends} == {"done"} and len(ends) == 25
+    families = [zoo.read_card(given[m])["family"] for m in MEMBERS]
+    assert families == ["soc", "mutr", "referformer", "uninext", "uninext"]
+    runs = [m.replace("_huge", "-huge") for m in MEMBERS]
+    for member, run in zip(MEMBERS, runs):
+        assert read_json(out / run / "run.json")["params"]["model"] == given[member]
+    ensembles = ["soc_mutr_referft", "vit_convnext_soc"]
+    for run in (*runs, "aot/mutr", "deaot/vit-huge", *ensembles, "second_ensemble/final"):
         for e in data:
             masks = (out / run / "Annotations" / e.video / e.id).iterdir()
             assert {p.stem for p in masks} == set(data.videos[e.video].frames), run
-    assert (out / "soc_mutr_referft/key_frame.json").read_bytes() == (
-        out / "soc/key_frame.json"
-    ).read_bytes()
+    for ensemble, first in zip(ensembles, ("soc", "vit-huge")):
+        assert (out / ensemble / "key_frame.json").read_bytes() == (
+            out / first / "key_frame.json"
+        ).read_bytes()
+    assert read_zip(out / "submission.zip") == {
+        f"Annotations/{name}": content
+        for name, content in tree(out / "second_ensemble/final/Annotations").items()
+    }
+    assert not [*out.parent.rglob("*.pth")]
+
+
+@pytest.mark.parametrize("run", ["vit-huge", "convnext"])
+def test_uninext_hands_over_probabilities(mixed, run):
+    "A score for each frame beside them, and the surest frame is the key frame: the first such."
+    given, out = mixed[0], Path(mixed[0]["out"])
+    data, keys = open_dataset(given["data"]), from_json(read_json(out / run / "key_frame.json"))
+    for e in data:
+        path = out / run / "candidates" / e.video / f"{e.id}.safetensors"
+        arrays, about = load_candidates(path)
+        probabilities, scores = arrays["logits"], arrays["scores"]
+        assert about["kind"] == "probability" and scores.shape == (3,)
+        assert 0 <= probabilities.min() < 0.5 < probabilities.max() <= 1
+        assert ((scores > 0) & (scores < 1)).all()
+        assert keys[e.video][e.id] == scores.argmax()
+        large = interpolate(torch.from_numpy(probabilities)[None], about["size"], mode="nearest")
+        for p, frame in zip(large[0], data.videos[e.video].frames):
+            mask = read_mask(out / run / "Annotations" / e.video / e.id / f"{frame}.png")
+            assert np.array_equal(mask, p > 0.5)
 
 
 def test_key_frames_of_mutr(mixed, tmp_path):
@@ -282,12 +353,9 @@ def test_key_frames_of_mutr(mixed, tmp_path):
 def test_another_checkpoint_of_a_member_is_noticed(mixed):
     given, _ = mixed
     before = states("lsvos2023-tiny", given)
-    assert {before[name] for name in FIRST_ROUND} <= {"done", "skipped"}
+    assert {*before.values()} <= {"done", "skipped"}
     save_random("mutr", Path(given["mutr"]), seed=1)
-    found = states("lsvos2023-tiny", given)
-    assert {n for n in FIRST_ROUND if found[n] == "stale"} == {
-        *{"mutr", *AFTER["mutr"]}.intersection(FIRST_ROUND)
-    }
+    assert stale("lsvos2023-tiny", given) == {"mutr", *AFTER["mutr"], *ENDS}
     save_random("mutr", Path(given["mutr"]))
     assert states("lsvos2023-tiny", given) == before
 

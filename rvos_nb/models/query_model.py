@@ -491,7 +491,7 @@ def respond_at(
     texts: Sequence[str],  # E sentences
     at: int = 0,  # the frame that is asked about
     short_side: int = 0,  # in pixels; 0: the model's own
-    long_side: int = 640,  # at most
+    long_side: int = 0,  # at most; 0: the model's own, or 640
 ) -> Responses:
     "All queries of a model for one frame of a clip."
     size = tuple(frames.shape[1:3])
@@ -499,6 +499,7 @@ def respond_at(
         expected = f"a frame from 0 to {len(frames) - 1}"
         raise Problem("at", str(at), expected, "name a frame of the clip")
     side = short_side or model.config.short_side
+    long_side = long_side or model.config.long_side or 640
     if max(size) / min(size) * side > long_side:
         side = round(long_side * min(size) / max(size))
     with model.computing():

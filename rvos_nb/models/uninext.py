@@ -46,6 +46,7 @@ from rvos_nb.models.heads import (
 )
 from .pieces import piece_size, split_frames
 from rvos_nb.models.query_model import (
+    check_positive,
     longest_clip,
     name_architecture,
     pad_clip,
@@ -66,7 +67,8 @@ LONGEST_SENTENCE = 256  # tokens, as published
 
 @dataclass
 class UNINEXTConfig:
-    "Options of a UNINEXT; JSON-able by `dataclasses.asdict`."
+    """Options of a UNINEXT; JSON-able by `dataclasses.asdict`. Raises `Problem` where there is
+    nothing to ask."""
 
     backbone: str = "convnext_large"  # see `backbones.BACKBONES`
     backbone_options: dict = field(default_factory=dict)
@@ -93,6 +95,8 @@ class UNINEXTConfig:
     long_side: int = 1333  # unless the long side would pass this
 
     def __post_init__(self):
+        for name in ("enc_layers", "dec_layers", "num_queries"):
+            check_positive(name, getattr(self, name))
         self.mean, self.std = tuple(self.mean), tuple(self.std)
 
 # %% ../../nbs/03k_models.uninext.ipynb #8effcec1
@@ -371,10 +375,11 @@ def look_at_frames(
     for first, end in split_frames(count, clip[0, 0, 0].numel() // 16, clip):
         padding = None if mask is None else mask[:, first:end]
         piece = clip[:, first:end]
-        parts.append(project_frames(model.body, model.input_proj, piece, padding))
-    levels = [torch.cat(maps) for maps in zip(*(part.levels for part in parts))]
-    positions = [x[:1] for x in parts[0].positions[1:]]
-    masks = None if mask is None else [x[:1] for x in parts[0].masks[1:]]
+        seen = project_frames(model.body, model.input_proj, piece, padding)
+        parts.append(seen.levels)  # the backbone's own first level is not kept
+    levels = [torch.cat(maps) for maps in zip(*parts)]
+    positions = [x[:1] for x in seen.positions[1:]]
+    masks = None if mask is None else [x[:1] for x in seen.masks[1:]]
     return Seen(levels[0], levels, positions, masks, frames.shape[1], size, size)
 
 # %% ../../nbs/03k_models.uninext.ipynb #2fddb7f0
@@ -585,7 +590,7 @@ def uninext_options(
     )
     heads, enc_points, dec_points = split_heads(products, options.get("nheads", 8))
     backbone, found = recognise_backbone(shapes, "backbone.0.body.")
-    queries, width = shapes["transformer.tgt_embed.weight"]
+    table = shapes["transformer.tgt_embed.weight"]
     fusion = "transformer.encoder.vl_layers.0.b_attn.attn.v_proj.weight"
     return {
         "backbone": backbone,
@@ -594,12 +599,12 @@ def uninext_options(
         "num_feature_levels": levels,
         "enc_layers": count_modules(shapes, encoder),
         "dec_layers": count_modules(shapes, decoder),
-        "hidden_dim": width,
+        "hidden_dim": table[1],
         "dim_feedforward": shapes[encoder + "0.linear1.weight"][0],
         "nheads": heads,
         "enc_n_points": enc_points,
         "dec_n_points": dec_points,
-        "num_queries": queries,
+        "num_queries": table[0],
         "fusion_dim": shapes[fusion][0],
         "embed_layers": count_modules(shapes, "reid_embed_head.0.layers."),
     }

@@ -21,7 +21,7 @@ from .data.index import Dataset
 from .data.masks import encode_labels, read_mask
 from .data.video import Expression
 from .evaluate import limit_lines
-from .files import replace_folder
+from .files import find_files, replace_folder
 from .metrics import davis_mean, label_scores
 from .options import read_options
 from rvos_nb.results import (
@@ -145,7 +145,7 @@ class MergeWork(StageWork):
             return False  # a failure of this unit, to be named when it is worked on
         frames = len(self.data.videos[unit].frames)
         folders = [self.out / f"anno_{a}" / unit for a in wanted]
-        return all(len([*folder.glob("*.png")]) == frames for folder in folders)
+        return all(len(find_files(folder, (".png",))) == frames for folder in folders)
 
     def do(self, unit: str, prepared=None):
         frames = self.data.videos[unit].frames
@@ -211,6 +211,13 @@ def score_maps(
     with open_results(maps_folder(Path(out), data.split)) as results:
         names = [n for n in results.names() if re.fullmatch(r"anno_\d+", n)]
         objects: dict[str, list] = {n: [] for n in sorted(names, key=natural_key)}
+        if names and not any(results.names(f"{n}/{v}") for n in names for v in data.videos):
+            raise Problem(
+                results.where,
+                f"no video of the data set in {', '.join(objects)}",
+                "anno_0/VIDEO/00000.png",
+                "name the folder of the right split",
+            )
         for n in objects:
             notes["not asked for, ignored"] += list_unlisted(results, n, data.videos)
         for v in data.videos if objects else ():

@@ -356,7 +356,8 @@ def read_object_ids(
         values, note = np.array(im), ""
         shown = _list_values(values)
         if len(shown) > FEW or not _are_ids(shown):
-            values = np.where(values > 127, 255, 0).astype(np.uint8)
+            middle = min(127, int(shown[-1]) // 2)
+            values = np.where(values > middle, 255, 0).astype(np.uint8)
     else:
         values, note = _sort_picture(im, path, one_object=False)
     values = _check_size(_take((values, note), path), path, size)

@@ -463,7 +463,7 @@ def _group_means(rows: Sequence[dict]) -> dict:
         means["G"] = float(np.mean(list(means.values())))
     return means
 
-
+# %% ../nbs/07a_evaluate.ipynb #69f2ba9b
 def evaluate_vos(
     data_dir,  # DAVIS-2017 or YouTube-VOS
     pred_dir,  # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either

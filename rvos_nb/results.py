@@ -268,16 +268,18 @@ class Results:
         where: Path,
         box: zipfile.ZipFile | None = None,
         files: Mapping[str, zipfile.ZipInfo] = {},
-        videos: Collection[str] = (),  # of the data set, where it is known
+        videos: Collection[str] | None = (),  # as of `open_results`
     ):
         self.where, self.box, self.files = where, box, files
         self.root, self.children = "", _list_children(files)
         self.root = self.find_root(videos)
 
-    def find_root(self, videos: Collection[str]) -> str:
+    def find_root(self, videos: Collection[str] | None) -> str:
         "'', or the folder that holds the videos, with a slash."
         top = self.names()
         usual = "Annotations/" if "Annotations" in top else ""
+        if videos is None:
+            return usual
         here = self.names(usual)
         if not here.isdisjoint(videos) or (usual and not videos):
             return usual
@@ -351,7 +353,7 @@ class Results:
 # %% ../nbs/05f_results.ipynb #727291c1
 def open_results(
     where,  # a run with Annotations/, a tree of masks itself, or a zip of either
-    videos: Collection[str] = (),  # of the data set, where it is known
+    videos: Collection[str] | None = (),  # of the data set, where known; None: look at the top only
 ) -> Results:  # to be used in a `with` where it may be a zip
     """Results by their path. Raises `Problem` for anything else, and for a zip that must not be
     read."""

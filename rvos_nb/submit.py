@@ -129,7 +129,7 @@ def submission(
     tree = maps_folder(run, split) if data.layout == "ref-davis17" else run
     faults, count = [f"{u}: {why}" for u, why in data.faults.items()], 0
     with (
-        open_results(tree, () if tree != run else data.videos) as results,
+        open_results(tree, None if data.layout == "ref-davis17" else data.videos) as results,
         replace_file(path) as tmp,
         ThreadPoolExecutor(4) as pool,
     ):

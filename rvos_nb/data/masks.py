@@ -102,8 +102,12 @@ CUT = "cut at the middle grey"
 FEW = 16  # so many small ids are believed without a look
 
 
+def _count_values(values: np.ndarray) -> np.ndarray:  # (256,)
+    return cv2.calcHist([np.ascontiguousarray(values)], [0], None, [256], [0, 256]).ravel()
+
+
 def _list_values(values: np.ndarray) -> np.ndarray:  # what is above zero, ascending
-    return np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
+    return np.flatnonzero(_count_values(values)[1:]) + 1
 
 
 def _are_ids(shown: np.ndarray) -> bool:
@@ -125,6 +129,8 @@ def _cut_grey(
     lossy: bool = False,  # of a JPEG
 ) -> tuple[np.ndarray, str]:  # (H, W) uint8, and SOFT where it was cut to 0 and 255
     "Grey values as they are, unless they are edges. Raises `Problem` for a photograph."
+    if cv2.sumElems(values)[0] in (cv2.countNonZero(values), 255 * cv2.countNonZero(values)):
+        return values, ""  # nothing but 0 and 1, or 0 and 255
     shown = _list_values(values)
     if len(shown) < 2 or (not lossy and len(shown) <= FEW and _are_ids(shown)):
         return values, ""
@@ -178,14 +184,18 @@ NOT_BLACK = "a palette whose entry 0 is not black"
 
 def _sort_palette(im: Image.Image) -> tuple[np.ndarray, str] | None:
     "Ids of a palette picture; None where its colours have to be looked at."
-    values, entries = np.array(im), _read_palette(im)
-    shown = np.unique(values)
+    values = np.array(im)
+    if "transparency" not in im.info and im.getpalette() == list(PALETTE):
+        return values, ""
+    entries = _read_palette(im)
+    counts = _count_values(values)
+    shown = np.flatnonzero(counts)
     colours, background = entries[shown, :3], entries[0, :3]
     if (entries[shown[shown > 0], 3] < 255).any():
         return None
     davis = np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)[shown]
     many = len(shown) > FEW and not (colours == davis).all()
-    if many and _are_lines(values, values != np.bincount(values.ravel()).argmax()):
+    if many and _are_lines(values, values != counts.argmax()):
         return None
     return values, "" if background.max() < 32 else NOT_BLACK
 
@@ -334,7 +344,7 @@ def name_white(labels: np.ndarray) -> np.ndarray:  # (…) uint8, each alike
     only_white = not np.isin(labels, (0, 255), invert=True).any()
     return (labels > 0).astype(np.uint8) if only_white else labels
 
-
+# %% ../../nbs/01a_data.masks.ipynb #3c65bb4a
 def _believe_ids(values: np.ndarray) -> bool:
     "Whether grey values are ids, perhaps beside 255; specks beside a white object are not."
     shown = _list_values(values)

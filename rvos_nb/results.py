@@ -171,8 +171,11 @@ def decode_mask(
         return mask, note or "a colour picture"
     values, note = _read_pixels(interpret_labels, data, where, size)
     mask = values > 0
-    if note or data[25:26] == b"\x03":
-        return mask, note or "a palette picture"
+    if not note and data[25:26] == b"\x03":
+        palette = Image.open(io.BytesIO(data)).getpalette() or [0]
+        note = "a palette picture" if palette[:3] == [0, 0, 0] else NOT_BLACK
+    if note:
+        return mask, note
     only_255 = cv2.sumElems(values)[0] == 255 * cv2.countNonZero(values)
     return mask, "" if only_255 else "values other than 0 and 255"
 

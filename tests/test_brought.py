@@ -327,6 +327,7 @@ def test_a_mask_is_read_as_it_was_meant(tmp_path, name):
 REFUSED = {
     "white first.png": (with_palette(np.uint8(~DISC), [255] * 3, [0] * 3), "entry 0 is not black"),
     "sorted.png": (with_palette(TWO, [0, 128, 0], [128, 0, 0], [0] * 3), "entry 0 is not black"),
+    "no black.png": (with_palette(TWO, [250, 250, 250], [128, 0, 0], [0, 128, 0]), "not black"),
     "two greys.png": (np.uint8([0, 128, 255])[TWO], "greys 128, 255"),
     "two colours.png": (np.uint8([[0, 0, 0], [200, 0, 0], [0, 200, 0]])[TWO], "2 colours"),
     "two soft colours.png": (
@@ -362,6 +363,16 @@ def test_maps_of_data_sets_are_read_exactly(tmp_path):
         Image.fromarray(labels).save(tmp_path / "grey.png")
         found, lines = collect(read_labels, tmp_path / "grey.png")
         assert (found == labels).all() and not lines, n
+
+
+def test_a_full_palette_may_begin_with_any_colour(tmp_path):
+    "As some published annotations do; then nothing is shown in black."
+    colours = [[255, 0, 0], [0, 0, 139], [255, 255, 84], *([n, n, n] for n in range(4, 257 - 3))]
+    im = with_palette(TWO, *np.clip(colours + [[255] * 3] * 3, 0, 255))
+    im.save(tmp_path / "map.png")
+    for read in (read_labels, read_object_ids):
+        found, lines = collect(read, tmp_path / "map.png")
+        assert (found == TWO).all() and not lines
 
 
 def test_training_cuts_greys_of_published_pictures(tmp_path):

@@ -179,7 +179,7 @@ def _read_palette(im: Image.Image) -> np.ndarray:  # (256, 4) uint8, R, G, B and
     return entries
 
 
-NOT_BLACK = "a palette whose entry 0 is not black"
+NOT_BLACK = "a palette whose entry 0 is not black"  # while another one is, or all are in use
 
 
 def _sort_palette(im: Image.Image) -> tuple[np.ndarray, str] | None:
@@ -197,7 +197,8 @@ def _sort_palette(im: Image.Image) -> tuple[np.ndarray, str] | None:
     many = len(shown) > FEW and not (colours == davis).all()
     if many and _are_lines(values, values != counts.argmax()):
         return None
-    return values, "" if background.max() < 32 else NOT_BLACK
+    black_elsewhere = background.any() and not colours.any(1).all()
+    return values, NOT_BLACK if black_elsewhere else ""
 
 # %% ../../nbs/01a_data.masks.ipynb #37b0b231
 CUT_OUT = "a cut-out, whose opaque part is the object"
@@ -304,7 +305,10 @@ def interpret_labels(
             "a palette or grey PNG whose values are object ids",
             "save it as a palette PNG",
         )
-    values, note = _sort_picture(im, path, one_object=False)
+    if im.mode == "P":
+        values, note = _sort_palette(im) or (np.array(im), "")
+    else:
+        values, note = _sort_picture(im, path, one_object=False)
     return _check_size(values, path, size), note
 
 # %% ../../nbs/01a_data.masks.ipynb #d9a0c082
@@ -354,6 +358,13 @@ def _believe_ids(values: np.ndarray) -> bool:
     return 255 not in shown or not ids.any() or not _are_lines(values, ids)
 
 
+def _is_optimised(im: Image.Image) -> bool:
+    "Whether a palette holds just the colours in use, in an order that a program chose."
+    colours = np.reshape(im.getpalette() or [0, 0, 0], (-1, 3))
+    in_use = np.count_nonzero(_count_values(np.array(im)))
+    return bool(colours[0].any()) and 1 < len(colours) <= in_use
+
+
 def read_object_ids(
     path,  # a mask that a person drew, in any of these forms
     size: tuple[int, int] | None = None,  # (H, W) that it must have
@@ -370,6 +381,7 @@ def read_object_ids(
             values = np.where(values > middle, 255, 0).astype(np.uint8)
     else:
         values, note = _sort_picture(im, path, one_object=False)
+        note = NOT_BLACK if im.mode == "P" and _is_optimised(im) else note
     values = _check_size(_take((values, note), path), path, size)
     davis = im.mode == "P" and np.ptp(_read_palette(im)[255, :3]) > 0
     if davis and not note:

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['read_version', 'describe_attention', 'describe_deformable', 'describe_setting', 'describe_machine',
-           'describe_choices', 'doctor_command', 'main']
+           'describe_choices', 'doctor_command', 'show_warning', 'main']
 
 # %% ../nbs/09g_cli.ipynb #21a1fe08
 import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from . import ENVIRONMENT, TOO_LATE, __version__
 from .commands import stages, tools  # noqa: F401 - their commands are added to `app`
 from .commands.app import add_command, app, join_values
-from .core import Problem, find_shipped
+from .core import Assumption, Problem, find_shipped
 from .stage import StageFailed
 
 # %% ../nbs/09g_cli.ipynb #1657ea05
@@ -114,11 +115,20 @@ def doctor_command():
             print(f"{name:28}{value}")
 
 # %% ../nbs/09g_cli.ipynb #13c79bed
+def show_warning(message, category, filename, lineno, file=None, line=None):
+    "What was assumed about an input is a line for the reader; other warnings name their place."
+    if issubclass(category, Assumption):
+        print(f"note: {message}", file=sys.stderr)
+        return
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def main(argv: Sequence[str] | None = None):
     "The `rvos` command: a `Problem` or failed units become lines on stderr and exit code 1."
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    warnings.showwarning = show_warning
     try:
         app(join_values(words), prog_name="rvos")
     except (Problem, StageFailed) as e:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'score_expression', 'mean_of_tenths', 'score_video', 'score_rows', 'find_unlisted', 'average_rows',
-           'summarise', 'write_table', 'write_scores', 'evaluate', 'limit_lines', 'list_findings', 'write_samples',
-           'read_truth_and_maps', 'score_objects', 'evaluate_vos']
+           'summarise', 'write_table', 'write_scores', 'check_found', 'evaluate', 'limit_lines', 'list_findings',
+           'write_samples', 'read_truth_and_maps', 'score_objects', 'find_odd', 'evaluate_vos']
 
 # %% ../nbs/07a_evaluate.ipynb #c9abc075
 import csv
@@ -23,12 +23,19 @@ import numpy as np
 from .core import Problem, check_id, natural_key, progress, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset, NoTruth, true_masks
-from .data.masks import read_labels
+from .data.masks import name_white, read_labels
 from .data.video import Expression
 from .data.vos import AnnotatedVideo, find_vos_videos
 from .files import write_bytes, write_json
 from .metrics import davis_mean, j_and_f, label_scores, statistics
-from .results import REMARKS, Results, list_unlisted, open_results, read_label_maps
+from rvos_nb.results import (
+    REMARKS,
+    Results,
+    check_videos,
+    list_unlisted,
+    open_results,
+    read_label_maps,
+)
 
 # %% ../nbs/07a_evaluate.ipynb #ca9a2d38
 def score_expression(
@@ -280,6 +287,21 @@ def write_scores(
     write_json(out / "scores.json", result)
 
 # %% ../nbs/07a_evaluate.ipynb #06fb3f07
+def check_found(
+    rows: Sequence[dict],  # of `score_rows`
+    results: Results,
+):
+    "Raise `Problem` where not a single mask was found, which no score should tell."
+    scored = [r for r in rows if r["J&F"] is not None]
+    if scored and all(r["missing"] == r["frames"] for r in scored):
+        raise Problem(
+            results.name(""),
+            f"not one usable mask of {len(scored)} expressions ({scored[0]['faults'][0]})",
+            "VIDEO/EXPRESSION/FRAME.png",
+            "run the model again, or name the folder that holds its masks",
+        )
+
+
 def evaluate(
     data_dir,  # a data set whose truth is masks of every frame
     pred_dir,  # a run with Annotations/, a tree VIDEO/EXP/FRAME.png itself, or a zip of either
@@ -298,7 +320,10 @@ def evaluate(
             "whole videos",
             "score its results.json with `rvos evaluate`",
         )
-    with open_results(pred_dir) as results:
+    if not len(data):
+        found = "no usable sentence" + "".join(f" ({why})" for why in [*data.faults.values()][:1])
+        raise Problem(data.root, found, "sentences to score", "check the list of the split")
+    with open_results(pred_dir, data.videos) as results:
         if "anno_0" in results.names() - data.videos.keys():
             raise Problem(
                 results.where,
@@ -306,7 +331,9 @@ def evaluate(
                 "a mask for each sentence",
                 "score the run that was merged; the maps are scored by `rvos evaluate`",
             )
+        check_videos(results, data.videos, "VIDEO/EXPRESSION/FRAME.png, perhaps below Annotations")
         rows, extra = list(score_rows(data, results)), list(find_unlisted(data, results))
+        check_found(rows, results)
     result = _round(
         {
             "split": split,
@@ -382,7 +409,10 @@ def read_truth_and_maps(
     "Label maps of one video. Raises `Problem` for unusable annotations."
     truth = [read_labels(video.folder / f"{video.frames[0]}.png")]
     truth += [read_labels(video.folder / f"{n}.png", truth[0].shape) for n in video.frames[1:]]
-    return np.stack(truth), *read_label_maps(results, video.id, video.frames, truth[0].shape)
+    truth = np.stack(truth) if video.first else name_white(np.stack(truth))
+    maps, faults = read_label_maps(results, video.id, video.frames, truth.shape[1:])
+    one_object = not np.isin(truth, (0, 1, 255), invert=True).any()
+    return truth, name_white(maps) if one_object else maps, faults
 
 
 def score_objects(
@@ -404,6 +434,18 @@ def score_objects(
             yield o, *j_and_f(truth[start + 1 :] == int(o), found[start + 1 :] == int(o))
 
 # %% ../nbs/07a_evaluate.ipynb #e63af00f
+def find_odd(
+    truth: np.ndarray,  # (T, H, W) uint8
+    kind: str,  # 'davis' or 'youtube'
+) -> str:  # '' where objects of the video can be scored
+    "Why nothing of a video counts."
+    if kind == "davis" and len(truth) < 3:
+        return f"{len(truth)} frames, of which DAVIS leaves out the first and the last"
+    if kind == "davis" and not (truth[0] % 255).any():
+        return "no object in the first annotation"
+    return ""
+
+
 def _group_of(video: AnnotatedVideo, o: str, kind: str, seen: Collection[str]) -> str:
     "'seen' or 'unseen' while training, where YouTube-VOS tells; otherwise ''."
     if kind == "davis" or not seen or o not in video.category:
@@ -421,7 +463,7 @@ def _group_means(rows: Sequence[dict]) -> dict:
         means["G"] = float(np.mean(list(means.values())))
     return means
 
-
+# %% ../nbs/07a_evaluate.ipynb #69f2ba9b
 def evaluate_vos(
     data_dir,  # DAVIS-2017 or YouTube-VOS
     pred_dir,  # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either
@@ -432,10 +474,19 @@ def evaluate_vos(
     recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'.
     Raises `Problem` for another layout and where nothing can be scored."""
     kind, videos, seen = find_vos_videos(resolve(data_dir), split)
-    results, rows, pairs, missing = open_results(pred_dir), [], [], {}
+    ids = [video.id for video in videos]
+    results, rows, pairs, missing, unscored = open_results(pred_dir, ids), [], [], {}, {}
+    check_videos(results, ids, "VIDEO/FRAME.png, perhaps below Annotations")
     for video in progress(videos, "evaluate"):
-        truth, maps, faults = read_truth_and_maps(video, results)
+        try:
+            truth, maps, faults = read_truth_and_maps(video, results)
+        except Problem as e:
+            unscored[video.id] = str(e)
+            continue
         frames = len(video.frames)
+        if odd := find_odd(truth, kind):
+            unscored[video.id] = odd
+            continue
         if faults:
             count = len(faults) if results.names(video.id) else frames
             missing[video.id] = f"{count} of {frames} label maps; {faults[0]}"
@@ -451,7 +502,8 @@ def evaluate_vos(
     if not rows:
         raise NoTruth(
             "evaluate",
-            f"{len(videos)} videos, no object with frames to score",
+            f"{len(videos)} videos, no object with frames to score"
+            + "".join(f" ({id}: {why})" for id, why in [*unscored.items()][:1]),
             "annotations of more than one frame",
             "this split cannot be scored here",
         )
@@ -463,6 +515,7 @@ def evaluate_vos(
         "objects": len(rows),
         "by_object": {f"{r['video']}/{r['object']}": r["J&F"] for r in rows},
         "missing": missing,
+        "unscored": unscored,
     }
     if out_dir:
         write_table(resolve(out_dir) / "objects.csv", rows)

@@ -165,7 +165,7 @@ def write_overlays(
     """Write one video file of all expressions of some videos, every run beside the other; `Problem`
     for an unknown video or no run."""
     data, out = open_dataset(resolve(data_dir), split), resolve(out_mp4)
-    trees = {name: open_results(run) for name, run in pred_dirs.items()}
+    trees = {name: open_results(run, data.videos) for name, run in pred_dirs.items()}
     if not trees:
         raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
     chosen = pick_evenly(list(data.videos), 4) if videos is None else list(videos)
@@ -447,7 +447,7 @@ def write_report(
     """Write one self-contained HTML file; without true masks it shows examples and says that
     nothing could be scored."""
     data, out = open_dataset(resolve(data_dir), split), resolve(out_html)
-    trees = {name: open_results(run) for name, run in runs.items()}
+    trees = {name: open_results(run, data.videos) for name, run in runs.items()}
     if not trees:
         raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
     rows = rows or {name: list(score_rows(data, tree)) for name, tree in trees.items()}

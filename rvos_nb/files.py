@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['named_errors', 'make_folder', 'replace_file', 'replace_folder', 'sweep_temporary', 'write_bytes', 'write_json',
-           'read_json']
+           'read_json', 'find_files']
 
 # %% ../nbs/00a_files.ipynb #3426ac36
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from .core import Problem
+from .core import Problem, natural_key
 
 # %% ../nbs/00a_files.ipynb #0a47f437
 _PREFIX = ".tmp-"
@@ -167,3 +167,27 @@ def read_json(
         found = f"text that is not JSON ({e})"
         remedy = "write or download the file again"
     raise Problem(path, found, "a JSON file", remedy)
+
+# %% ../nbs/00a_files.ipynb #aa0c7d0e
+def find_files(
+    folder,  # need not exist
+    suffixes: Sequence[str],  # in lower case, such as ('.jpg', '.png')
+) -> dict[str, Path]:  # name without suffix -> file, in natural order of the names
+    """The files of a folder that have one of these suffixes; of several that share a name the one
+    whose suffix is listed first. Empty where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    rank = {suffix: i for i, suffix in enumerate(suffixes)}
+    files = {}  # name -> (rank of its suffix, file name)
+    for name in sorted(names, reverse=True):  # .jpg before .JPG
+        stem, suffix = os.path.splitext(name)
+        found = rank.get(suffix.lower(), len(rank)), name
+        if name.startswith(".") or found[0] == len(rank):
+            continue
+        if stem not in files or found[0] <= files[stem][0]:
+            files[stem] = found
+    order = sorted(files, key=natural_key)
+    return {stem: Path(folder) / files[stem][1] for stem in order}

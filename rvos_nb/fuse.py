@@ -24,7 +24,7 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, frame_size
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
-from .files import replace_folder
+from .files import find_files, replace_folder
 from .keyframe import as_json, key_frame, key_frame_nonempty
 from .members import Member, member_name, open_member
 from .options import option, read_options
@@ -445,7 +445,7 @@ class FuseWork(StageWork):
     def stands(self, unit: str) -> bool:
         frames, folder = len(self.data.videos[unit].frames), self.out / "Annotations" / unit
         ids = [e.id for e in self.data.expressions[unit]]
-        return all(len([*(folder / i).glob("*.png")]) == frames for i in ids)
+        return all(len(find_files(folder / i, (".png",))) == frames for i in ids)
 
     def do(self, unit: str, prepared=None):
         opinions = _VideoOpinions(

@@ -15,6 +15,7 @@ import numpy as np
 from .candidates import load_candidates, probability
 from .core import Problem, check_id, natural_key, resolve
 from .data.masks import read_mask
+from .files import find_files
 from .stage import Report, write_with_record
 
 # %% ../nbs/05c_keyframe.ipynb #fe7007c7
@@ -159,9 +160,9 @@ def _candidates(run: Path) -> list[tuple[str, str]]:
     "(video, expression) of all candidates of a run, in natural order; `Problem` for none."
     folder = run / "candidates"
     found = [
-        (p.parent.name, p.stem)
-        for p in folder.glob("*/*.safetensors")
-        if not (p.parent.name.startswith(".") or p.name.startswith("."))
+        (video.name, expression)
+        for video in folder.glob("[!.]*")
+        for expression in find_files(video, (".safetensors",))
     ]
     if not found:
         raise Problem(

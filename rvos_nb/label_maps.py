@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKGROUND', 'merge_labels', 'count_annotators', 'sort_by_annotator', 'open_plane', 'MergeWork', 'merge_annotators',
-           'score_maps', 'maps_table']
+           'maps_table', 'score_maps']
 
 # %% ../nbs/07b_label_maps.ipynb #25cc7916
 import re
@@ -21,7 +21,7 @@ from .data.index import Dataset
 from .data.masks import encode_labels, read_mask
 from .data.video import Expression
 from .evaluate import limit_lines
-from .files import replace_folder
+from .files import find_files, replace_folder
 from .metrics import davis_mean, label_scores
 from .options import read_options
 from rvos_nb.results import (
@@ -145,7 +145,7 @@ class MergeWork(StageWork):
             return False  # a failure of this unit, to be named when it is worked on
         frames = len(self.data.videos[unit].frames)
         folders = [self.out / f"anno_{a}" / unit for a in wanted]
-        return all(len([*folder.glob("*.png")]) == frames for folder in folders)
+        return all(len(find_files(folder, (".png",))) == frames for folder in folders)
 
     def do(self, unit: str, prepared=None):
         frames = self.data.videos[unit].frames
@@ -201,38 +201,16 @@ def _score_labels(truth: np.ndarray, maps: np.ndarray, where: str) -> tuple[list
         ]
 
 
-def score_maps(
-    data: Dataset,
-    out,  # of `merge_annotators`, a run that holds it, or a zip
-) -> tuple[dict, dict[str, list[str]]]:  # scores in percent, findings of each sort
-    """Seven numbers for each annotator and their mean, {'anno_0': {'J&F': …}, …, 'mean': …}, empty
-    without maps or annotation; and a line for all that was not as it should be."""
-    notes = {"counted as empty": [], "not asked for, ignored": [], "left out of the mean": []}
-    with open_results(maps_folder(Path(out), data.split)) as results:
-        names = [n for n in results.names() if re.fullmatch(r"anno_\d+", n)]
-        objects: dict[str, list] = {n: [] for n in sorted(names, key=natural_key)}
-        for n in objects:
-            notes["not asked for, ignored"] += list_unlisted(results, n, data.videos)
-        for v in data.videos if objects else ():
-            try:
-                truth = data.labels(v)
-            except Problem as e:
-                notes["left out of the mean"].append(f"{v}: {e}")
-                continue
-            if truth is None:
-                return {}, {}
-            if not (truth[0] % 255).any():
-                notes["left out of the mean"].append(f"{v}: no object in the first annotation")
-                continue
-            for n, pairs in objects.items():
-                pairs += _score_video(results, f"{n}/{v}", truth, notes)
-    means = {n: davis_mean(pairs) for n, pairs in objects.items() if pairs}
-    scores = {n: {k: 100 * x for k, x in mean.items()} for n, mean in means.items()}
-    if scores:
-        measures = next(iter(scores.values()))
-        each = list(scores.values())
-        scores["mean"] = {k: float(np.mean([row[k] for row in each])) for k in measures}
-    return scores, notes
+def _check_maps(results: Results, names: Sequence[str], data: Dataset):
+    "Raise `Problem` where no annotator has a map of any video."
+    if any(results.names(f"{n}/{v}") for n in names for v in data.videos) or not names:
+        return
+    raise Problem(
+        results.where,
+        f"no video of the data set in {', '.join(names)}",
+        "anno_0/VIDEO/00000.png",
+        "name the folder of the right split",
+    )
 
 
 def _score_video(
@@ -256,3 +234,38 @@ def maps_table(scores: dict, notes: dict[str, list[str]]) -> str:
         [f"{k:7}" + "  ".join(f"{m} {x:z.1f}" for m, x in row.items()) for k, row in scores.items()]
         + [f"  {line}" for line in limit_lines(notes)]
     )
+
+# %% ../nbs/07b_label_maps.ipynb #8f099f97
+def score_maps(
+    data: Dataset,
+    out,  # of `merge_annotators`, a run that holds it, or a zip
+) -> tuple[dict, dict[str, list[str]]]:  # scores in percent, findings of each sort
+    """Seven numbers for each annotator and their mean, {'anno_0': {'J&F': …}, …, 'mean': …}, empty
+    without maps or annotation; and a line for all that was not as it should be."""
+    notes = {"counted as empty": [], "not asked for, ignored": [], "left out of the mean": []}
+    with open_results(maps_folder(Path(out), data.split), None) as results:
+        names = [n for n in results.names() if re.fullmatch(r"anno_\d+", n)]
+        objects: dict[str, list] = {n: [] for n in sorted(names, key=natural_key)}
+        _check_maps(results, names, data)
+        for n in objects:
+            notes["not asked for, ignored"] += list_unlisted(results, n, data.videos)
+        for v in data.videos if objects else ():
+            try:
+                truth = data.labels(v)
+            except Problem as e:
+                notes["left out of the mean"].append(f"{v}: {e}")
+                continue
+            if truth is None:
+                return {}, {}
+            if not (truth[0] % 255).any():
+                notes["left out of the mean"].append(f"{v}: no object in the first annotation")
+                continue
+            for n, pairs in objects.items():
+                pairs += _score_video(results, f"{n}/{v}", truth, notes)
+    means = {n: davis_mean(pairs) for n, pairs in objects.items() if pairs}
+    scores = {n: {k: 100 * x for k, x in mean.items()} for n, mean in means.items()}
+    if scores:
+        measures = next(iter(scores.values()))
+        each = list(scores.values())
+        scores["mean"] = {k: float(np.mean([row[k] for row in each])) for k in measures}
+    return scores, notes

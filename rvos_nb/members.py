@@ -26,8 +26,8 @@ from rvos_nb.candidates import (
 )
 from .core import Problem, check_id, natural_key, resolve
 from .data.datasets import open_dataset
-from .data.masks import mask_box, write_tree
-from .files import read_json, replace_folder, write_json
+from .data.masks import CUT, SOFT, mask_box, write_tree
+from .files import find_files, read_json, replace_folder, write_json
 from .keyframe import as_json, from_json, key_frame
 from .options import read_options
 from .predictions import Predictions, guess_kind
@@ -143,7 +143,8 @@ class MaskSource:
             file = f"{video}/{expression}/{check_id(name, self.results.where)}.png"
             mask, remark = self.results.mask(file, size)
             if remark:
-                self.note(remark, f"{remark} in {file}, taken as object where above zero")
+                taken = CUT if remark == SOFT else "taken as object where above zero"
+                self.note(remark, f"{remark} in {file}, {taken}")
             if stack is None:
                 size = mask.shape
                 stack = np.empty((len(frames), *size), bool if mode == "vote" else np.float32)
@@ -186,7 +187,7 @@ class CandidateSource:
 
     def expressions(self) -> dict[str, list[str]]:
         return {
-            v.name: sorted((p.stem for p in v.glob("*.safetensors")), key=natural_key)
+            v.name: list(find_files(v, (".safetensors",)))
             for v in sorted(self.folder.iterdir(), key=lambda p: natural_key(p.name))
             if v.is_dir() and not v.name.startswith(".")
         }
@@ -232,7 +233,7 @@ class PublishedSource:
     def __init__(self, where: Path, kind: str, note: Callable[[str, str], None]):
         paths = [where]
         if where.is_dir():
-            paths = sorted(where.glob("*.pth"), key=lambda p: natural_key(p.name))
+            paths = list(find_files(where, (".pth",)).values())
         models = {re.sub(r"\d*$", "", p.stem) for p in paths}
         if len(models) > 1:
             raise Problem(
@@ -416,7 +417,7 @@ def open_member(
     soft, hard = (where / "candidates").is_dir(), (where / "Annotations").is_dir()
     if soft or hard:
         return Member(where, kind, hard, soft)
-    return Member(where, kind, masks=not any(where.glob("*.pth")), candidates=False)
+    return Member(where, kind, masks=not find_files(where, (".pth",)), candidates=False)
 
 # %% ../nbs/05h_members.ipynb #084b6421
 def quantise(
@@ -452,7 +453,7 @@ class ConvertWork(StageWork):
     def stands(self, unit: str) -> bool:
         file, folder = self.member.soft.owner[unit], self.out / "Annotations" / unit
         frames = {e: file.place(unit, e).shape[0] for e in file.entries[unit]}
-        return all(len([*(folder / e).glob("*.png")]) == n for e, n in frames.items())
+        return all(len(find_files(folder / e, (".png",))) == n for e, n in frames.items())
 
     def do(self, unit: str, prepared=None):
         file = self.member.soft.owner[unit]

@@ -23,8 +23,8 @@ from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
-from .data.video import Video, frame_rate, read_video, write_video
-from .files import replace_folder
+from .data.video import Video, frame_rate, frame_times, read_video, write_video
+from .files import find_files, replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .options import option, read_options
@@ -253,7 +253,7 @@ class PredictWork(StageWork):
         frames = len(self.data.videos[unit].frames)
         folders = [folder / e.id for e in self.data.expressions[unit]]
         return folder.is_dir() and all(
-            f.is_dir() and len([*f.iterdir()]) == frames for f in folders
+            f.is_dir() and len(find_files(f, (".png",))) == frames for f in folders
         )
 
     def prepare(self, unit: str) -> Iterator[np.ndarray]:
@@ -400,7 +400,8 @@ def predict_clip(
         for e in range(len(texts)):
             (folder / str(e)).mkdir()
         painted = _Painter(folder, clip, how.threshold).paint_clips(parts, pool)
-        write_video(out / "overlay.mp4", painted, fps or frame_rate(clip))
+        times = () if fps else frame_times(clip)
+        write_video(out / "overlay.mp4", painted, fps or frame_rate(clip), times)
     return out / "overlay.mp4"
 
 # %% ../nbs/05b_predict.ipynb #d3f052bb

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, choose_device
+from .core import Problem, assume, check_id, choose_device
 from .data.index import Dataset
 from .data.masks import rle_encode
 from .data.video import Expression, read_video
@@ -342,6 +342,10 @@ def score_file(
     """The numbers of A2D, JHMDB or RefCOCO for a file. Raises `Problem` where there is none or it
     is no list."""
     path = Path(run) if Path(run).is_file() else Path(run) / "results.json"
+    below = sorted(Path(run).glob("[!.]*/results.json"))
+    if not path.exists() and len(below) == 1:
+        path = below[0]
+        assume(run, "no results.json", f"{path} is read")
     if not path.exists():
         raise Problem(
             path, "no such file", "results of every sample", "run `rvos predict --data` first"
@@ -351,7 +355,17 @@ def score_file(
         raise Problem(
             path, "no list", "a list of results, as COCO takes it", "write the file again"
         )
-    return score_frames(data, found, path, keep)
+    scores = score_frames(data, found, path, keep)
+    if scores["samples"] == len(scores["missing"]):
+        reasons = [*scores["unusable"], *scores["strays"]]
+        raise Problem(
+            path,
+            f"no usable result of {scores['samples']} samples"
+            + "".join(f" ({why})" for why in reasons[:1]),
+            '"image_id", "score" and "segmentation" of the samples of this split',
+            "run `rvos predict --data` again, or name the split that was asked about",
+        )
+    return scores
 
 # %% ../nbs/07c_single_frames.ipynb #5e2efd82
 def predict_frames(

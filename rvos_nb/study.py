@@ -19,7 +19,8 @@ import numpy as np
 from .ballots import Ballots, Setting, measure, open_ballots, read_ballots
 from .core import Problem, resolve
 from .data.index import true_masks
-from .data.video import Expression, frame_path, read_frame
+from .data.pictures import read_frame
+from .data.video import Expression, frame_path
 from .files import write_bytes, write_json
 from .metrics import jaccard
 from rvos_nb.search import (

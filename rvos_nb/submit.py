@@ -126,9 +126,10 @@ def submission(
         raise Problem(
             path, "a folder", "a file name for the zip", "add a name, such as submission.zip"
         )
+    tree = maps_folder(run, split) if data.layout == "ref-davis17" else run
     faults, count = [f"{u}: {why}" for u, why in data.faults.items()], 0
     with (
-        open_results(maps_folder(run, split) if data.layout == "ref-davis17" else run) as results,
+        open_results(tree, None if data.layout == "ref-davis17" else data.videos) as results,
         replace_file(path) as tmp,
         ThreadPoolExecutor(4) as pool,
     ):

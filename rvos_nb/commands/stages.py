@@ -162,7 +162,7 @@ CLIP_OR_DATA = Annotated[
 MASKS = Annotated[
     list[Path] | None,
     typer.Option(
-        help="For a clip: a mask PNG, palette (several objects) or black and white; repeatable."
+        help="For a clip: a mask, as palette PNG (several objects) or white on black; repeatable."
     ),
 ]
 FRAMES = Annotated[
@@ -335,6 +335,8 @@ def evaluate_objects(data: Path, run: Path, out: Path, split: str):
     score = evaluate_vos(data, run, out, split or "valid")
     for video, why in score["missing"].items():
         print(f"  {video}: {why}")
+    for video, why in score["unscored"].items():
+        print(f"  left out of the mean: {video}: {why}")
     print(f"{score['protocol']}, {score['objects']} objects")
     print("   ".join(f"{k} {v:.1f}" for k, v in score.items() if isinstance(v, float)))
     print(f"tables in {out}")

@@ -8,7 +8,6 @@ __all__ = ['PUBLISHED_COUNTS', 'ALL_SPLITS', 'A2D_LIST', 'MOST_OPENED', 'Faults'
            'check_union_masks', 'check_sample_masks', 'check_masks', 'Survey', 'compare_counts', 'check_dataset']
 
 # %% ../../nbs/01l_data.check.ipynb #eef6bc66
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from ..core import Problem, progress
 from .datasets import LAYOUT_OPENERS, open_dataset, recognise_layout
 from .index import Dataset, frame_size
 from .masks import read_labels
-from .video import Expression, Video, frame_path, read_frame
+from .pictures import PICTURE_SUFFIXES, UNREADABLE, read_frame, upright_size
+from .video import Expression, Video, frame_path
 from .videos import has_four_sentences_each, index_annotations
+from ..files import find_files
 
 # %% ../../nbs/01l_data.check.ipynb #5848657a
 PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {
@@ -109,8 +110,7 @@ def match_names(
     folder: Path, names, suffixes: tuple[str, ...], what: str
 ) -> tuple[list[str], list[Problem]]:  # those that are there; a problem where others are not
     "Compare the names of a list with a folder."
-    files = os.listdir(folder) if folder.is_dir() else []
-    there = {name.rsplit(".", 1)[0] for name in files if name.lower().endswith(suffixes)}
+    there = find_files(folder, suffixes)
     missing = [n for n in names if n not in there]
     problems = []
     if missing:
@@ -126,10 +126,10 @@ def open_frame(video: Video, name: str):
     path, expected = frame_path(video, name), frame_size(video)
     try:
         with Image.open(path) as im:
-            size = im.height, im.width
+            size = upright_size(im)
             im.draft("L", (im.width // 8, im.height // 8))
             im.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         size = read_frame(path).shape[:2]  # says what is wrong
     if size != expected:
         raise Problem(
@@ -148,7 +148,7 @@ def check_video_frames(data: Dataset) -> tuple[int, Faults]:  # how many were op
             continue
         there, problems = v.frames, []
         if data.layout != "refcoco":  # its pictures were looked up when the list was opened
-            there, problems = match_names(v.folder, v.frames, (".jpg", ".jpeg", ".png"), "frames")
+            there, problems = match_names(v.folder, v.frames, PICTURE_SUFFIXES, "frames")
         faults += [(id, p) for p in problems]
         if v.frames[0] in there:
             tasks += [(id, partial(open_frame, v, n)) for n in there]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..core import Problem, abbreviate
 from .masks import count_pixels, read_labels, rle_decode
-from .video import Expression, Video, frame_path, read_frame
+from .pictures import read_picture_size
+from .video import Expression, Video, frame_path, read_video
 
 # %% ../../nbs/01g_data.index.ipynb #c40acca3
 class _Repeated:
@@ -84,14 +84,11 @@ def check_sentence(value, where, name: str = "the sentence") -> str:
 
 # %% ../../nbs/01g_data.index.ipynb #2c248259
 def frame_size(video: Video) -> tuple[int, int]:  # (H, W)
-    """The size of the first frame, from its header. Raises `Problem` where it is missing or no
+    """The size of the first frame as it is shown. Raises `Problem` where it is missing or no
     picture."""
-    path = frame_path(video, video.frames[0])
-    try:
-        with Image.open(path) as im:
-            return im.height, im.width
-    except OSError:
-        return read_frame(path).shape[:2]  # says what is wrong
+    if Path(video.folder).is_file():
+        return next(read_video(video, names=video.frames[:1])).shape[:2]
+    return read_picture_size(frame_path(video, video.frames[0]))
 
 # %% ../../nbs/01g_data.index.ipynb #536aa30a
 @dataclass

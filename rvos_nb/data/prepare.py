@@ -40,7 +40,7 @@ from rvos_nb.data.samples import (
     read_rows,
 )
 from .video import Expression, Video
-from ..files import read_json
+from ..files import find_files, read_json
 
 # %% ../../nbs/01n_data.prepare.ipynb #db5e5afb
 class _PlainUnpickler(pickle.Unpickler):
@@ -186,7 +186,7 @@ def _read_instances(
 ) -> dict[int, list[int]]:  # frame from 1 -> instances
     "What the annotated frames of a film contain. Raises `Problem` where there are none."
     instances = {}
-    paths = sorted(folder.glob("[!.]*.h5"))
+    paths = list(find_files(folder, (".h5",)).values())
     if not paths:
         raise Problem(
             folder,

@@ -27,7 +27,7 @@ from rvos_nb.data.index import (
     parse_whole_number,
     require,
 )
-from ..files import read_json, replace_folder, write_json
+from ..files import find_files, read_json, replace_folder, write_json
 
 # %% ../../nbs/01m_data.prepare_videos.ipynb #b00582bc
 @dataclass
@@ -236,7 +236,7 @@ def _prepare_davis_video(root: Path, split: str, video: str, texts: list[dict]) 
     link_folder(
         root / split / "Annotations" / video, davis / "Annotations_unsupervised/480p" / video
     )
-    frames = sorted(p.stem for p in pictures.glob("[!.]*.jpg"))
+    frames = list(find_files(pictures, (".jpg",)))
     if not frames:
         raise Problem(pictures, "no frames", "FRAME.jpg", "unpack the data set's archives here")
     expressions = {}

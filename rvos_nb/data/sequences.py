@@ -8,6 +8,7 @@ __all__ = ['PICTURE_FOLDERS', 'MASK_FOLDERS', 'MEAN_COLOUR', 'FramesAndLabels', 
            'StillStage', 'find_films', 'reflect_index', 'sample_film', 'choose_crop', 'reframe', 'FilmStage']
 
 # %% ../../nbs/01p_data.sequences.ipynb #1d4e2f57
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from PIL import Image
 
 from ..core import Problem, natural_key
 from .clips import SequenceBatch, make_generator, refuse_setting
-from .masks import read_labels
-from .video import read_frame
+from .masks import read_labels, read_object_ids
+from .pictures import PICTURE_SUFFIXES, read_frame
+from ..files import find_files
 
 # %% ../../nbs/01p_data.sequences.ipynb #a7b507eb
 PICTURE_FOLDERS = {"jpegimages", "images", "image", "imgs", "img"}  # names in lower case
@@ -50,10 +52,12 @@ def find_pairs(
             "name it: -p images FOLDER",
         )
     groups: dict = {}  # name -> {is a mask: path}
-    for path in Path(folder).rglob("*"):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            name, is_mask = _classify(path, folder)
-            groups.setdefault(name, {})[is_mask] = path
+    for place, inside, _ in os.walk(folder):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for suffix in PICTURE_SUFFIXES:
+            for path in find_files(place, (suffix,)).values():
+                name, is_mask = _classify(path, folder)
+                groups.setdefault(name, {})[is_mask] = path
     complete = [groups[name] for name in sorted(groups, key=natural_key) if len(groups[name]) == 2]
     if not complete:
         raise Problem(
@@ -71,12 +75,7 @@ def read_pair(
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 RGB; (H, W) uint8 ids, 255 is ignored
     "A picture and its labels. Raises `Problem` for files that are broken or of different size."
     frame = read_frame(picture)
-    labels = read_labels(mask, frame.shape[:2])
-    with Image.open(mask) as im:
-        is_grey = im.mode == "L"
-    if is_grey and labels.max() > 10:
-        labels = (labels > 127).astype(np.uint8)
-    return frame, labels
+    return frame, read_object_ids(mask, frame.shape[:2], cut=True)
 
 # %% ../../nbs/01p_data.sequences.ipynb #6e3f2390
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, RGB
@@ -266,7 +265,7 @@ def _list_films(root: Path, masks: Path) -> list[str]:
     listed = root / "ImageSets" / "2017" / "train.txt"
     if listed.is_file():
         return listed.read_text(encoding="utf-8").split()
-    return sorted((p.name for p in masks.iterdir() if p.is_dir()), key=natural_key)
+    return sorted((p.name for p in masks.glob("[!.]*") if p.is_dir()), key=natural_key)
 
 
 @lru_cache
@@ -285,9 +284,11 @@ def find_films(
     root, pictures, masks = _find_film_folders(folder)
     films = []
     for name in _list_films(root, masks):
-        own = sorted((masks / name).glob("*.png"), key=lambda m: natural_key(m.stem))
+        own = find_files(masks / name, (".png",))
         if own:
-            films.append(tuple((pictures / name / f"{m.stem}.jpg", m) for m in own))
+            frames = find_files(pictures / name, PICTURE_SUFFIXES)
+            usual = pictures / name
+            films.append(tuple((frames.get(n, usual / f"{n}.jpg"), m) for n, m in own.items()))
     if not films:
         raise Problem(masks, "no films", "a folder of PNG masks for each film", "check the folder")
     for film in films:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import Problem, check_id, natural_key
-from .masks import read_labels
+from ..core import Problem, assume, check_id, natural_key
+from .masks import name_white, read_labels
 from .video import Video, open_clip
-from ..files import read_json
+from ..files import find_files, read_json
 
 # %% ../../nbs/01k_data.vos.ipynb #33c1eb25
 @dataclass(frozen=True)
@@ -30,10 +30,25 @@ class AnnotatedVideo:
     category: Mapping[str, str] = field(default_factory=dict)  # object -> category, if listed
 
 
+def _read_objects(entry: Mapping, where: str) -> dict[str, dict]:  # object -> what is listed of it
+    "The objects of a listed video that can be used; a line for each other one."
+    listed = entry.get("objects", {})
+    if not isinstance(listed, dict):
+        raise Problem(where, '"objects" of another form', "{ID: {…}}", "correct the listing")
+    objects = {}
+    for id, fields in listed.items():
+        is_id = id.isdecimal() and 0 < int(id[:4]) < 255
+        frames = fields.get("frames", []) if isinstance(fields, dict) else None
+        if is_id and isinstance(frames, list) and all(isinstance(f, str) for f in frames):
+            objects[str(int(id))] = fields
+        else:
+            assume(where, f"object {id[:40]!r} of another form", "it is left out")
+    return objects
+
+
 def _index_video(folder: Path, pictures: Path, id: str, entry: Mapping = {}) -> AnnotatedVideo:
     "Index one video. Raises `Problem` where it has no annotation."
-    maps = (folder / check_id(id, folder)).glob("*.png")
-    frames = sorted((p.stem for p in maps), key=natural_key)
+    frames = list(find_files(folder / check_id(id, folder), (".png",)))
     if not frames:
         raise Problem(
             folder / id,
@@ -42,12 +57,27 @@ def _index_video(folder: Path, pictures: Path, id: str, entry: Mapping = {}) -> 
             "copy the annotations of this video",
         )
     first, category = {}, {}
-    for object, fields in entry.get("objects", {}).items():
+    for object, fields in _read_objects(entry, f"{folder / id}, its entry in meta.json").items():
         if fields.get("frames"):
             first[object] = min(fields["frames"], key=natural_key)
         if fields.get("category"):
             category[object] = fields["category"]
     return AnnotatedVideo(id, folder / id, tuple(frames), pictures / id, first, category)
+
+
+def _index_videos(
+    folder: Path, pictures: Path, entries: Mapping[str, Mapping], faults: dict | None
+) -> list[AnnotatedVideo]:
+    "Index videos; what is wrong with one is put into `faults`, or raised where that is None."
+    videos = []
+    for id, entry in entries.items():
+        try:
+            videos.append(_index_video(folder, pictures, id, entry))
+        except Problem as e:
+            if faults is None:
+                raise
+            faults[id] = str(e)
+    return videos
 
 # %% ../../nbs/01k_data.vos.ipynb #273e33ea
 def _read_meta(meta: Path) -> dict:
@@ -64,19 +94,20 @@ def _read_meta(meta: Path) -> dict:
     return videos
 
 
-def _index_davis(root: Path, listing: Path) -> list[AnnotatedVideo]:
+def _index_davis(root: Path, listing: Path, faults: dict | None) -> list[AnnotatedVideo]:
     resolutions = [
         p for p in ("480p", "Full-Resolution", "") if (root / "Annotations" / p).is_dir()
     ]
     resolution = resolutions[0] if resolutions else "480p"
     folder, pictures = (root / name / resolution for name in ("Annotations", "JPEGImages"))
-    return [_index_video(folder, pictures, v) for v in listing.read_text(encoding="utf-8").split()]
+    entries = {id: {} for id in listing.read_text(encoding="utf-8").split()}
+    return _index_videos(folder, pictures, entries, faults)
 
 
-def _index_youtube(folder: Path) -> list[AnnotatedVideo]:
+def _index_youtube(folder: Path, faults: dict | None) -> list[AnnotatedVideo]:
     maps, pictures = folder / "Annotations", folder / "JPEGImages"
     videos = _read_meta(folder / "meta.json")
-    return [_index_video(maps, pictures, v, entry) for v, entry in videos.items()]
+    return _index_videos(maps, pictures, videos, faults)
 
 
 def _list_categories(meta: Path) -> set[str]:
@@ -89,19 +120,20 @@ def _list_categories(meta: Path) -> set[str]:
 def find_vos_videos(
     root,  # a data set in the layout of DAVIS-2017 or YouTube-VOS
     split: str = "valid",  # DAVIS calls it val
+    faults: dict | None = None,  # where videos that are left out go, with the reason; None: none is
 ) -> tuple[str, list[AnnotatedVideo], set[str]]:
     """Find annotated videos: 'davis' or 'youtube', the videos, the categories of training. Raises
-    `Problem` for another layout."""
+    `Problem` for another layout and, without `faults`, for a video that cannot be used."""
     root = Path(root)
     check_id(split, "split")
     name = "val" if split == "valid" else split
     listing = root / "ImageSets" / "2017" / f"{name}.txt"
     meta = root / split / "meta.json"
     if listing.exists():
-        return "davis", _index_davis(root, listing), set()
+        return "davis", _index_davis(root, listing, faults), set()
     if meta.exists():
         seen = _list_categories(root / "train" / "meta.json")
-        return "youtube", _index_youtube(root / split), seen
+        return "youtube", _index_youtube(root / split, faults), seen
     raise Problem(
         root,
         f"neither {listing.relative_to(root)} nor {meta.relative_to(root)}",
@@ -132,6 +164,8 @@ def read_given_masks(
         listed.setdefault(name, []).append(int(object))
     for name in video.frames[:1] if kind == "davis" else video.frames:
         labels = read_labels(video.folder / f"{name}.png")
+        if not video.first:
+            labels = name_white(labels)
         new = _find_new(labels, known, listed.get(name, []))
         known.update(new)
         shown = np.isin(labels, new)

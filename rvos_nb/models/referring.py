@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENTENCE_CELLS', 'PRECISIONS', 'Candidates', 'Responses', 'Referring', 'Seen', 'TextFeatures', 'network_size',
-           'check_frames', 'normalise_frames', 'choose_query', 'sentences_per_batch', 'longest_within', 'SentenceModel']
+           'shortest_edge_size', 'check_frames', 'normalise_frames', 'choose_query', 'sentences_per_batch',
+           'longest_within', 'SentenceModel']
 
 # %% ../../nbs/03e_models.referring.ipynb #71ac8770
 import math
@@ -166,6 +167,19 @@ def network_size(
         short_side = round(long_side * low / high)
     other = int(short_side * high / low)
     return (short_side, other) if size[0] <= size[1] else (other, short_side)
+
+# %% ../../nbs/03e_models.referring.ipynb #294c13ae
+def shortest_edge_size(
+    size: tuple[int, int],  # (H, W) of the frames
+    short_side: int,  # wanted, in pixels
+    long_side: int,  # at most
+) -> tuple[int, int]:  # (h, w)
+    "detectron2's resize rule."
+    scale = short_side / min(size)
+    if max(size) * scale > long_side:
+        scale = long_side / max(size)
+    h, w = (int(side * scale + 0.5) for side in size)
+    return h, w
 
 # %% ../../nbs/03e_models.referring.ipynb #d9d035d5
 def check_frames(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONGEST_SENTENCE', 'REMOVED', 'MASK_CHANNELS', 'BODY_OPTIONS', 'DETECTRON_RESNET', 'PATTERNS', 'RENAMES', 'DROPS',
-           'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'shortest_edge_size', 'clean_expression', 'MaskFeatures',
-           'turn_inputs', 'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads',
-           'build_box_heads', 'build_embedding_head', 'UNINEXTSteps', 'UNINEXT', 'look_at_frames', 'enlarge_masks',
-           'answer_span', 'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'draw_assigned',
+           'FAMILY', 'UNINEXTConfig', 'tiny_uninext', 'clean_expression', 'MaskFeatures', 'turn_inputs',
+           'draw_query_masks', 'build_grounding', 'layer_options', 'build_class_heads', 'build_box_heads',
+           'build_embedding_head', 'UNINEXTSteps', 'UNINEXT', 'look_at_frames', 'enlarge_masks', 'answer_span',
+           'answer_in_pieces', 'respond_with_all', 'embed_objects', 'bytes_needed', 'draw_assigned',
            'answer_every_layer', 'answer_every_query', 'uninext_options']
 
 # %% ../../nbs/03k_models.uninext.ipynb #51da1e98
@@ -58,6 +58,7 @@ from rvos_nb.models.referring import (
     SentenceModel,
     check_frames,
     normalise_frames,
+    shortest_edge_size,
 )
 from .text import BERT_BASE, BertEncoder, small_text_config, text_options
 
@@ -133,19 +134,6 @@ def tiny_uninext(
     return UNINEXTConfig(**options | changes)
 
 # %% ../../nbs/03k_models.uninext.ipynb #353f2fac
-def shortest_edge_size(
-    size: tuple[int, int],  # (H, W) of the frames
-    short_side: int,  # wanted, in pixels
-    long_side: int,  # at most
-) -> tuple[int, int]:  # (h, w)
-    "detectron2's resize rule."
-    scale = short_side / min(size)
-    if max(size) * scale > long_side:
-        scale = long_side / max(size)
-    h, w = (int(side * scale + 0.5) for side in size)
-    return h, w
-
-
 REMOVED = str.maketrans("-/", "  ", ".,'!?\"()*#:;")
 
 

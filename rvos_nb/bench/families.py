@@ -150,8 +150,8 @@ def naive_answer(
     uninext.embed_objects(model, out)
     logits = model.draw(out, out.hs[-1], model.entered(out), seen)[0]
     score, query = model.score(out)[0].max(0)
-    probability = uninext.probability_map(logits[query, None], seen.size)
-    return probability[0], score, out.references[-1][0, query]
+    mask = uninext.enlarge_masks(logits[query, None, None], seen.size)[0, 0]
+    return mask.sigmoid(), score, out.references[-1][0, query]
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ __all__ = ['UNREADABLE', 'PICTURE_SUFFIXES', 'EXPECTED', 'ORIENTATION', 'open_pi
 # %% ../../nbs/01_data.pictures.ipynb #6392ac32
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps

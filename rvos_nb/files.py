@@ -10,6 +10,7 @@ __all__ = ['named_errors', 'make_folder', 'replace_file', 'replace_folder', 'swe
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,11 +118,23 @@ def replace_folder(
                 shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/00a_files.ipynb #311949be
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{1,8}-")  # how `_temporary_path` begins a name
+
+
+def _holds_results(folder: Path) -> bool:
+    "Whether a stage keeps account of this folder, or is at work in it."
+    return (folder / "run.json").exists() or (folder / ".lock").exists()
+
+
 def sweep_temporary(
     folder,  # a results folder that no other process is writing
 ) -> list[Path]:  # what was removed
-    "Remove the temporary leftovers of a killed process below `folder`."
-    leftovers = list(Path(folder).rglob(_PREFIX + "*"))
+    "Remove our temporary leftovers below `folder`; other results folders in it see to their own."
+    leftovers = []
+    for place, folders, names in os.walk(folder):
+        own = [name for name in (*folders, *names) if _TEMPORARY.match(name)]
+        leftovers += [Path(place, name) for name in own]
+        folders[:] = [n for n in folders if n not in own and not _holds_results(Path(place, n))]
     for p in leftovers:
         if p.is_dir() and not p.is_symlink():
             shutil.rmtree(p, ignore_errors=True)

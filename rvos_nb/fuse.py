@@ -24,11 +24,19 @@ from .data.datasets import open_dataset
 from .data.index import Dataset, frame_size
 from .data.masks import encode_mask, read_mask
 from .data.video import Expression
-from .files import find_files, replace_folder
+from .files import replace_folder
 from .keyframe import as_json, key_frame, key_frame_nonempty
 from .members import Member, member_name, open_member
 from .options import option, read_options
-from .stage import Execution, Report, StageWork, name_inputs, run_stage, write_with_record
+from rvos_nb.stage import (
+    Execution,
+    Report,
+    Sources,
+    StageWork,
+    name_inputs,
+    run_stage,
+    write_with_record,
+)
 
 # %% ../nbs/06_fuse.ipynb #47d64798
 def _same(shape: tuple, first: tuple | None, i: int):
@@ -442,10 +450,16 @@ class FuseWork(StageWork):
 
     stage = "fuse"
 
-    def stands(self, unit: str) -> bool:
-        frames, folder = len(self.data.videos[unit].frames), self.out / "Annotations" / unit
+    def results(self, unit: str) -> list[Path]:
+        names, folder = self.data.videos[unit].frames, self.out / "Annotations" / unit
         ids = [e.id for e in self.data.expressions[unit]]
-        return all(len(find_files(folder / i, (".png",))) == frames for i in ids)
+        return [folder / i / f"{name}.png" for i in ids for name in names]
+
+    def sources(self, unit: str) -> Sources:
+        frames, asked = self.data.videos[unit].frames, self.data.expressions[unit]
+        sentences = [[e.id, e.text, e.object_id] for e in asked]
+        files = [f for m in self.members for e in asked for f in m.paths(unit, e.id, frames)]
+        return Sources([sentences, frames], list(dict.fromkeys(files)))
 
     def do(self, unit: str, prepared=None):
         opinions = _VideoOpinions(

@@ -32,7 +32,7 @@ from .keyframe import as_json, from_json, key_frame
 from .options import read_options
 from .predictions import Predictions, guess_kind
 from .results import open_results
-from .stage import Execution, Report, StageWork, name_inputs, run_stage
+from .stage import Execution, Report, Sources, StageWork, name_inputs, run_stage
 
 # %% ../nbs/05h_members.ipynb #809f7012
 HALF = np.float32(1.5 * 2**-24)  # the largest logit whose float32 sigmoid is not above one half
@@ -130,6 +130,9 @@ class MaskSource:
     def has(self, video: str, expression: str) -> bool:
         return bool(self.results.names(f"{video}/{expression}"))
 
+    def paths(self, video: str, expression: str, frames: Sequence[str]) -> list[Path]:
+        return self.results.paths(f"{video}/{expression}/{name}.png" for name in frames)
+
     def scores(self, video: str, expression: str, frames) -> None:
         return None
 
@@ -184,6 +187,9 @@ class CandidateSource:
 
     def has(self, video: str, expression: str) -> bool:
         return self.path(video, expression).exists()
+
+    def paths(self, video: str, expression: str, frames: Sequence[str]) -> list[Path]:
+        return [self.path(video, expression)]
 
     def expressions(self) -> dict[str, list[str]]:
         return {
@@ -273,6 +279,9 @@ class PublishedSource:
     def has(self, video: str, expression: str) -> bool:
         return video in self.owner and expression in self.owner[video].entries[video]
 
+    def paths(self, video: str, expression: str, frames: Sequence[str]) -> list[Path]:
+        return [self.owner[video].path] if video in self.owner else []
+
     def expressions(self) -> dict[str, list[str]]:
         return {v: list(f.entries[v]) for v, f in self.owner.items()}
 
@@ -323,6 +332,11 @@ class MemberSources:
         for source in (self.hard, self.soft):
             if source:
                 source.close()
+
+    def paths(self, video: str, expression: str, frames: Sequence[str]) -> list[Path]:
+        "The files that tell of one expression."
+        sources = [source for source in (self.hard, self.soft) if source]
+        return [f for source in sources for f in source.paths(video, expression, frames)]
 
     def note(self, key: str, text: str):
         "Remember what was assumed, and log it the first time."
@@ -450,10 +464,23 @@ class ConvertWork(StageWork):
 
     stage = "convert"
 
-    def stands(self, unit: str) -> bool:
-        file, folder = self.member.soft.owner[unit], self.out / "Annotations" / unit
-        frames = {e: file.place(unit, e).shape[0] for e in file.entries[unit]}
-        return all(len(find_files(folder / e, (".png",))) == n for e, n in frames.items())
+    def frame_names(self, unit: str, expression: str) -> list[str]:
+        "Names of its masks: those of the data set, or positions."
+        if self.names and unit in self.names:
+            return list(self.names[unit])
+        count = self.member.soft.owner[unit].place(unit, expression).shape[0]
+        return [f"{t:05d}" for t in range(count)]
+
+    def results(self, unit: str) -> list[Path]:
+        masks, candidates = self.out / "Annotations" / unit, self.out / "candidates" / unit
+        entries = self.member.soft.owner[unit].entries[unit]
+        names = [(e, name) for e in entries for name in self.frame_names(unit, e)]
+        files = [masks / e / f"{name}.png" for e, name in names]
+        return files + [candidates / f"{e}.safetensors" for e in entries]
+
+    def sources(self, unit: str) -> Sources:
+        names = list((self.names or {}).get(unit, ()))
+        return Sources(names, [self.member.soft.owner[unit].path])
 
     def do(self, unit: str, prepared=None):
         file = self.member.soft.owner[unit]
@@ -476,7 +503,7 @@ class ConvertWork(StageWork):
         "Write masks and candidates of one expression."
         file, kind = self.member.soft.owner[unit], self.member.soft.kind
         count, h, w = file.place(unit, expression).shape
-        frames = list(self.names[unit]) if self.names else [f"{t:05d}" for t in range(count)]
+        frames = self.frame_names(unit, expression)
         _check_shape(f"{file.path}, {unit}/{expression}", count, frames, None, ())
         scores = file.scores(unit, expression)
         if scores is None:

@@ -23,8 +23,8 @@ from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
-from .data.video import Video, frame_rate, frame_times, read_video, write_video
-from .files import find_files, replace_folder
+from .data.video import Video, frame_files, frame_rate, frame_times, read_video, write_video
+from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .options import option, read_options
@@ -32,6 +32,7 @@ from rvos_nb.stage import (
     Execution,
     ModelPlace,
     Report,
+    Sources,
     StageWork,
     locked,
     model_name,
@@ -248,13 +249,17 @@ class PredictWork(StageWork):
 
     stage = "predict"
 
-    def stands(self, unit: str) -> bool:
-        folder = self.out / "Annotations" / unit
-        frames = len(self.data.videos[unit].frames)
-        folders = [folder / e.id for e in self.data.expressions[unit]]
-        return folder.is_dir() and all(
-            f.is_dir() and len(find_files(f, (".png",))) == frames for f in folders
-        )
+    def results(self, unit: str) -> list[Path]:
+        masks, candidates = self.out / "Annotations" / unit, self.out / "candidates" / unit
+        ids = [e.id for e in self.data.expressions[unit]]
+        names = self.data.videos[unit].frames
+        files = [masks / i / f"{name}.png" for i in ids for name in names]
+        return files + [candidates / f"{i}.safetensors" for i in ids]
+
+    def sources(self, unit: str) -> Sources:
+        video = self.data.videos[unit]
+        sentences = [[e.id, e.text] for e in self.data.expressions[unit]]
+        return Sources([sentences, video.frames], frame_files(video))
 
     def prepare(self, unit: str) -> Iterator[np.ndarray]:
         video = self.data.videos[check_id(unit, self.data.root)]

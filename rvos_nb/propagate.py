@@ -21,7 +21,7 @@ from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
-from .data.video import Video, read_video
+from .data.video import Video, frame_files, read_video
 from .files import read_json, replace_folder
 from .keyframe import choose_key_frame, from_json
 from .options import option, read_options
@@ -31,6 +31,7 @@ from rvos_nb.stage import (
     Execution,
     ModelPlace,
     Report,
+    Sources,
     StageWork,
     model_name,
     name_inputs,
@@ -181,10 +182,20 @@ class PropagateWork(StageWork):
 
     stage = "propagate"
 
-    def stands(self, unit: str) -> bool:
-        folder = self.out / "Annotations" / unit
+    def results(self, unit: str) -> list[Path]:
         frames = self.data.videos[unit.split("/")[0]].frames
-        return folder.is_dir() and all((folder / f"{f}.png").is_file() for f in frames)
+        return [self.out / "Annotations" / unit / f"{name}.png" for name in frames]
+
+    def sources(self, unit: str) -> Sources:
+        "Frames, and the key mask; an empty one sends to the candidates."
+        v, e = unit.split("/", 1)
+        video, k = self.data.videos[v], self.keys.get(v, {}).get(e, -1)
+        files = frame_files(video)
+        if 0 <= k < len(video.frames):
+            files.append(self.pred / "Annotations" / unit / f"{video.frames[k]}.png")
+        if self.options.empty != "copy":
+            files.append(self.pred / "candidates" / f"{unit}.safetensors")
+        return Sources([k, video.frames], files)
 
     def batches(self, units: list[str]) -> list[list[str]]:
         forks = self.propagator.fork() is not None

@@ -29,6 +29,7 @@ from rvos_nb.stage import (
     Execution,
     ModelPlace,
     Report,
+    Sources,
     StageWork,
     locked,
     model_name,
@@ -318,10 +319,16 @@ class PropagateVosWork(StageWork):
 
     stage = "propagate-vos"
 
-    def stands(self, unit: str) -> bool:
-        folder = self.out / "Annotations" / unit
+    def results(self, unit: str) -> list[Path]:
         names = find_files(self.videos[unit].pictures, PICTURE_SUFFIXES)
-        return folder.is_dir() and names.keys() <= find_files(folder, (".png",)).keys()
+        return [self.out / "Annotations" / unit / f"{name}.png" for name in names]
+
+    def sources(self, unit: str) -> Sources:
+        video = self.videos[unit]
+        pictures = find_files(video.pictures, PICTURE_SUFFIXES)
+        given = [video.folder / f"{name}.png" for name in video.frames]
+        first = sorted(video.first.items())
+        return Sources([first, sorted(pictures), video.frames], [*pictures.values(), *given])
 
     def do(self, unit: str, prepared=None):
         clip, given = read_given_masks(self.videos[unit], self.kind)

@@ -322,6 +322,10 @@ class Results:
             return {name for name in names if not name.startswith(".")}
         return list_names(self.where / inside)
 
+    def paths(self, files: Iterable[str]) -> list[Path]:
+        "Where these files lie on disk: each by itself, or all in the zip."
+        return [self.where] if self.box else [self.where / (self.root + file) for file in files]
+
     def name(self, file: str) -> str:
         "How messages call a file."
         return (

@@ -18,7 +18,7 @@ import numpy as np
 from .core import Problem, assume, check_id, choose_device
 from .data.index import Dataset
 from .data.masks import rle_encode
-from .data.video import Expression, read_video
+from .data.video import Expression, frame_files, read_video
 from .evaluate import limit_lines
 from .files import read_json, write_json
 from rvos_nb.metrics import (
@@ -33,14 +33,7 @@ from .models.referring import Referring
 from .options import read_options
 from .predict import AskOptions, check_counts, keep_readable, load_referring, read_ahead
 from .results import check_code
-from rvos_nb.stage import (
-    Execution,
-    ModelPlace,
-    Report,
-    StageWork,
-    model_name,
-    run_stage,
-)
+from .stage import Execution, ModelPlace, Report, Sources, StageWork, model_name, run_stage
 
 # %% ../nbs/07c_single_frames.ipynb #a3b281cf
 def frame_window(
@@ -145,8 +138,13 @@ class PredictFramesWork(StageWork):
     def path(self, unit: str) -> Path:
         return self.out / "results" / f"{unit}.json"
 
-    def stands(self, unit: str) -> bool:
-        return self.path(unit).exists()
+    def results(self, unit: str) -> list[Path]:
+        return [self.path(unit)]
+
+    def sources(self, unit: str) -> Sources:
+        video = self.data.videos[unit]
+        sentences = [[e.id, e.text, e.frame] for e in self.data.expressions[unit]]
+        return Sources([sentences, video.frames], frame_files(video))
 
     def prepare(self, unit: str):
         return read_ahead(read_windows(self.data, unit, self.length))
@@ -163,10 +161,10 @@ class PredictFramesWork(StageWork):
         "Write the results of all samples of a video."
         pairs = [(e, answer, i) for es, answer in answers for i, e in enumerate(es)]
         with ThreadPoolExecutor(4) as pool:
-            results = [r for rs in pool.map(self.results, pairs) for r in rs]
+            results = [r for rs in pool.map(self.sample_results, pairs) for r in rs]
         write_json(self.path(unit), results, indent=None)
 
-    def results(self, pair: tuple) -> list[dict]:
+    def sample_results(self, pair: tuple) -> list[dict]:
         "The results of one sample, the `i`-th sentence of an answer."
         e, answer, i = pair
         logits, threshold = answer.logits[i].numpy(), self.options.threshold

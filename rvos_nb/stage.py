@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['StageFailed', 'BatchFailed', 'Report', 'locked', 'digest_file', 'fingerprint', 'name_inputs', 'write_with_record',
-           'fingerprints', 'clear', 'StageWork', 'Execution', 'ModelPlace', 'model_name', 'run_stage']
+           'fingerprints', 'clear', 'Sources', 'SourceLog', 'StageWork', 'Execution', 'ModelPlace', 'model_name',
+           'run_stage']
 
 # %% ../nbs/00e_stage.ipynb #6e5c3caf
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -23,7 +25,7 @@ from filelock import FileLock, Timeout
 from .core import Problem, find_shipped, natural_key, progress, read_versions, resolve
 from .files import make_folder, named_errors, read_json, sweep_temporary, write_json
 from .options import option
-from .units import map_units
+from .units import check_executor, map_units
 
 # %% ../nbs/00e_stage.ipynb #713ab131
 class StageFailed(RuntimeError):
@@ -49,11 +51,14 @@ class Report:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    again: list[str] = field(default_factory=list)  # stood, but made from what has changed
 
     def table(self) -> str:
         "A summary line and one line for each failure."
         there = f"{len(self.done)} done, {len(self.skipped)} already there"
         head = f"{self.stage}: {there}, {len(self.failed)} failed"
+        if self.again:
+            head += f"; {len(self.again)} made again, as what they were made from has changed"
         return "\n".join([head, *(f"  {u}: {why}" for u, why in self.failed.items())])
 
     def check(self):
@@ -253,7 +258,72 @@ def _refuse_other(
         "choose another output folder, or force to replace what is there",
     )
 
+# %% ../nbs/00e_stage.ipynb #a039129f
+@dataclass(frozen=True)
+class Sources:
+    "What a unit is made from, beside the parameters of its stage."
+
+    facts: object  # JSON-able: sentences, names of frames in their order
+    files: Sequence[Path] = ()  # frames, a film, masks of another run
+
+    def digest(self) -> list[str]:
+        "Of the facts, and of what the files hold."
+        held = [digest_file(p) if Path(p).is_file() else None for p in self.files]
+        return [_digest(self.facts), _digest(held)]
+
+    def changed_since(self, moment: float) -> bool:
+        "Whether a file is younger than this, or is not there."
+        return any(_last_change(path) >= moment for path in self.files)
+
+
+def _last_change(path: Path) -> float:
+    "When a file got its bytes or its place; never, where there is none."
+    with suppress(OSError):
+        found = os.stat(path)
+        return max(found.st_mtime, found.st_ctime)
+    return math.inf
+
+
+class SourceLog:
+    "The digests of what the units of a results folder were made from."
+
+    def __init__(self, out: Path, record: Mapping = {}):  # the `run.json` that stands
+        self.path, self.known = Path(out) / ".sources", dict(record.get("sources", {}))
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        for line in lines:
+            with suppress(ValueError):  # a line that a killed run did not finish
+                unit, digest = json.loads(line)
+                self.known[unit] = digest
+
+    def add(self, unit: str, sources: Sources):
+        "Remember what a unit was made from just now."
+        self.known[unit] = sources.digest()
+        with open(self.path, "a") as f:
+            f.write(json.dumps([unit, self.known[unit]]) + "\n")
+
+    def matches(self, unit: str, sources: Sources, results: Sequence[Path]) -> bool:
+        "Whether results were made from this; where nothing is known, they count as such."
+        known = self.known.get(unit)
+        if known is None:
+            self.add(unit, sources)
+            return True
+        if known[0] != _digest(sources.facts):
+            return False
+        made = min((os.stat(p).st_mtime for p in results), default=-math.inf)
+        return not sources.changed_since(made) or known == sources.digest()
+
+    def close(self):
+        "Remove the file that is kept while a stage works: `run.json` has it all."
+        self.path.unlink(missing_ok=True)
+
 # %% ../nbs/00e_stage.ipynb #20be0a4c
+def _is_whole(path: Path) -> bool:
+    "Whether there is a file with something in it."
+    with suppress(OSError):
+        return os.stat(path).st_size > 0
+    return False
+
+
 @dataclass
 class StageWork(ABC):
     "What one stage does to its units. Made by the stage's own function; given to `run_stage`."
@@ -267,9 +337,17 @@ class StageWork(ABC):
 
     stage = ""  # its name
 
-    @abstractmethod
+    def results(self, unit: str) -> Sequence[Path]:
+        "The files of the unit's result."
+        return ()
+
     def stands(self, unit: str) -> bool:
         "Whether the unit's result is there, whole."
+        return all(_is_whole(path) for path in self.results(unit))
+
+    def sources(self, unit: str) -> Sources | None:
+        "What the unit is made from; None where only the stage as a whole tells."
+        return None
 
     def prepare(self, unit: str):
         "What `do` is given beside the unit; made in a thread while another unit is worked on."
@@ -316,7 +394,7 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, Problem) else f"{type(error).__name__}: {text}"
 
 
-def _record(work: StageWork, params: dict, made: tuple[dict, dict], report: Report):
+def _record(work: StageWork, params: dict, made: tuple, report: Report, log: SourceLog):
     "Write `run.json`; `made` holds what `fingerprints` returned."
     prints, trees = made
     state = dict.fromkeys(work.units, "to do")
@@ -331,22 +409,41 @@ def _record(work: StageWork, params: dict, made: tuple[dict, dict], report: Repo
         "units": {u: state[u] for u in sorted(state, key=natural_key)},
         "failures": dict(sorted(report.failed.items())),
     }
+    if log.known:
+        record["sources"] = {u: log.known[u] for u in sorted(log.known, key=natural_key)}
     write_json(Path(work.out) / "run.json", record)
 
 # %% ../nbs/00e_stage.ipynb #c323ab73
-def _work_through(work: StageWork, executor: str, report: Report):
+def _is_current(work: StageWork, unit: str, log: SourceLog) -> bool:
+    "Whether a unit that stands was made from what is there now."
+    sources = work.sources(unit)
+    return sources is None or log.matches(unit, sources, work.results(unit))
+
+
+def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog):
     "Do the units that do not stand, and enter each into the report."
     todo = []
     for unit in work.units:
-        if unit not in report.failed:
-            (report.skipped if work.stands(unit) else todo).append(unit)
+        if unit in report.failed:
+            continue
+        if not work.stands(unit):
+            todo.append(unit)
+        elif _is_current(work, unit, log):
+            report.skipped.append(unit)
+        else:
+            todo.append(unit)
+            report.again.append(unit)
     batches = work.batches(todo)
     results = map_units(work.do, batches, executor, work.prepare)
     for batch, error in progress(results, work.stage, len(batches)):
         for unit in [batch] if isinstance(batch, str) else batch:
             own = error.each.get(unit) if isinstance(error, BatchFailed) else error
+            if own is None and not all(map(_is_whole, work.results(unit))):
+                own = Problem(unit, "no result", "a result", "leave the folder alone while it runs")
             if own is None:
                 report.done.append(unit)
+                if sources := work.sources(unit):
+                    log.add(unit, sources)
             else:
                 report.failed[unit] = _reason(own)
 
@@ -360,12 +457,15 @@ def run_stage(
     out = Path(work.out)
     report = Report(work.stage, out, failed=dict(work.faults))
     params = json.loads(json.dumps(work.params))
+    check_executor(execution.executor)
     with locked(out):
         old = read_json(out / "run.json") if (out / "run.json").exists() else {}
         made = fingerprints(work.inputs, old)
         _refuse_other(out, work.stage, params, made[0], execution.force, old)
+        log = SourceLog(out, read_json(out / "run.json") if (out / "run.json").exists() else {})
         if not (out / "run.json").exists():
-            _record(work, params, made, report)
-        _work_through(work, execution.executor, report)
-        _record(work, params, made, report)
+            _record(work, params, made, report, log)
+        _work_through(work, execution.executor, report, log)
+        _record(work, params, made, report, log)
+        log.close()
     return report

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_STRETCHED', 'TICK', 'FILM_FORMATS', 'LONE_PICTURE_SUFFIXES', 'ONE_PACKET_A_FRAME', 'Video', 'Expression',
-           'frame_path', 'read_video', 'write_video', 'is_picture', 'FilmReading', 'FilmIndex', 'index_film',
-           'count_frames', 'open_clip', 'frame_rate', 'frame_times']
+           'frame_path', 'frame_files', 'read_video', 'write_video', 'is_picture', 'FilmReading', 'FilmIndex',
+           'index_film', 'count_frames', 'open_clip', 'frame_rate', 'frame_times']
 
 # %% ../../nbs/01b_data.video.ipynb #8eebb34e
 from collections import deque
@@ -60,6 +60,15 @@ def frame_path(
             return p
     usual = Path(video.folder) / (name + ".jpg")
     return find_files(video.folder, PICTURE_SUFFIXES).get(name, usual)
+
+
+def frame_files(
+    video: Video,
+) -> list[Path]:  # in order; one for a film
+    "The files that a video's frames are read from."
+    if Path(video.folder).is_file():
+        return [Path(video.folder)]
+    return [frame_path(video, name) for name in video.frames]
 
 # %% ../../nbs/01b_data.video.ipynb #d913f393
 def _decode_ahead(paths: Iterable[Path], ahead: int) -> Iterator[tuple[Path, np.ndarray]]:

@@ -177,7 +177,8 @@ def choose_device(device: str = "") -> str:  # '' picks CUDA where it is availab
     if not device:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as e:
         raise Problem(
             "device",

@@ -25,7 +25,7 @@ _PREFIX = ".tmp-"
 
 
 def _temporary_path(path: Path) -> Path:
-    return path.with_name(f"{_PREFIX}{uuid4().hex[:8]}-{path.name}")
+    return path.with_name(f"{_PREFIX}f{uuid4().hex[:7]}-{path.name}")
 
 
 def _flush(path: Path):
@@ -118,7 +118,7 @@ def replace_folder(
                 shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/00a_files.ipynb #311949be
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{1,8}-")  # how `_temporary_path` begins a name
+_TEMPORARY = re.compile(r"\.tmp-(?!\d{6,})[0-9a-f]{1,8}-")  # of `_temporary_path`; not a date
 
 
 def _holds_results(folder: Path) -> bool:

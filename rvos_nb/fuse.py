@@ -457,9 +457,10 @@ class FuseWork(StageWork):
 
     def sources(self, unit: str) -> Sources:
         frames, asked = self.data.videos[unit].frames, self.data.expressions[unit]
-        sentences = [[e.id, e.text, e.object_id] for e in asked]
+        sentences = [[e.id, e.object_id] for e in asked]
+        unusable = sorted(f for f in self.data.faults if f.startswith(f"{unit}/"))
         files = [f for m in self.members for e in asked for f in m.paths(unit, e.id, frames)]
-        return Sources([sentences, frames], list(dict.fromkeys(files)))
+        return Sources([sentences, frames, unusable], list(dict.fromkeys(files)))
 
     def do(self, unit: str, prepared=None):
         opinions = _VideoOpinions(

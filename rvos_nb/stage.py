@@ -267,9 +267,14 @@ class Sources:
     files: Sequence[Path] = ()  # frames, a film, masks of another run
 
     def digest(self) -> list[str]:
-        "Of the facts, and of what the files hold."
+        "Of facts and sizes of files, and of what the files hold."
         held = [digest_file(p) if Path(p).is_file() else None for p in self.files]
-        return [_digest(self.facts), _digest(held)]
+        return [self.look(), _digest(held)]
+
+    def look(self) -> str:
+        "A digest of what is known without reading: facts, and how large the files are."
+        sizes = [os.path.getsize(p) if Path(p).is_file() else None for p in self.files]
+        return _digest(self.facts, sizes)
 
     def changed_since(self, moment: float) -> bool:
         "Whether a file is younger than this, or is not there."
@@ -307,7 +312,7 @@ class SourceLog:
         if known is None:
             self.add(unit, sources)
             return True
-        if known[0] != _digest(sources.facts):
+        if known[0] != sources.look():
             return False
         made = min((os.stat(p).st_mtime for p in results), default=-math.inf)
         return not sources.changed_since(made) or known == sources.digest()
@@ -438,14 +443,21 @@ def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog
     for batch, error in progress(results, work.stage, len(batches)):
         for unit in [batch] if isinstance(batch, str) else batch:
             own = error.each.get(unit) if isinstance(error, BatchFailed) else error
-            if own is None and not all(map(_is_whole, work.results(unit))):
-                own = Problem(unit, "no result", "a result", "leave the folder alone while it runs")
             if own is None:
                 report.done.append(unit)
                 if sources := work.sources(unit):
                     log.add(unit, sources)
             else:
                 report.failed[unit] = _reason(own)
+
+
+def _look_again(work: StageWork, report: Report):
+    "Fail the units whose results have gone since: somebody was in the folder."
+    for name in ("done", "skipped"):
+        gone = [u for u in getattr(report, name) if not all(map(_is_whole, work.results(u)))]
+        lost = Problem(work.out, "no result", "one", "leave the folder alone while a stage runs")
+        report.failed |= dict.fromkeys(gone, str(lost))
+        setattr(report, name, [u for u in getattr(report, name) if u not in gone])
 
 
 def run_stage(
@@ -466,6 +478,7 @@ def run_stage(
         if not (out / "run.json").exists():
             _record(work, params, made, report, log)
         _work_through(work, execution.executor, report, log)
+        _look_again(work, report)
         _record(work, params, made, report, log)
         log.close()
     return report

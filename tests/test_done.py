@@ -168,7 +168,7 @@ def test_an_output_folder_that_is_removed_under_way_is_named(root, monkeypatch):
 
 
 def test_only_our_own_leftovers_are_swept(tmp_path):
-    mine, ours = tmp_path / ".tmp-notes.txt", tmp_path / "a/.tmp-0123abcd-0.png"
+    mine, ours = tmp_path / ".tmp-20240101-notes.txt", tmp_path / "a/.tmp-0123abcd-0.png"
     nested = tmp_path / "run/.tmp-0123abcd-0.png"
     for path in (mine, ours, nested):
         path.parent.mkdir(exist_ok=True)

@@ -12,14 +12,15 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from ..core import Problem, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..models.family import available_families, find_family
-from ..schema import name_nearest, read_yaml
+from ..schema import check_schema, name_nearest, read_yaml
 
 # %% ../../nbs/04d_train.recipe.ipynb #1946493e
 def check_number(
@@ -172,11 +173,15 @@ def build_checked(
             "correct the recipe",
         )
     try:
-        return cls(**values)
+        built = cls(**values)
     except TypeError as e:
         raise Problem(
             where, str(e).split(") ")[-1], "all settings of the right type", "correct the recipe"
         ) from None
+    for name, form in get_type_hints(cls).items():
+        if not is_dataclass(form):
+            check_schema(form, getattr(built, name), f"{where}, {name}", "correct the recipe")
+    return built
 
 # %% ../../nbs/04d_train.recipe.ipynb #8d090714
 def rescale(

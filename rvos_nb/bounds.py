@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'PIECE', 'PNG_CHANNELS', 'ADAM7', 'MOST_STEPS', 'INSTRUCTIONS', 'LONGEST_KEY', 'CONTAINERS',
-           'DEEPEST_NESTING', 'MOST_STRUCTURE', 'MOST_DIRECTORY', 'MOST_ARRAY', 'MOST_PIECES', 'H5_FILTERS', 'PACKED',
-           'MAT_NUMBERS', 'count_unpacked', 'count_png_bytes', 'has_all_rows', 'Budget', 'Maker', 'StandIn',
+           'DEEPEST_NESTING', 'MAGIC', 'MOST_STRUCTURE', 'MOST_DIRECTORY', 'MOST_ARRAY', 'MOST_PIECES', 'H5_FILTERS',
+           'PACKED', 'MAT_NUMBERS', 'count_unpacked', 'count_png_bytes', 'has_all_rows', 'Budget', 'Maker', 'StandIn',
            'BoundedFile', 'check_key', 'BoundedUnpickler', 'list_containers', 'check_nesting', 'read_bounded',
            'check_directory', 'find_torch_members', 'check_array', 'check_h5_pieces', 'read_h5_array',
            'check_mat_elements', 'read_mat_array', 'keep_offline']
@@ -306,6 +306,7 @@ def read_bounded(unpickler: BoundedUnpickler):
     return value
 
 # %% ../nbs/00f_bounds.ipynb #fde6a3c8
+MAGIC = 0x1950A86A20F9469CFC6C  # begins the stream of torch.save before 1.6
 MOST_STRUCTURE = 1 << 26  # bytes of a pickle that only says where numbers lie
 MOST_DIRECTORY = 1 << 26  # bytes of the list of members
 

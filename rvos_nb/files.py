@@ -182,6 +182,13 @@ def read_json(
     raise Problem(path, found, "a JSON file", remedy)
 
 # %% ../nbs/00a_files.ipynb #aa0c7d0e
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links that name each other
+        return False
+
+
 def find_files(
     folder,  # need not exist
     suffixes: Sequence[str],  # in lower case, such as ('.jpg', '.png')
@@ -190,7 +197,7 @@ def find_files(
     whose suffix is listed first. Empty where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_file()]
+            names = [entry.name for entry in entries if _is_file(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return {}
     rank = {suffix: i for i, suffix in enumerate(suffixes)}

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from .bounds import check_directory
 from .core import Problem, assume, natural_key, resolve
 from rvos_nb.data.masks import (
     CUT,
@@ -375,6 +376,8 @@ def open_results(
             "run the stage that makes it first",
         )
     try:
+        with open(path, "rb") as f:
+            check_directory(f)
         box = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as e:
         raise Problem(

@@ -93,7 +93,8 @@ def locked(
                 "wait for it, end it, or choose another output folder",
             ) from None
     try:
-        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        with named_errors(owner):
+            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
         sweep_temporary(folder)
         yield
     finally:

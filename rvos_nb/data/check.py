@@ -16,11 +16,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..bounds import UNREADABLE
 from ..core import Problem, progress
 from .datasets import LAYOUT_OPENERS, open_dataset, recognise_layout
 from .index import Dataset, frame_size
-from .masks import read_labels
-from .pictures import PICTURE_SUFFIXES, UNREADABLE, read_frame, upright_size
+from .masks import LOSSY, read_labels
+from rvos_nb.data.pictures import (
+    PICTURE_FORMATS,
+    PICTURE_SUFFIXES,
+    open_picture,
+    read_frame,
+    read_picture_size,
+)
 from .video import Expression, Video, frame_path
 from .videos import has_four_sentences_each, index_annotations
 from ..files import find_files
@@ -125,10 +132,13 @@ def open_frame(video: Video, name: str):
     first."""
     path, expected = frame_path(video, name), frame_size(video)
     try:
-        with Image.open(path) as im:
-            size = upright_size(im)
-            im.draft("L", (im.width // 8, im.height // 8))
-            im.load()
+        size = read_picture_size(path)
+        with Image.open(path, formats=PICTURE_FORMATS) as im:
+            if im.format in LOSSY:
+                im.draft("L", (im.width // 8, im.height // 8))
+                im.load()
+            else:
+                open_picture(path)
     except UNREADABLE:
         size = read_frame(path).shape[:2]  # says what is wrong
     if size != expected:

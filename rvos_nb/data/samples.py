@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bounds import read_h5_array, read_mat_array
 from ..core import Problem, abbreviate, check_id
 from .index import Dataset, check_sentence, parse_whole_number, read_code, require
 from .video import Expression, Video, open_clip
@@ -206,8 +207,8 @@ def _read_h5_file(path: Path, stamp) -> tuple[list[int], np.ndarray]:
 
     try:
         with h5py.File(path) as f:
-            instances = np.ravel(f["instance"]).astype(int).tolist()
-            masks = np.asarray(f["reMask"])  # (n, W, H), or (W, H)
+            instances = np.ravel(read_h5_array(f, "instance")).astype(int).tolist()
+            masks = read_h5_array(f, "reMask")  # (n, W, H), or (W, H)
         masks = masks.reshape(len(instances), *masks.shape[-2:])
         return instances, masks.swapaxes(1, 2) != 0
     except Exception as e:
@@ -221,10 +222,8 @@ def _read_h5_file(path: Path, stamp) -> tuple[list[int], np.ndarray]:
 
 @lru_cache(maxsize=2)
 def _read_mat_file(path: Path, stamp) -> np.ndarray:  # (H, W, T) bool
-    from scipy.io import loadmat
-
     try:
-        masks = np.asarray(loadmat(path)["part_mask"])
+        masks = read_mat_array(path, "part_mask")
         if masks.ndim < 2 or masks.dtype.kind not in "buif":
             raise ValueError(f"part_mask is {masks.dtype} of shape {masks.shape}")
         return masks.reshape(*masks.shape[:2], -1) != 0  # Matlab drops a last axis of one

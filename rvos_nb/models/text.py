@@ -30,6 +30,7 @@ from transformers import (
     RobertaTokenizerFast,
 )
 
+from ..bounds import keep_offline
 from ..core import Problem
 from ..files import read_json
 from .backbones import count_modules, sine_features
@@ -211,7 +212,8 @@ def load_tokenizer(
             kind = {"BPE": RobertaTokenizerFast, "WordPiece": BertTokenizerFast}.get(
                 made, PreTrainedTokenizerFast
             )
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+        with keep_offline():
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:
         raise Problem(
             folder,
@@ -546,7 +548,7 @@ def load_encoder_weights(
     """An encoder with all its weights from `folder`; raises `Problem` for missing, damaged or
     ill-fitting ones."""
     try:
-        with silence_transformers():
+        with silence_transformers(), keep_offline():
             config = family.config_class.from_pretrained(
                 str(folder), local_files_only=True, attn_implementation="sdpa"
             )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bounds import keep_offline
 from ..core import Problem
 from ..files import read_json
 from ..models.family import Family, register, shipped_facts
@@ -104,8 +105,9 @@ def load_sam(
     model_class, processor_class = (getattr(transformers, c) for c in SAM_CLASSES[kind])
     where = {"local_files_only": not online}
     try:
-        processor = processor_class.from_pretrained(str(name), **where)
-        model, info = model_class.from_pretrained(str(name), output_loading_info=True, **where)
+        with keep_offline(online):
+            processor = processor_class.from_pretrained(str(name), **where)
+            model, info = model_class.from_pretrained(str(name), output_loading_info=True, **where)
     except (OSError, ValueError, RuntimeError) as e:
         raise explain_missing(name, e) from e
     if lost := sorted(info["missing_keys"]):

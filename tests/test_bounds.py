@@ -436,10 +436,12 @@ def test_links_that_go_round(tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
+    def full(name):
+        return pytest.raises(Problem, match=rf"{name}: found no space left on the device")
+
     (tmp_path / ".owner").symlink_to("/dev/full")
-    with pytest.raises(Problem, match=r"\.owner: found no space left on the device"):
-        with locked(tmp_path):
-            raise AssertionError("locked")
+    with full(".owner"), locked(tmp_path):
+        raise AssertionError("locked")
     with locked(tmp_path):
         assert (tmp_path / ".owner").read_text().startswith("pid ")
 
@@ -447,9 +449,8 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("rvos_nb.stage.FileLock.acquire", acquire)
-    with pytest.raises(Problem, match=r"\.lock: found no space left on the device"):
-        with locked(tmp_path / "other"):
-            raise AssertionError("locked")
+    with full(".lock"), locked(tmp_path / "other"):
+        raise AssertionError("locked")
 
 
 COUNT_SOCKETS = """

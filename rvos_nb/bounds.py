@@ -193,7 +193,7 @@ def check_key(key):
     if not flat or (isinstance(key, int) and abs(key) >> 60):
         raise pickle.UnpicklingError("a key that is no name or number")
 
-
+# %% ../nbs/00f_bounds.ipynb #8e35239d
 CONTAINERS = (dict, list, tuple, set)
 
 

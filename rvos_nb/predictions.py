@@ -59,7 +59,7 @@ NUMBER_CODES = {
     "IntStorage": "i4",
 }  # numbers as NumPy codes
 
-
+# %% ../nbs/05g_predictions.ipynb #4b498954
 def _rebuilt(storage, offset, shape, strides, *_):
     if not isinstance(storage, Storage):
         raise pickle.UnpicklingError("a tensor without a storage")

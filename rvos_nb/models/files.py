@@ -110,11 +110,6 @@ def name_foreign_file(
     return f"a text that begins with {head[:20].decode('utf-8', 'replace').splitlines()[0]!r}"
 
 # %% ../../nbs/03a_models.files.ipynb #64e9abcf
-TENSORS = {("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2")}
-SMALL_TENSOR = 1 << 24  # numbers that one may stand for, as in an expanded scalar
-STREAM_PARTS = 5  # magic, version, system, contents, names of the storages
-
-
 def explain_refusal(path: Path, error: Exception) -> Problem:
     "What stopped the reading of a file, as a `Problem`."
     text = " ".join(str(error).split())
@@ -136,6 +131,11 @@ def explain_refusal(path: Path, error: Exception) -> Problem:
         "a checkpoint of tensors",
         "download it again from its authors' page",
     )
+
+# %% ../../nbs/03a_models.files.ipynb #e71b97fa
+TENSORS = {("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2")}
+SMALL_TENSOR = 1 << 24  # numbers that one may stand for, as in an expanded scalar
+STREAM_PARTS = 5  # magic, version, system, contents, names of the storages
 
 
 class _Structure(BoundedUnpickler):
@@ -182,7 +182,7 @@ def check_structure(path: Path):
             home, _ = find_torch_members(box)
             read_bounded(_Structure(io.BytesIO(box.read(home + "data.pkl")), size))
 
-
+# %% ../../nbs/03a_models.files.ipynb #76a019fb
 def read_pickle(path) -> object:
     """What a `.pth` file holds: tensors, containers, numbers, texts, options. Runs no code from it;
     raises `Problem`."""

@@ -121,8 +121,10 @@ class Budget(dict):
             raise pickle.UnpicklingError(f"more than {self.most} steps to build it")
 
     def __getitem__(self, code: int):
-        self.spend(1)
-        return super().__getitem__(code)
+        self.left -= 1
+        if self.left < 0:
+            self.spend(0)
+        return dict.__getitem__(self, code)
 
     def __missing__(self, code: int):
         raise pickle.UnpicklingError(f"the instruction {bytes([code])!r}")
@@ -169,8 +171,9 @@ class BoundedFile:
         file.seek(start)
 
     def read(self, size: int) -> bytes:
-        data = self.file.read(max(0, min(size, self.end - self.file.tell())))
-        return self._spend(data)
+        if size > PIECE:
+            size = max(0, min(size, self.end - self.file.tell()))
+        return self._spend(self.file.read(size))
 
     def readline(self) -> bytes:
         return self._spend(self.file.readline(PIECE))
@@ -187,6 +190,8 @@ LONGEST_KEY = 16  # items of a tuple
 
 def check_key(key):
     "Raise `UnpicklingError` for a key whose hash would go deep, or would be made to collide."
+    if isinstance(key, str):
+        return
     flat = not isinstance(key, (tuple, frozenset)) or (
         len(key) <= LONGEST_KEY and not any(isinstance(x, (tuple, frozenset)) for x in key)
     )

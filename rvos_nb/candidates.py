@@ -104,9 +104,11 @@ def check_shapes(
     "Problem unless every array has its axes, and a row for each frame."
     frames = info.get("frames")
     for name, array in arrays.items():
-        count = array.shape[0] if frames is None and array.ndim else len(frames or ())
-        if array.ndim != AXES[name] or len(array) != count:
-            found, expected = f"{name} of shape {array.shape}", f"{AXES[name]} axes, {count} frames"
+        expected, fits = f"{AXES[name]} axes", array.ndim == AXES[name]
+        if fits and frames is not None:
+            expected, fits = f"a row for each of {len(frames)} frames", len(array) == len(frames)
+        if not fits:
+            found = f"{name} of shape {array.shape}"
             raise Problem(where, found, expected, "remove it and run the predict stage again")
 
 # %% ../nbs/05a_candidates.ipynb #f895aea9

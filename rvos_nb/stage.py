@@ -283,7 +283,7 @@ class Sources:
 
 
 def _last_change(path: Path) -> float:
-    "When a file got its bytes or its place; never, where there is none."
+    "When a file got its bytes or its place; a missing one counts as changed right now."
     with suppress(OSError):
         found = os.stat(path)
         return max(found.st_mtime, found.st_ctime)

@@ -67,3 +67,19 @@ TREES = {
     "jhmdb-sentences": write_jhmdb,
     "refcoco": write_refcoco,
 }
+
+
+def record_validation(trainer, batch, monkeypatch):
+    "The queries (E, T) and masks (E, T, Q, h, w) that the validation of one batch scores."
+    from rvos_nb.train.refer import clip_scores
+
+    scored = []
+
+    def record(query, masks, batch):
+        scored.append((query, masks))
+        return clip_scores(query, masks, batch)
+
+    monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
+    trainer.validate([("easy", batch)])
+    (answer,) = scored
+    return answer

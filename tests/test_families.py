@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TREES, make, write_a2d
+from helpers import TREES, make, record_validation, write_a2d
 
 from rvos_nb.core import Problem
 from rvos_nb.data import scenes
@@ -30,7 +30,6 @@ from rvos_nb.predict import predict
 from rvos_nb.protocols import run_protocol
 from rvos_nb.train.loop import Trainer
 from rvos_nb.train.recipe import read_recipe
-from rvos_nb.train.refer import clip_scores
 from rvos_nb.verify.cases import compare, load_case, load_filled
 from rvos_nb.verify.mutr import build_mutr_case
 from rvos_nb.verify.referformer import pad_clips
@@ -205,15 +204,7 @@ def test_validation_scores_what_refer_answers(family, monkeypatch):
     recipe["stages"] = [{"steps": 1, "frames": 6, "clips": 1, "size": [64, 96]}]
     trainer = Trainer(read_recipe(recipe), "cpu")
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
-    scored = []
-
-    def record(query, masks, batch):
-        scored.append((query, masks))
-        return clip_scores(query, masks, batch)
-
-    monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
-    trainer.validate([("easy", batch)])
-    ((query, masks),) = scored
+    query, masks = record_validation(trainer, batch, monkeypatch)
     model = trainer.model.eval()
     found = model.refer(model.see(batch.frames[0], short_side=64), batch.texts)
     e, t = torch.arange(len(batch.texts))[:, None], torch.arange(6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make
+from helpers import make, record_validation
 from torch import nn
 from transformers import BertTokenizerFast
 
@@ -32,7 +32,6 @@ from rvos_nb.train.assignment import AssignmentCriterion, assign_queries
 from rvos_nb.train.loop import Trainer, train
 from rvos_nb.train.losses import box_corners
 from rvos_nb.train.recipe import read_recipe, trainable_families
-from rvos_nb.train.refer import clip_scores
 from rvos_nb.verify.cases import load_case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -243,15 +242,7 @@ def test_validation_scores_what_refer_answers(monkeypatch):
     trainer = build_trainer()
     make_answer(trainer.model)
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
-    scored = []
-
-    def record(query, masks, batch):
-        scored.append((query, masks))
-        return clip_scores(query, masks, batch)
-
-    monkeypatch.setattr("rvos_nb.train.refer.clip_scores", record)
-    trainer.validate([("easy", batch)])
-    ((query, masks),) = scored
+    query, masks = record_validation(trainer, batch, monkeypatch)
     model, t = trainer.model.eval(), torch.arange(3)
     assert any(len(set(row)) > 1 for row in query.tolist())  # not one query for a whole clip
     for e, (clip, text) in enumerate(zip(batch.clip, batch.texts)):

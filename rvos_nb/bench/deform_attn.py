@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PYRAMID', 'CALL_SHAPES', 'HEADS', 'DIM', 'POINTS', 'WAYS', 'ALLOWED_ERRORS', 'COPY_RATE', 'Inputs', 'make_inputs',
-           'forward_work', 'gradient_work', 'logit_work', 'use_threads', 'cpu_time', 'load_deform_work', 'cpu_memory',
+           'forward_work', 'gradient_work', 'logit_work', 'cpu_time', 'load_deform_work', 'cpu_memory',
            'move_off_centres', 'measure_errors', 'precision_figures', 'time_floor', 'gpu_time', 'replay_graph',
            'simple_deform_attn', 'list_gpu_ways', 'make_input_sets', 'time_way', 'gpu_shape_figures',
            'measure_copy_rate', 'gpu_kernel_figures', 'figures']
@@ -12,7 +12,6 @@ __all__ = ['PYRAMID', 'CALL_SHAPES', 'HEADS', 'DIM', 'POINTS', 'WAYS', 'ALLOWED_
 # %% ../../nbs/10e_bench.deform_attn.ipynb #06bb4097
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .referformer import naive_deform_attn
-from ..benchmarks import Figure, in_turn, peak_memory
+from ..benchmarks import Figure, in_turn, peak_memory, use_threads
 from ..models.deformable import cell_centres
 from ..ops import native
 from rvos_nb.ops.deform_attn import (
@@ -143,17 +142,6 @@ def logit_work(given: Inputs, inside: bool) -> Callable:
             )
 
     return work
-
-
-@contextmanager
-def use_threads(n: int):
-    "Two threads or another number for PyTorch, for a while."
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 # %% ../../nbs/10e_bench.deform_attn.ipynb #541fcb3e
 def cpu_time(

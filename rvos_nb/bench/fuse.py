@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_SIZE', 'CLIP_FRAMES', 'EXPRESSIONS', 'FORMS', 'member_logits', 'write_members', 'plain_votes',
-           'count_differences', 'time_here', 'time_apart', 'race_works', 'plain_work', 'fusion_work', 'round1_figures',
-           'fusion_memory', 'plain_trees', 'rewrite_with_pillow', 'round2_figures', 'store_forms', 'store_figures',
-           'exactness_figures', 'process_figures', 'figures']
+           'count_differences', 'time_here', 'time_apart', 'race_works', 'on_one_thread', 'plain_work', 'fusion_work',
+           'round1_figures', 'fusion_memory', 'plain_trees', 'rewrite_with_pillow', 'round2_figures', 'store_forms',
+           'store_figures', 'exactness_figures', 'process_figures', 'figures']
 
 # %% ../../nbs/10d_bench.fuse.ipynb #79609963
 import io
@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..benchmarks import Figure, peak_memory, seconds
+from ..benchmarks import Figure, peak_memory, seconds, use_threads
 from ..candidates import draw_masks, resize_logits, save_candidates
 from ..data.masks import encode_mask, read_mask, rle_decode, rle_encode, write_tree
 from ..files import read_json, replace_folder, write_json
@@ -210,32 +210,30 @@ def race_works(
     return spent
 
 
-def _one_thread():
-    import torch
+def on_one_thread(work: Callable) -> Callable:
+    "The same work, on one thread while it runs; libraries are loaded now, before memory counts."
+    with use_threads(1):
+        pass
 
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    def run():
+        with use_threads(1):
+            work()
+
+    return run
 
 
 def plain_work(root: Path, work: Callable) -> Callable:
     "The plain way into `root`/plain, anew each time."
-    _one_thread()
     shutil.rmtree(root / "plain", ignore_errors=True)
-    return partial(work, root, root / "plain")
+    return on_one_thread(partial(work, root, root / "plain"))
 
 
 def fusion_work(root: Path, members: list[str], name: str, **how) -> Callable:
     "Fusion of `root`/MEMBER, … into `root`/NAME, anew each time."
-    _one_thread()
     shutil.rmtree(root / name, ignore_errors=True)
-    return lambda: fuse(
-        root / "data",
-        [root / m for m in members],
-        root / name,
-        groups="pairs",
-        leftover="first",
-        **how,
-    ).check()
+    runs = [root / m for m in members]
+    options = {"groups": "pairs", "leftover": "first", **how}
+    return on_one_thread(lambda: fuse(root / "data", runs, root / name, **options).check())
 
 # %% ../../nbs/10d_bench.fuse.ipynb #2fcec28f
 FORMS = {

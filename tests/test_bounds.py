@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -31,10 +32,12 @@ from rvos_nb.data.prepare import read_plain_pickle
 from rvos_nb.data.samples import read_h5_masks, read_mat_masks
 from rvos_nb.data.video import open_clip
 from rvos_nb.files import find_files
+from rvos_nb.keyframe import read_key_frames
 from rvos_nb.models.files import read_pickle
 from rvos_nb.predictions import Predictions
 from rvos_nb.results import decode_mask, open_results
-from rvos_nb.stage import locked
+from rvos_nb.run_state import read_work_record
+from rvos_nb.stage import Execution, Sources, StageWork, locked, read_record, run_stage
 
 ROOM = 1 << 30  # bytes that a reader may take beside what the tests hold
 SECONDS = 60
@@ -535,3 +538,145 @@ def test_the_switch_is_put_back(monkeypatch):
         with keep_offline():
             assert constants.HF_HUB_OFFLINE
         assert before == constants.HF_HUB_OFFLINE
+
+
+# Formats of our own
+
+RECORD = {
+    "stage": "predict",
+    "params": {"split": "valid"},
+    "inputs": {"a": "0123456789abcdef"},
+    "parts": {"a": {"v/0": "0123456789abcdef"}},
+    "contents": "0123456789abcdef",
+    "units": {"v/0": "done", "v/1": "failed", "v/2": "to do"},
+    "failures": {"v/1": "a reason"},
+    "sources": {"v/0": ["0123456789abcdef", "0123456789abcdef"]},
+}
+KEYS = {"v": {"0": {"index_info": {"class_index": 3}}}}
+WORK = {
+    "asked": {"does": "fuse", "makes": ["swap"], "parameters": {"mode": "vote"}},
+    "state": "done",
+    "inputs": {"a": ["0123456789abcdef", [3, "0123456789abcdef"]]},
+    "looks": {"swap": [3, "0123456789abcdef"]},
+}
+FORMATS = {
+    "run.json": (RECORD, read_record),
+    "key_frame.json": (KEYS, read_key_frames),
+    "STAGE.json": (WORK, read_work_record),
+}
+DAMAGE = {
+    "0 bytes": b"",
+    "half a file": b'{"stage": "predict", "par',
+    "no JSON": b"stage: predict",
+    "no UTF-8": b'{"stage": "\xff\xfe"}',
+    "a list": b"[]",
+    "a text": b'"run"',
+    "a number": b"3",
+    "null": b"null",
+    "NaN": b"NaN",
+    "a thousand brackets": 1000 * b"[" + 1000 * b"]",
+    "a hundred thousand brackets": 100_000 * b"[",
+    "many digits": b'{"stage": ' + 5000 * b"9" + b"}",
+    "deep parameters": b'{"stage": "x", "params": ' + 90 * b'{"a":' + b"1" + 91 * b"}",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_record_that_is_damaged(name, case, tmp_path):
+    _, read = FORMATS[name]
+    (tmp_path / name).write_bytes(DAMAGE[case])
+    with pytest.raises(Problem) as e:
+        read(tmp_path / name)
+    assert str(e.value).startswith(f"{tmp_path / name}") and len(str(e.value)) < 700
+
+
+def list_places(value, place=()):
+    "The places of all values inside of a JSON."
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in inside:
+        yield (*place, key)
+        if isinstance(part, (dict, list)):
+            yield from list_places(part, (*place, key))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_value_of_another_kind_is_named(name, tmp_path):
+    "Every value of every record, in turn replaced by one of every other kind."
+    whole, read = FORMATS[name]
+    path = tmp_path / name
+    for place in list_places(whole):
+        for odd in (None, [], {}, 3, "x", 1.5, True, float("nan"), -1, 10**40, [None], {"a": 1}):
+            spoiled = json.loads(json.dumps(whole))
+            holder = spoiled
+            for part in place[:-1]:
+                holder = holder[part]
+            before = holder[place[-1]]
+            holder[place[-1]] = odd
+            path.write_text(json.dumps(spoiled))
+            if place[:1] == ("params",) or place[:2] == ("asked", "parameters"):
+                same = isinstance(odd, dict) or len(place) > (1 if place[0] == "params" else 2)
+            else:
+                same = type(odd) is type(before) and (odd != -1 or name != "key_frame.json")
+            try:
+                read(path)
+            except Problem as e:
+                assert str(e).startswith(f"{path}, {place[0]}"), (place, odd, e)
+            else:
+                assert same, f"{odd!r} was taken at {place}"
+
+
+@pytest.mark.parametrize(
+    "name, place, new, words",
+    [
+        ("run.json", "stage", "stgae", "stage: found nothing (is it meant by 'stgae'?)"),
+        ("STAGE.json", "state", "sate", "state: found nothing (is it meant by 'sate'?)"),
+    ],
+)
+def test_a_misspelt_field_is_told_its_name(name, place, new, words, tmp_path):
+    whole, read = FORMATS[name]
+    record = {new if k == place else k: v for k, v in whole.items()}
+    (tmp_path / name).write_text(json.dumps(record))
+    with pytest.raises(Problem) as e:
+        read(tmp_path / name)
+    assert words in str(e.value)
+
+
+def test_a_misspelt_state_is_told_its_name(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(RECORD | {"units": {"v": "don"}}))
+    with pytest.raises(Problem, match=r"units, v: found 'don' \(did you mean 'done'\?\)"):
+        read_record(tmp_path / "run.json")
+
+
+@dataclass
+class WriteWord(StageWork):
+    stage = "word"
+
+    def results(self, unit):
+        return [self.out / f"{unit}.txt"]
+
+    def sources(self, unit):
+        return Sources(unit)
+
+    def do(self, unit, prepared=None):
+        self.results(unit)[0].write_text("word")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"3", b"[]", b'["a"]', b'["a", 3]', b'["a", [3, 4]]', b'[["a"], ["x", "y"]]', b"\xff", b"{"],
+)
+def test_a_line_of_sources_that_is_none(line, tmp_path):
+    (tmp_path / "a.txt").write_text("word")
+    (tmp_path / ".sources").write_bytes(line + b"\n")
+    assert run_stage(WriteWord(tmp_path, {}, ["a", "b"])).done == ["b"]
+    assert list(read_record(tmp_path / "run.json")["sources"]) == ["a", "b"]
+
+
+def test_a_damaged_record_stops_its_stage_and_nothing_goes(tmp_path):
+    (tmp_path / "a.txt").write_text("word")
+    (tmp_path / "run.json").write_text("[]")
+    for force in (False, True):
+        with pytest.raises(Problem, match=r"run\.json: found \[\]"):
+            run_stage(WriteWord(tmp_path, {}, ["a"]), Execution(force=force))
+    assert (tmp_path / "a.txt").exists()

@@ -31,7 +31,14 @@ from rvos_nb.metrics import (
 )
 from .models.referring import Referring
 from .options import read_options
-from .predict import AskOptions, check_counts, keep_readable, load_referring, read_ahead
+from rvos_nb.predict import (
+    AskOptions,
+    check_answer,
+    check_counts,
+    keep_readable,
+    load_referring,
+    read_ahead,
+)
 from .results import check_code
 from .schema import read_checked
 from .stage import Execution, ModelPlace, Report, Sources, StageWork, model_name, run_stage
@@ -155,7 +162,10 @@ class PredictFramesWork(StageWork):
         answers = []
         for samples, frames, at in windows:
             texts = [e.text for e in samples]
-            answers.append((samples, self.model.respond(frames, texts, at, short_side=short_side)))
+            answer = self.model.respond(frames, texts, at, short_side=short_side)
+            for numbers in (answer.logits, answer.scores, answer.boxes):
+                check_answer(numbers.numpy())
+            answers.append((samples, answer))
         return partial(self.write, unit, answers)
 
     def write(self, unit: str, answers: list):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from rvos_nb.bounds import MAGIC, MOST_STRUCTURE, keep_offline
+from rvos_nb.bounds import MOST_STRUCTURE, keep_offline
 from rvos_nb.core import Problem
 from rvos_nb.data.masks import read_labels, read_mask
 from rvos_nb.data.pictures import MOST_PIXELS, read_frame, read_picture_size
@@ -38,6 +38,15 @@ from rvos_nb.predictions import Predictions
 from rvos_nb.results import decode_mask, open_results
 from rvos_nb.run_state import read_work_record
 from rvos_nb.stage import Execution, Sources, StageWork, locked, read_record, run_stage
+from rvos_nb.verify.hostile import (
+    PICKLES,
+    list_hostile,
+    make_chunk,
+    make_png,
+    offer_file,
+    pack_archive,
+    pack_stream,
+)
 
 ROOM = 1 << 30  # bytes that a reader may take beside what the tests hold
 SECONDS = 60
@@ -70,60 +79,21 @@ def answer(action, *args) -> str:
 
 # Pickles
 
-WIDE = (4 << 30).to_bytes(8, "little")
-PICKLES = {
-    "a function that calls itself": (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(h\0)}Ntb)R.",
-        "a state of a Maker",
-    ),
-    "a dictionary in itself": (b"\x80\x02}q\0U\1ah\0s.", "holds itself"),
-    "a list in itself": (b"\x80\x02}q\0U\1a]q\1h\1as.", "holds itself"),
-    "a deep tuple": (b"\x80\x02}U\1a)" + 100 * b"\x85" + b"s.", "levels of nesting"),
-    "a deep key": (b"\x80\x02})" + 1_000_000 * b"\x85" + b"Ns.", "a key that is no name"),
-    "colliding keys": (b"\x80\x02}I2305843009213693951\nNs.", "a key that is no name"),
-    "a place far out": (b"\x80\x02}r\xff\xff\xff\x7fU\1ah\0s.", "KeyError|UnpicklingError|damaged"),
-    "four gigabytes of text": (b"\x80\x04}\x8d" + WIDE + b"x.", "damaged|plain data"),
-    "four gigabytes of bytes": (b"\x80\x04}\x8e" + WIDE + b"x.", "damaged|plain data"),
-    "four gigabytes to fill": (b"\x80\x05}\x96" + WIDE + b"x.", "the instruction"),
-    "a frame of four gigabytes": (b"\x80\x04\x95" + WIDE + b"}U\1a", "damaged|plain data"),
-    "a number of two gigabytes": (b"\x80\x02}\x8b\xff\xff\xff\x7f.", "the instruction"),
-    "digits": (b"}L" + 100_000 * b"9" + b"L\n.", "damaged|plain data"),
-}
-
-
-def write_stream(path, contents: bytes):
-    "A file as torch.save wrote it before 1.6."
-    head = [MAGIC, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
-    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in head) + contents + pickle.dumps([], 2))
-
-
-def write_archive(path, contents: bytes, names=("a/data.pkl",), packed=zipfile.ZIP_STORED):
-    "A file as torch.save writes it."
-    with zipfile.ZipFile(path, "w", packed) as box:
-        for name in names:
-            box.writestr(name, contents)
-        box.writestr("a/version", b"3\n")
-
-
-def write_plain(path, contents: bytes):
-    path.write_bytes(contents)
-
-
 READERS = {
-    "predictions, stream": (write_stream, Predictions),
-    "predictions, zip": (write_archive, Predictions),
-    "weights, stream": (write_stream, read_pickle),
-    "weights, zip": (write_archive, read_pickle),
-    "sentences": (write_plain, read_plain_pickle),
+    "predictions, stream": (pack_stream, Predictions),
+    "predictions, zip": (pack_archive, Predictions),
+    "weights, stream": (pack_stream, read_pickle),
+    "weights, zip": (pack_archive, read_pickle),
+    "sentences": (bytes, read_plain_pickle),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_pickle_is_bounded(reader, case, tmp_path):
-    write, read = READERS[reader]
+    pack, read = READERS[reader]
     contents, words = PICKLES[case]
-    write(tmp_path / "x.pth", contents)
+    (tmp_path / "x.pth").write_bytes(pack(contents))
     said = answer(read, tmp_path / "x.pth")
     if reader == "sentences" and case == "a function that calls itself":
         words = "asks for torch._utils"
@@ -141,10 +111,10 @@ def test_a_checkpoint_is_bounded(tmp_path):
     torch.save({"w": tensor.expand(64, 64)}, path)
     assert answer(read_pickle, path) == "read"
     huge = b"\x80\x02}U\1w(U\7storagectorch\nFloatStorage\nU\0010U\3cpuJ\0\0\0\x7fNtQs."
-    write_stream(path, huge)
+    path.write_bytes(pack_stream(huge))
     assert "more numbers than the file has bytes" in answer(read_pickle, path)
     loop = b"\x80\x02cargparse\nNamespace\nq\0)\x81q\1}U\1ah\1sb."
-    write_archive(path, loop)
+    path.write_bytes(pack_archive(loop))
     assert "holds itself" in answer(read_pickle, path)
 
 
@@ -156,17 +126,17 @@ def test_an_archive_is_bounded(read, tmp_path):
         said = answer(read, path)
         assert said.startswith(f"{path}: found") and words in said, said
 
-    write_archive(path, bytes(MOST_STRUCTURE + 1), packed=zipfile.ZIP_DEFLATED)
+    path.write_bytes(pack_archive(bytes(MOST_STRUCTURE + 1), packed=zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 17
     refused(f"{MOST_STRUCTURE + 1} bytes of structure")
-    write_archive(path, b"\x80\x02}.", packed=zipfile.ZIP_DEFLATED)
+    path.write_bytes(pack_archive(b"\x80\x02}.", packed=zipfile.ZIP_DEFLATED))
     refused("is packed, which PyTorch never does")
-    write_archive(path, b"\x80\x02}.", names=("a/data.pkl", "b/data.pkl"))
+    path.write_bytes(pack_archive(b"\x80\x02}.", names=("a/data.pkl", "b/data.pkl")))
     refused("2 data.pkl")
     with pytest.warns(UserWarning, match="Duplicate"):
-        write_archive(path, b"\x80\x02}.", names=("a/data.pkl", "a/data.pkl"))
+        path.write_bytes(pack_archive(b"\x80\x02}.", names=("a/data.pkl", "a/data.pkl")))
     refused("two members of one name")
-    write_archive(path, b"\x80\x02}.")
+    path.write_bytes(pack_archive(b"\x80\x02}."))
     data = bytearray(path.read_bytes())
     end = data.rfind(b"PK\5\6")
     data[end + 12 : end + 16] = (1 << 30).to_bytes(4, "little")
@@ -319,17 +289,7 @@ def test_a_matlab_file_holds_numbers(tmp_path):
 # Pictures
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, bits=8, colour=0, rows=b"", extra=b"", interlaced=0) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
-    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows, 9))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
-
-
-PALETTE = chunk(b"PLTE", bytes([0, 0, 0, 128, 0, 0]))
+PALETTE = make_chunk(b"PLTE", bytes([0, 0, 0, 128, 0, 0]))
 PIXELS = {"grey": (8, 0, 1), "grey 16": (16, 0, 2), "RGB": (8, 2, 3), "palette": (8, 3, 1)}
 
 
@@ -341,11 +301,11 @@ def test_a_half_png_is_refused(kind, tmp_path):
     readers = [read_frame, read_mask, read_labels][: 2 if kind == "RGB" else 3]
     path = tmp_path / "x.png"
     for count, words in ((16, "read"), (15, "its rows end"), (8, "its rows end"), (0, "")):
-        path.write_bytes(png(32, 16, bits, colour, count * row, extra))
+        path.write_bytes(make_png((32, 16), count * row, bits, colour, extra))
         for read in readers:
             said = answer(read, path)
             assert words in said and not said.startswith("not a"), (read, said)
-    path.write_bytes(png(32, 16, bits, colour, 16 * row + row[:7], extra))
+    path.write_bytes(make_png((32, 16), 16 * row + row[:7], bits, colour, extra))
     assert answer(read_mask, path) == "read"
 
 
@@ -353,7 +313,8 @@ def test_a_half_interlaced_png_is_refused(tmp_path):
     passes = [(2, 4), (2, 4), (2, 8), (4, 8), (4, 16), (8, 16), (8, 32)]  # rows, columns
     rows = [h * (b"\0" + w * 3 * b"\xff") for h, w in passes]
     for count, words in ((7, "read"), (6, "its rows end")):
-        (tmp_path / "x.png").write_bytes(png(32, 16, 8, 2, b"".join(rows[:count]), interlaced=1))
+        data = make_png((32, 16), b"".join(rows[:count]), colour=2, interlaced=1)
+        (tmp_path / "x.png").write_bytes(data)
         assert words in answer(read_frame, tmp_path / "x.png")
 
 
@@ -361,14 +322,14 @@ def test_a_half_interlaced_png_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_gigabytes_is_refused(read, tmp_path):
     for size, words in ((65_000, "exceeds limit"), (10_000, f"more than {MOST_PIXELS}")):
-        (tmp_path / "x.png").write_bytes(png(size, size, rows=bytes(1000)))
+        (tmp_path / "x.png").write_bytes(make_png((size, size), bytes(1000)))
         said = answer(read, tmp_path / "x.png")
         assert said.startswith(f"{tmp_path}/x.png: found a picture") and words in said, said
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_mask_of_gigabytes_in_results_is_refused():
-    data = png(65_000, 65_000, rows=bytes(1000))
+    data = make_png((65_000, 65_000), bytes(1000))
     assert "exceeds limit" in answer(decode_mask, data, "x.png")
     assert "as the frames have" in answer(decode_mask, data, "x.png", (64, 96))
 
@@ -380,6 +341,15 @@ def test_a_picture_runs_no_other_program(tmp_path):
     )
     for read in (read_frame, read_mask, read_picture_size):
         assert "cannot identify" in answer(read, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("hostile", list_hostile(), ids=lambda h: f"{h.kind}, {h.name}")
+def test_the_self_test_of_a_machine(hostile, tmp_path):
+    assert answer(offer_or_tell, hostile, tmp_path) == "read"
+
+
+def offer_or_tell(hostile, folder):
+    assert not offer_file(hostile, folder), offer_file(hostile, folder)
 
 
 # Archives of results, lists of films, links

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERRUPTED', 'read_version', 'describe_attention', 'describe_deformable', 'describe_setting', 'describe_machine',
-           'describe_choices', 'doctor_command', 'show_warning', 'stop_on_sigterm', 'end_early', 'main']
+           'describe_choices', 'check_boundaries', 'doctor_command', 'show_warning', 'stop_on_sigterm', 'end_early',
+           'main']
 
 # %% ../nbs/09g_cli.ipynb #21a1fe08
 import os
@@ -12,10 +13,14 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
+
+import typer
 
 from . import ENVIRONMENT, TOO_LATE, __version__
 from .commands import stages, tools  # noqa: F401 - their commands are added to `app`
@@ -107,12 +112,39 @@ def describe_choices() -> Iterator[tuple[str, str]]:
     yield "hub", "offline" if offline else "asked only where a command is told to"
 
 
+def check_boundaries() -> int:
+    "Offer hostile files to the readers, a line each; how many were not refused."
+    from rvos_nb.verify.hostile import walk_hostile
+
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for hostile, fault in walk_hostile(folder):
+            count += bool(fault)
+            print(f"{hostile.kind + ', ' + hostile.name:40}{fault or 'refused'}")
+    return count
+
+
 @add_command("doctor")
-def doctor_command():
+def doctor_command(
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Offer a few dozen hostile files to the readers instead; exit code 1 where one "
+            "is not refused.",
+        ),
+    ] = False,
+):
     """Say what is installed and what will be used.
 
     Versions, devices, threads, and which implementation of each fast path is in use and why.
+
+    \b
+    rvos doctor
+    rvos doctor --self-test
     """
+    if self_test:
+        raise typer.Exit(int(check_boundaries() > 0))
     for rows in (describe_machine(), describe_choices()):
         for name, value in rows:
             print(f"{name:28}{value}")

@@ -111,7 +111,7 @@ def describe_choices() -> Iterator[tuple[str, str]]:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     yield "hub", "offline" if offline else "asked only where a command is told to"
 
-
+# %% ../nbs/09g_cli.ipynb #4055c9e0
 def check_boundaries() -> int:
     "Offer hostile files to the readers, a line each; how many were not refused."
     from rvos_nb.verify.hostile import walk_hostile

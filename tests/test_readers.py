@@ -5,6 +5,7 @@ reader gets `EXAMPLES` of each kind, always the same ones."""
 import io
 import json
 import pickle
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from safetensors.numpy import save
 from scipy.io import savemat
@@ -41,6 +43,7 @@ from rvos_nb.verify.hostile import pack_archive, pack_stream
 from rvos_nb.workflow import load_workflow
 
 EXAMPLES = 100
+set_hypothesis_home_dir(tempfile.mkdtemp())  # nothing is left in the checkout
 GOLDEN = Path(__file__).with_name("golden")
 checked = settings(
     max_examples=EXAMPLES,

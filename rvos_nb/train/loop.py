@@ -73,7 +73,7 @@ def take_floats(state: Mapping) -> dict[str, torch.Tensor]:
     tensors = {n: x for n, x in state.items() if isinstance(x, torch.Tensor)}
     return {n: x for n, x in tensors.items() if x.is_floating_point()}
 
-# %% ../../nbs/04h_train.loop.ipynb #26a29fa1
+
 def check_moments(
     optimizer,  # of a checkpoint
     path,
@@ -87,7 +87,7 @@ def check_moments(
                 remedy = "remove it to start again, or restore one from before the training failed"
                 raise Problem(path, found, "finite numbers", remedy)
 
-
+# %% ../../nbs/04h_train.loop.ipynb #26a29fa1
 class Trainer:
     """Weights, optimizer and averaged weights of a task; knows how to make one step, to save and to
     resume."""
@@ -373,7 +373,7 @@ class TrainWork(StageWork):
             scores = trainer.validate(trainer.task.validation_clips(self.recipe.watch))
             zoo.save(trainer.model, self.out / "model", make_card(trainer, scores))
 
-
+# %% ../../nbs/04h_train.loop.ipynb #3a96075f
 MOST_WORKERS = 256  # processes that draw batches
 
 

@@ -158,7 +158,7 @@ PICTURES = (
     ("mask", "half of its rows", make_png((32, 16), 8 * WHITE_ROW), read_mask, "its rows end"),
 )
 
-
+# %% ../../nbs/07o_verify.hostile.ipynb #b1dda6fd
 def list_hostile() -> Iterator[HostileFile]:
     "A small part of what the tests offer."
     for name, (contents, words) in PICKLES.items():

@@ -348,3 +348,12 @@ def test_instructions_at_random(pack, tmp_path):
             offer(read, path)
 
     try_instructions()
+
+
+def test_a_header_of_an_array_that_breaks_off(tmp_path):
+    "NumPy's reader tokenizes it, and lets the tokenizer's own error through."
+    path = tmp_path / "x.npz"
+    write_golden(path)
+    good = path.read_bytes()
+    path.write_bytes(damage(good, [("flip", 0.65625, 1, b"\0")]))
+    offer(load_case, path)

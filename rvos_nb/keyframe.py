@@ -108,7 +108,10 @@ def from_json(
     where="key_frame.json",  # its path, for messages
 ) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
     "The reverse of `as_json`; `Problem` where `obj` is of another form."
-    check_schema(KEY_FRAMES, obj, where, "choose the key frames again")
+    try:
+        check_schema(KEY_FRAMES, obj, where, "choose the key frames again")
+    except Problem as e:
+        raise Problem(e.where, f"another form ({e.found})", e.expected, e.remedy) from None
     return {v: {e: d["index_info"]["class_index"] for e, d in es.items()} for v, es in obj.items()}
 
 
@@ -116,8 +119,7 @@ def read_key_frames(
     path,  # a `key_frame.json`
 ) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
     "Key frames of a run; `Problem` where the file is missing or of another form."
-    remedy = "choose the key frames again"
-    return from_json(read_checked(path, KEY_FRAMES, remedy), path)
+    return from_json(read_checked(path, object), path)
 
 # %% ../nbs/05c_keyframe.ipynb #7f183798
 def frame_names(about: dict, path) -> list[str]:

@@ -156,6 +156,10 @@ class ReferBatch:
     sizes: np.ndarray  # (B, 2) int64, height and width of the frames without padding
     labels: np.ndarray  # (E,) int64, class of each referent; 0 where there is one class
     annotated: list[int] | None = None  # B positions: masks, boxes, valid (E, 1, …) of them alone
+    names: list[str] = field(default_factory=list)  # B, of the clips, for messages
+
+    def __len__(self) -> int:
+        return len(self.frames)
 
 
 def compute_boxes(
@@ -230,6 +234,7 @@ def draw_refer_batch(
         valid=masks.any((2, 3)),
         sizes=np.tile(masks.shape[2:], (len(frames), 1)),
         labels=np.zeros(len(masks), np.int64),
+        names=[f"scene {step}/{i}" for i in list_samples(stage.clips, part, parts)],
     )
 
 # %% ../../nbs/01o_data.clips.ipynb #2670638b
@@ -240,6 +245,10 @@ class SequenceBatch:
     frames: np.ndarray  # (T, B, H, W, 3) uint8 RGB
     labels: np.ndarray  # (T, B, H, W) uint8, 0 background, 1 .. objects[b]
     objects: np.ndarray  # (B,) int64
+    names: list[str] = field(default_factory=list)  # B, of the clips, for messages
+
+    def __len__(self) -> int:
+        return len(self.objects)
 
 
 def renumber(
@@ -288,7 +297,8 @@ def draw_sequence_batch(
         frames.append(jitter(x, rng) if augment else x)
         labels.append(y)
         objects.append(n)
-    return SequenceBatch(np.stack(frames, 1), np.stack(labels, 1), np.array(objects))
+    names = [f"scene {step}/{i}" for i in list_samples(stage.clips, part, parts)]
+    return SequenceBatch(np.stack(frames, 1), np.stack(labels, 1), np.array(objects), names)
 
 # %% ../../nbs/01o_data.clips.ipynb #433643ab
 def seed_stage(

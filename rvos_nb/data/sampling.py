@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_FRAME_LAYOUTS', 'logger', 'SAMPLINGS', 'sample_around', 'sample_window', 'sample_centre', 'list_starts',
-           'ClipSource', 'read_source', 'find_mask_place', 'check_masks', 'open_source', 'find_object', 'find_visible',
-           'Anchor', 'list_anchors', 'read_clip_masks', 'read_clip_frames']
+           'ClipSource', 'read_source', 'find_mask_place', 'require_masks', 'open_source', 'describe_object',
+           'find_visible', 'Anchor', 'list_anchors', 'read_clip_masks', 'read_clip_frames']
 
 # %% ../../nbs/01r_data.sampling.ipynb #53751315
 import logging
@@ -138,7 +138,7 @@ def find_mask_place(data: Dataset) -> Path:
     return next(iter(data.videos.values())).folder.parents[1] / "Annotations"
 
 
-def check_masks(data: Dataset):
+def require_masks(data: Dataset):
     "Raise `Problem` where a split has nothing to train on, or no masks."
     place = data.root
     names_objects = data.truth is not None or any(e.object_id is not None for e in data)
@@ -172,7 +172,7 @@ def open_source(source: ClipSource) -> Dataset:
             "name it: -p NAME FOLDER, with the name that the recipe gives it under data",
         )
     data = open_dataset(source.folder, source.split)
-    check_masks(data)
+    require_masks(data)
     if data.faults:
         unit, reason = next(iter(data.faults.items()))
         logger.warning(
@@ -193,7 +193,7 @@ def _read_meta(path: Path, stamp) -> dict:
     return videos if isinstance(videos, dict) else {}
 
 
-def find_object(data: Dataset, expression: Expression) -> dict:
+def describe_object(data: Dataset, expression: Expression) -> dict:
     "What a meta.json says of the referent: category, frames; {} where it says nothing."
     path = data.root / data.split / "meta.json"
     if not path.is_file():
@@ -208,7 +208,7 @@ def find_visible(
     data: Dataset, expression: Expression
 ) -> np.ndarray:  # (n,) bool, for each frame of the video
     "Which frames show the referent: by meta.json, or by the masks."
-    names = find_object(data, expression).get("frames")
+    names = describe_object(data, expression).get("frames")
     if isinstance(names, list):
         return np.isin(data.videos[expression.video].frames, names)
     masks = data.masks(expression)

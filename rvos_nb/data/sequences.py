@@ -222,7 +222,8 @@ class SequenceStage(TrainingStage):
         labels = np.stack(labels, 1)
         first = labels[0]
         objects = first.max((1, 2), where=first < 255, initial=0).astype(np.int64)
-        return SequenceBatch(np.stack(frames, 1), labels, objects)
+        names = [f"sequence {step}/{sample}" for sample in samples]
+        return SequenceBatch(np.stack(frames, 1), labels, objects, names)
 
 # %% ../../nbs/01p_data.sequences.ipynb #2fc0ce5b
 @dataclass(frozen=True)

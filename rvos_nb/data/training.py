@@ -183,6 +183,7 @@ def draw_clip(
     source: ClipSource,
     anchor: Anchor,
     stage: "ClipStage",
+    label: int,  # class of the referent
     rng: np.random.Generator,
 ) -> TrainingClip | None:  # None: the crop shows nothing of the object
     "One clip of a source. Raises `Problem` for files that cannot be read."
@@ -212,7 +213,7 @@ def draw_clip(
         masks,
         swap_sides(text, stage.words) if plan.flip else text,
         expression.kind or "",
-        find_label(data, expression, list_categories(stage.categories)),
+        label,
         find_annotated(at, anchor, stage.sampling) if len(masks) < len(frames) else None,
     )
 
@@ -376,15 +377,17 @@ def replace_empty(
     rng: np.random.Generator,
 ) -> TrainingClip:
     """The clip of a sample, or of another one of its source where it cannot be used. Raises
-    `Problem` after a hundred."""
+    `Problem` after a hundred, and for an unknown category."""
     anchors = stage.list_anchors()
     starts = np.cumsum([0, *map(len, anchors)])
     k = int(np.searchsorted(starts, number, side="right")) - 1
     source, own = stage.read_sources()[k], anchors[k]
     i, fault = int(number - starts[k]), None
+    names = list_categories(stage.categories)
     for _ in range(100):
+        label = find_label(open_source(source), own[i].expression, names)
         try:
-            clip = draw_clip(source, own[i], stage, rng)
+            clip = draw_clip(source, own[i], stage, label, rng)
             if clip is not None:
                 return clip
         except Problem as e:

@@ -186,7 +186,7 @@ def test_a_tiny_one_learns_a_clip_by_heart(family):
     trainer = Trainer(recipe)
     batch = draw_refer_batch(7, 0, recipe.stages[0], augment=False)
     for _ in range(120):
-        trainer.one_step(batch)
+        trainer.one_step([(0, batch)])
     model = trainer.model.eval()
     seen = model.see(batch.frames[0], short_side=64)
     found = model.refer(seen, batch.texts)

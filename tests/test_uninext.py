@@ -192,7 +192,7 @@ def test_a_tiny_one_learns_a_clip_by_heart():
     trainer = build_trainer(stages=[stage], tuning=tuning)
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
     for _ in range(stage["steps"]):
-        trainer.one_step(batch)
+        trainer.one_step([(0, batch)])
     model = trainer.model.eval()
     found = model.refer(model.see(batch.frames[0], short_side=160), batch.texts)
     scores = [np.mean(j_and_f(found.masks(e).numpy(), batch.masks[e])) for e in range(2)]

@@ -41,7 +41,9 @@ class TrainingLog:
         known = read_rows(path) if step else []
         rows = [r for r in known if int(r["step"]) <= step and int(r["step"]) % every == 0]
         self.columns = list(rows[0]) if rows else []
-        self._write(rows, "w")
+        self.path.unlink(missing_ok=True)
+        if rows:
+            self._write(rows, "w")
 
     def _write(self, rows: list[dict], mode: str):
         with open(self.path, mode, newline="", encoding="utf-8") as f:

@@ -156,7 +156,8 @@ class Steps:
         accelerator: Accelerator | None = None,  # None: one process, on the CPU
     ):
         self.accelerator = accelerator or start_accelerator(precision=recipe.precision)
-        self.device = self.accelerator.device
+        here = self.accelerator.device
+        self.device = torch.device("cpu") if here.type == "cpu" else here  # not cpu:0
         self.recipe, self.tuning = recipe, place_drops(recipe)
         self.total = sum(stage.count_steps() for stage in place_stages(recipe))
         torch.manual_seed(recipe.seed)
@@ -164,7 +165,9 @@ class Steps:
         freeze_parts(self.task.modules, recipe.tuning.frozen)
         optimizer = optimizer_for(self.task.modules, self.tuning)
         self.average = copy.deepcopy(self.task.model).eval() if recipe.tuning.ema else None
-        self.network, self.optimizer = self.accelerator.prepare(BatchLoss(self.task), optimizer)
+        self.network, self.optimizer = self.accelerator.prepare(
+            BatchLoss(self.task), optimizer, device_placement=[False, False]
+        )
         self.step, self.means, self.unchecked = 0, Means(), None
 
     @property

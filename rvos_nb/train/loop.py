@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'draw_batches', 'Limits', 'peak_memory', 'Progress', 'rank_scores', 'catch_stops', 'obey_stop',
-           'name_lost_process', 'Loop', 'describe_end', 'describe_hardware', 'make_card', 'TrainWork', 'follow',
+           'name_lost_process', 'describe_end', 'Loop', 'describe_hardware', 'make_card', 'TrainWork', 'follow',
            'train']
 
 # %% ../../nbs/04j_train.loop.ipynb #6f612842
@@ -199,6 +199,14 @@ def name_lost_process(accelerator: Accelerator) -> Iterator[None]:
         print(lost, file=sys.stderr, flush=True)  # at once: a launcher ends this process, too
         raise lost from e
 
+# %% ../../nbs/04j_train.loop.ipynb #e22c4bfa
+def describe_end(trainer: Trainer, out: Path) -> str:
+    "Where a training stands and how to go on."
+    done = f"{trainer.step} of {trainer.total} steps"
+    if trainer.step == trainer.total:
+        return f"{done}: the model is {out}/model; its curves: rvos view {out}"
+    return f"stopped after {done}, kept in {out}/checkpoints: the same command goes on from there"
+
 # %% ../../nbs/04j_train.loop.ipynb #60d0308d
 class Loop:
     "A trainer on its way to the end of its recipe, or of its time."
@@ -278,14 +286,6 @@ class Loop:
         if stops:
             print(describe_end(t, self.out), flush=True)
             obey_stop(stops[0])
-
-
-def describe_end(trainer: Trainer, out: Path) -> str:
-    "Where a training stands and how to go on."
-    done = f"{trainer.step} of {trainer.total} steps"
-    if trainer.step == trainer.total:
-        return f"{done}: the model is {out}/model; its curves: rvos view {out}"
-    return f"stopped after {done}, kept in {out}/checkpoints: the same command goes on from there"
 
 # %% ../../nbs/04j_train.loop.ipynb #17cc7eae
 def describe_hardware(device: torch.device) -> str:

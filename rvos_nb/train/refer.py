@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'find_words', 'read_settings', 'build_referring', 'watch_scenes', 'watch_clips', 'Refer']
+           'find_words', 'gather_settings', 'build_referring', 'watch_scenes', 'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
@@ -158,7 +158,7 @@ def find_words(recipe: Recipe):  # a Hugging Face tokenizer
     return make_tokenizer(scenes.WORDS)
 
 
-def read_settings(recipe: Recipe, words: int) -> dict:  # of the family's configuration
+def gather_settings(recipe: Recipe, words: int) -> dict:  # of the family's configuration
     """The model's settings: those of its start, and those of the recipe over them. Raises `Problem`
     for a start of another family."""
     settings = copy.deepcopy(dict(recipe.model))
@@ -176,7 +176,7 @@ def read_settings(recipe: Recipe, words: int) -> dict:  # of the family's config
 def build_referring(recipe: Recipe) -> nn.Module:  # a query model
     "The model of a recipe with the weights that it begins with."
     family, tokenizer = find_family(recipe.family), find_words(recipe)
-    settings = read_settings(recipe, len(tokenizer))
+    settings = gather_settings(recipe, len(tokenizer))
     if recipe.text:
         encoder = build_text_encoder(recipe.text, tokenizer=tokenizer)
         known = encoder.config.to_dict()

@@ -146,7 +146,7 @@ def seed_part(seed: int, step: int, part: int) -> int:
     "The seed of everything random in the network while it sees one part of a step."
     return (seed * 1_000_003 + step + 7_368_787 * part) % 2**63
 
-
+# %% ../../nbs/04i_train.trainer.ipynb #9ae6f14e
 class Steps:
     "Weights, optimizer and averaged weights of a task; knows how to make one step."
 

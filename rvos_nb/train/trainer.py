@@ -24,6 +24,7 @@ from ..core import Problem, abbreviate
 from ..files import replace_file
 from ..models import zoo
 from ..models.family import find_family, find_object
+from ..ops.linear import FastLinear
 from .diary import Means
 from .recipe import Recipe, place_drops, place_stages, same_recipe
 from rvos_nb.train.schedule import (
@@ -187,7 +188,7 @@ class Steps:
             torch.manual_seed(seed_part(self.recipe.seed, self.step, part))
             is_last = n == len(batches)
             wait = nullcontext() if is_last else self.accelerator.no_sync(self.network)
-            with wait:
+            with wait, FastLinear():
                 total, parts = self.network(batch, self.step / self.total, count)
                 self.accelerator.backward(total / len(batches))
             told.add({"loss": total, **parts})

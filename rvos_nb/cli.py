@@ -4,20 +4,16 @@
 
 # %% auto #0
 __all__ = ['INTERRUPTED', 'read_version', 'describe_attention', 'describe_deformable', 'describe_setting', 'describe_machine',
-           'describe_choices', 'check_boundaries', 'doctor_command', 'show_warning', 'stop_on_sigterm', 'end_early',
-           'main']
+           'describe_choices', 'check_boundaries', 'doctor_command', 'show_warning', 'end_early', 'main']
 
 # %% ../nbs/09g_cli.ipynb #21a1fe08
 import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -26,7 +22,8 @@ from . import ENVIRONMENT, TOO_LATE, __version__
 from .commands import stages, tools  # noqa: F401 - their commands are added to `app`
 from .commands.app import add_command, app, join_values
 from .core import Assumption, Problem, find_shipped, make_printable
-from .stage import StageFailed, Stopped, stop
+from .signals import Stopped, stop_on_sigterm
+from .stage import StageFailed
 
 # %% ../nbs/09g_cli.ipynb #1657ea05
 def read_version(package: str) -> str:
@@ -159,19 +156,6 @@ def show_warning(message, category, filename, lineno, file=None, line=None):
         print(f"note: {message}", file=sys.stderr)
         return
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    "Inside, SIGTERM raises `Stopped`; only the main thread can arrange that."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def end_early(code: int):

@@ -164,6 +164,7 @@ def progress(
     it: Iterable,  # what to walk through
     desc: str,  # a word in front of the bar
     total: int | None = None,
+    initial: int = 0,  # how much was done before
 ) -> Iterable:
     "Wrap `it` in one tqdm line on stderr; no bar where tests run or the output is a file."
     from tqdm import tqdm
@@ -172,6 +173,7 @@ def progress(
         it,
         desc=desc,
         total=total,
+        initial=initial,
         mininterval=2,
         disable=bool(os.environ.get("IN_TEST")) or not sys.stderr.isatty(),
     )

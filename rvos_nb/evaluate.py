@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'score_expression', 'mean_of_tenths', 'score_video', 'score_rows', 'find_unlisted', 'average_rows',
-           'summarise', 'write_table', 'write_scores', 'check_found', 'evaluate', 'limit_lines', 'list_findings',
-           'write_samples', 'read_truth_and_maps', 'score_objects', 'find_odd', 'evaluate_vos']
+           'summarise', 'write_table', 'write_scores', 'check_found', 'score_run', 'evaluate', 'limit_lines',
+           'list_findings', 'write_samples', 'read_truth_and_maps', 'score_objects', 'find_odd', 'score_vos_videos',
+           'evaluate_vos']
 
 # %% ../nbs/07a_evaluate.ipynb #c9abc075
 import csv
@@ -13,6 +14,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from rvos_nb.results import (
     open_results,
     read_label_maps,
 )
+from .stage import locked
 
 # %% ../nbs/07a_evaluate.ipynb #ca9a2d38
 def score_expression(
@@ -302,6 +305,25 @@ def check_found(
         )
 
 
+def score_run(
+    data: Dataset,
+    pred_dir,  # as in `evaluate`
+) -> tuple[list[dict], list[str]]:  # rows of `score_rows`; files that nobody asked for
+    "Score all sentences of a data set. Raises `Problem` for results of another kind and for none."
+    with open_results(pred_dir, data.videos) as results:
+        if "anno_0" in results.names() - data.videos.keys():
+            raise Problem(
+                results.where,
+                "label maps of several annotators",
+                "a mask for each sentence",
+                "score the run that was merged; the maps are scored by `rvos evaluate`",
+            )
+        check_videos(results, data.videos, "VIDEO/EXPRESSION/FRAME.png, perhaps below Annotations")
+        rows, extra = list(score_rows(data, results)), list(find_unlisted(data, results))
+        check_found(rows, results)
+    return rows, extra
+
+
 def evaluate(
     data_dir,  # a data set whose truth is masks of every frame
     pred_dir,  # a run with Annotations/, a tree VIDEO/EXP/FRAME.png itself, or a zip of either
@@ -323,27 +345,12 @@ def evaluate(
     if not len(data):
         found = "no usable sentence" + "".join(f" ({why})" for why in [*data.faults.values()][:1])
         raise Problem(data.root, found, "sentences to score", "check the list of the split")
-    with open_results(pred_dir, data.videos) as results:
-        if "anno_0" in results.names() - data.videos.keys():
-            raise Problem(
-                results.where,
-                "label maps of several annotators",
-                "a mask for each sentence",
-                "score the run that was merged; the maps are scored by `rvos evaluate`",
-            )
-        check_videos(results, data.videos, "VIDEO/EXPRESSION/FRAME.png, perhaps below Annotations")
-        rows, extra = list(score_rows(data, results)), list(find_unlisted(data, results))
-        check_found(rows, results)
-    result = _round(
-        {
-            "split": split,
-            **summarise(rows, data.faults.values()),
-            "strays": extra,
-            "faults": dict(data.faults),
-        }
-    )
-    if out_dir:
-        write_scores(resolve(out_dir), rows, result)
+    with locked(resolve(out_dir)) if out_dir else nullcontext():
+        rows, extra = score_run(data, pred_dir)
+        result = {"split": split, **summarise(rows, data.faults.values())}
+        result = _round(result | {"strays": extra, "faults": dict(data.faults)})
+        if out_dir:
+            write_scores(resolve(out_dir), rows, result)
     keep(rows)
     return result
 
@@ -464,19 +471,15 @@ def _group_means(rows: Sequence[dict]) -> dict:
     return means
 
 # %% ../nbs/07a_evaluate.ipynb #69f2ba9b
-def evaluate_vos(
-    data_dir,  # DAVIS-2017 or YouTube-VOS
-    pred_dir,  # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either
-    out_dir="",  # where scores.json and objects.csv go; '' writes none
-    split: str = "valid",
-) -> dict:
-    """Score propagation where objects are given by masks, in percent: J&F, J, F and, of DAVIS,
-    recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'.
-    Raises `Problem` for another layout and where nothing can be scored."""
-    kind, videos, seen = find_vos_videos(resolve(data_dir), split)
-    ids = [video.id for video in videos]
-    results, rows, pairs, missing, unscored = open_results(pred_dir, ids), [], [], {}, {}
-    check_videos(results, ids, "VIDEO/FRAME.png, perhaps below Annotations")
+def score_vos_videos(
+    kind: str,  # 'davis' or 'youtube'
+    videos: Sequence[AnnotatedVideo],
+    seen: Collection[str],  # categories of training, where they are known
+    results: Results,
+) -> tuple[list[dict], dict[str, str], dict[str, str]]:  # rows of objects, missing, unscored
+    """J and F of every object, in frames; by video, what label maps are missing and why videos are
+    not scored."""
+    rows, missing, unscored = [], {}, {}
     for video in progress(videos, "evaluate"):
         try:
             truth, maps, faults = read_truth_and_maps(video, results)
@@ -496,28 +499,47 @@ def evaluate_vos(
             raise Problem(f"{video.id}, {e.where}", e.found, e.expected, e.remedy) from None
         for o, j, f in scored:
             group = _group_of(video, o, kind, seen)
-            scores = {m: 100 * x for m, x in davis_mean([(j, f)]).items()}
-            pairs.append((j, f))
-            rows.append({"video": video.id, "object": o, "group": group} | scores)
-    if not rows:
-        raise NoTruth(
-            "evaluate",
-            f"{len(videos)} videos, no object with frames to score"
-            + "".join(f" ({id}: {why})" for id, why in [*unscored.items()][:1]),
-            "annotations of more than one frame",
-            "this split cannot be scored here",
-        )
-    total = {m: 100 * x for m, x in davis_mean(pairs).items()}
-    protocol = {"davis": "DAVIS-2017 semi-supervised", "youtube": "YouTube-VOS"}[kind]
-    result = {"protocol": protocol, "unit": "percent", "split": split}
-    result |= total if kind == "davis" else {m: total[m] for m in ("J&F", "J", "F")}
-    result |= _group_means(rows) | {
-        "objects": len(rows),
-        "by_object": {f"{r['video']}/{r['object']}": r["J&F"] for r in rows},
-        "missing": missing,
-        "unscored": unscored,
-    }
-    if out_dir:
-        write_table(resolve(out_dir) / "objects.csv", rows)
-        write_json(resolve(out_dir) / "scores.json", _round(result))
+            rows.append({"video": video.id, "object": o, "group": group, "frames": (j, f)})
+    return rows, missing, unscored
+
+# %% ../nbs/07a_evaluate.ipynb #f993cb51
+def evaluate_vos(
+    data_dir,  # DAVIS-2017 or YouTube-VOS
+    pred_dir,  # a run with Annotations/, a tree VIDEO/FRAME.png itself, or a zip of either
+    out_dir="",  # where scores.json and objects.csv go; '' writes none
+    split: str = "valid",
+) -> dict:
+    """Score propagation where objects are given by masks, in percent: J&F, J, F and, of DAVIS,
+    recalls and decays; of YouTube-VOS 'G' and J, F of seen and unseen; 'by_object', 'missing'.
+    Raises `Problem` for another layout and where nothing can be scored."""
+    kind, videos, seen = find_vos_videos(resolve(data_dir), split)
+    ids = [video.id for video in videos]
+    results = open_results(pred_dir, ids)
+    check_videos(results, ids, "VIDEO/FRAME.png, perhaps below Annotations")
+    with locked(resolve(out_dir)) if out_dir else nullcontext():
+        rows, missing, unscored = score_vos_videos(kind, videos, seen, results)
+        if not rows:
+            raise NoTruth(
+                "evaluate",
+                f"{len(videos)} videos, no object with frames to score"
+                + "".join(f" ({id}: {why})" for id, why in [*unscored.items()][:1]),
+                "annotations of more than one frame",
+                "this split cannot be scored here",
+            )
+        pairs = [row.pop("frames") for row in rows]
+        for row, pair in zip(rows, pairs):
+            row |= {m: 100 * x for m, x in davis_mean([pair]).items()}
+        total = {m: 100 * x for m, x in davis_mean(pairs).items()}
+        protocol = {"davis": "DAVIS-2017 semi-supervised", "youtube": "YouTube-VOS"}[kind]
+        result = {"protocol": protocol, "unit": "percent", "split": split}
+        result |= total if kind == "davis" else {m: total[m] for m in ("J&F", "J", "F")}
+        result |= _group_means(rows) | {
+            "objects": len(rows),
+            "by_object": {f"{r['video']}/{r['object']}": r["J&F"] for r in rows},
+            "missing": missing,
+            "unscored": unscored,
+        }
+        if out_dir:
+            write_table(resolve(out_dir) / "objects.csv", rows)
+            write_json(resolve(out_dir) / "scores.json", _round(result))
     return _round(result)

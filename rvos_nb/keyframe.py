@@ -8,7 +8,7 @@ __all__ = ['SAME_SCORE', 'KEY_FRAMES', 'POLICIES', 'rank_frames', 'key_frame', '
            'choose_key_frame', 'choose_key_frames']
 
 # %% ../nbs/05c_keyframe.ipynb #2074b1ee
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from .core import Problem, check_id, natural_key, resolve
 from .data.masks import read_mask
 from .files import find_files
 from .schema import check_schema, read_checked
-from .stage import Report, write_with_record
+from .stage import Report, locked, write_with_record
 
 # %% ../nbs/05c_keyframe.ipynb #fe7007c7
 SAME_SCORE = 1e-5  # a model whose scores differ by less in all frames says nothing about frames
@@ -199,6 +199,24 @@ def _candidates(run: Path) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: (natural_key(pair[0]), natural_key(pair[1])))
 
 
+def _choose_each(
+    run: Path,
+    units: Sequence[tuple[str, str]],  # (video, expression)
+    policy: str,
+    failed: dict[str, str],  # is given the reason of every unit without a key frame
+) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
+    "The key frames of all that have usable candidates."
+    chosen: dict[str, dict[str, int]] = {}
+    for video, expression in units:
+        try:
+            k = choose_key_frame(run, video, expression, policy)
+        except Problem as e:
+            failed[f"{video}/{expression}"] = str(e)
+        else:
+            chosen.setdefault(video, {})[expression] = k
+    return chosen
+
+
 def choose_key_frames(
     pred_dir,  # a run of `predict`: candidates/ and, unless policy is 'score', Annotations/
     policy: str = "score",  # the highest score; or another of `POLICIES`
@@ -211,17 +229,12 @@ def choose_key_frames(
     if policy not in POLICIES:
         known = ", ".join(map(repr, POLICIES))
         raise Problem("policy", repr(policy), f"one of {known}", "choose one of them")
-    key_frames: dict[str, dict[str, int]] = {}
-    failed: dict[str, str] = {}
-    for video, expression in _candidates(run):
-        try:
-            k = choose_key_frame(run, video, expression, policy)
-        except Problem as e:
-            failed[f"{video}/{expression}"] = str(e)
-        else:
-            key_frames.setdefault(video, {})[expression] = k
-    answer = as_json(key_frames)
-    write_with_record(run / "key_frame.json", answer, "keyframe", {"policy": policy}, {".": run})
-    done = [f"{video}/{expression}" for video, es in key_frames.items() for expression in es]
+    units, failed = _candidates(run), {}
+    with locked(run):
+        chosen = _choose_each(run, units, policy, failed)
+        answer = as_json(chosen)
+        made = {"policy": policy}, {".": run}
+        write_with_record(run / "key_frame.json", answer, "keyframe", *made)
+    done = [f"{video}/{expression}" for video, es in chosen.items() for expression in es]
     Report("keyframe", run, done, failed=failed).check()
     return answer

@@ -27,10 +27,10 @@ from .core import Problem, find_shipped, resolve
 from .files import replace_file, write_json
 from rvos_nb.run_state import (
     StageState,
-    current_inputs,
-    describe_request,
+    end_record,
+    forget_measures,
     inspect_stage,
-    measure_extent,
+    start_record,
     state_table,
 )
 from .schema import read_checked
@@ -400,25 +400,14 @@ def remove_results(stage: Stage):
 
 def do_stage(stage: Stage, root: Path, view: StageState, threads: int) -> Outcome:
     "Run one stage that has something to do, and keep the record."
-    path, near = (
-        root / "_run" / f"{stage.name}.json",
-        lambda d: {os.path.relpath(k, root): v for k, v in d.items()},
-    )
-    if view.state == "stale":
+    path = root / "_run" / f"{stage.name}.json"
+    if view.starts_anew:
         remove_results(stage)
-    record = {
-        "asked": describe_request(stage, root),
-        "state": "started",
-        "inputs": near(current_inputs(stage)),
-    }
+    record = start_record(stage, root)
     write_json(path, record)
     ended = run_stage_process(stage, root / "_run", threads)
-    measure_extent.cache_clear()
-    write_json(
-        path,
-        record
-        | {"state": ended.state, "looks": near({m: measure_extent(m) for m in stage.makes()})},
-    )
+    forget_measures()
+    write_json(path, end_record(record, stage, root, ended.state))
     return ended
 
 
@@ -448,7 +437,7 @@ def run_workflow(
     recipe = recipe if isinstance(recipe, Workflow) else load_workflow(recipe)
     values, stages = plan_workflow(recipe, parameters, only)
     root, ends, views = Path(values.get("out") or resolve("runs")), [], []
-    measure_extent.cache_clear()
+    forget_measures()
     if dry:
         for s in stages:
             views.append(inspect_stage(s, root, views))

@@ -35,6 +35,7 @@ from rvos_nb.search import (
     single_member,
     start_setting,
 )
+from .stage import locked
 
 # %% ../nbs/06c_study.ipynb #f6c74afb
 class Worth(NamedTuple):
@@ -278,7 +279,14 @@ def study(
     """Search, leave-one-out and disagreement of members on a labelled split. `Problem` for wrong
     parameters, `NoTruth` without truth."""
     b, out = open_ballots(data_dir, member_dirs, split), resolve(out_dir)
-    start = start_setting(b, rule, **options)
+    with locked(out):
+        return _study_ballots(b, out, start_setting(b, rule, **options), folds, seed)
+
+
+def _study_ballots(
+    b: Ballots, out: Path, start: Setting, folds: int, seed: int
+) -> tuple[dict, str]:
+    "What `study` does with members that are open."
     found = search(read_ballots(b), start, folds, seed)
     whole, rows = leave_one_out(b, start)
     apart = disagreement(b)

@@ -21,6 +21,7 @@ from .data.index import Dataset, frame_size
 from .data.masks import encode_labels, encode_mask
 from .files import replace_file
 from .results import REMARKS, Results, maps_folder, open_results
+from .stage import locked_file
 
 # %% ../nbs/07e_submit.ipynb #5d31ddde
 def pack_mask(results: Results, file: str, size: tuple[int, int]) -> bytes:
@@ -130,6 +131,7 @@ def submission(
     faults, count = [f"{u}: {why}" for u, why in data.faults.items()], 0
     with (
         open_results(tree, None if data.layout == "ref-davis17" else data.videos) as results,
+        locked_file(path),
         replace_file(path) as tmp,
         ThreadPoolExecutor(4) as pool,
     ):

@@ -16,6 +16,7 @@ import torchvision
 from transformers import RobertaModel, SwinBackbone, SwinConfig
 
 from rvos_nb.core import Problem
+from rvos_nb.data.augment import normalise_sentence
 from rvos_nb.models.backbones import build_backbone, fold_time, resize_mask, sine_position_2d
 from rvos_nb.models.start import load_backbone
 from rvos_nb.models.swin import Swin
@@ -26,7 +27,6 @@ from rvos_nb.models.text import (
     build_text_encoder,
     load_tokenizer,
     make_tokenizer,
-    normalise_sentence,
     sine_position_1d,
     small_text_config,
 )

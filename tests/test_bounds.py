@@ -523,8 +523,15 @@ KEYS = {"v": {"0": {"index_info": {"class_index": 3}}}}
 WORK = {
     "asked": {"does": "fuse", "makes": ["swap"], "parameters": {"mode": "vote"}},
     "state": "done",
-    "inputs": {"a": ["0123456789abcdef", [3, "0123456789abcdef"]]},
-    "looks": {"swap": [3, "0123456789abcdef"]},
+    "inputs": {
+        "a": {
+            "fingerprint": "0123456789abcdef",
+            "extent": [3, "0123456789abcdef", "0123456789abcdef", "0123456789abcdef"],
+            "masks": "0123456789abcdef",
+        }
+    },
+    "data": {"listing": "0123456789abcdef", "all": "0123456789abcdef"},
+    "looks": {"swap": [3, "0123456789abcdef", "0123456789abcdef", "0123456789abcdef"]},
 }
 FORMATS = {
     "run.json": (RECORD, read_record),

@@ -139,6 +139,60 @@ def test_a_film_that_breaks_off_gives_what_is_there(tmp_path, name, spoil, line)
     assert bool(lines) == line and all("breaks off" in text for text in lines)
 
 
+def scramble(path, start):
+    "Two thousand bytes turned over, as a bad disk leaves them."
+    data = bytearray(path.read_bytes())
+    a = int(len(data) * start)
+    data[a : a + 2000] = bytes(255 - b for b in data[a : a + 2000])
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("start", [0.3, 0.4, 0.5, 0.6, 0.7])
+@pytest.mark.parametrize("name", ["a.mp4", "b.mkv"])
+def test_a_film_that_is_damaged_in_the_middle_keeps_its_length(tmp_path, name, start):
+    whole = list(read_video(open_clip(film(tmp_path / name, 40))))
+    clip = open_clip(scramble(tmp_path / name, start))
+    frames, lines = collect(list, read_video(clip))
+    assert len(frames) == len(clip.frames)
+    assert all("does not decode" in text or "breaks off" in text for text in lines)
+    backwards, _ = collect(list, read_video(clip, names=clip.frames[::-1]))
+    assert len(backwards) == len(frames)
+    if len(frames) == 40:  # what stands before and well behind the damage is in its place
+        assert (frames[0] == whole[0]).all() and (frames[-1] == whole[-1]).all()
+
+
+def test_a_frame_that_is_lost_is_the_one_before_it(tmp_path):
+    path = film(tmp_path / "a.mp4", 40)
+    with av.open(str(path)) as box:
+        packet = [p for p in box.demux(video=0) if p.size][20]
+    data = bytearray(path.read_bytes())
+    at = packet.pos + 4  # behind the length of its first unit: no unit that a decoder knows
+    data[at : at + packet.size - 4] = b"\xff" * (packet.size - 4)
+    whole = list(read_video(open_clip(path)))
+    path.write_bytes(data)
+    clip = open_clip(path)
+    frames, lines = collect(list, read_video(clip))
+    assert len(frames) == len(clip.frames) == 40 and len(lines) == 1
+    lost = int(lines[0].split("frame ")[1][:5])
+    assert (frames[lost] == frames[lost - 1]).all() and (frames[39] == whole[39]).all()
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    path = tmp_path / "dvd.mp4"
+    with av.open(str(path), "w") as box:
+        stream = box.add_stream("libx264", rate=10)
+        stream.pix_fmt, stream.width, stream.height = "yuv420p", 72, 58
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        for t in range(3):
+            frame = av.VideoFrame.from_ndarray(picture(t, (58, 72)), format="rgb24")
+            box.mux(stream.encode(frame))
+        box.mux(stream.encode())
+    clip, lines = collect(open_clip, path)
+    assert [f.shape for f in read_video(clip)] == [(58, 72, 3)] * 3 and frame_size(clip) == (58, 72)
+    assert len(lines) == 1 and "16:11" in lines[0] and "as the film stores them" in lines[0]
+
+
 @pytest.mark.parametrize("name, codec", [("a.avi", "mpeg4"), ("b.webm", "libvpx"), ("c.mkv", None)])
 def test_other_containers(tmp_path, name, codec):
     clip, lines = collect(open_clip, film(tmp_path / name, codec=codec or "libx264"))
@@ -459,6 +513,22 @@ def test_davis_2016(davis):
     for p in (davis.parent / "run/Annotations/long").glob("[!.]*.png"):
         write_mask(p, DISC)
     assert evaluate_vos(davis, davis.parent / "run")["J"] == 100
+
+
+def test_the_layout_of_davis_2016(davis):
+    "Its listing has a line for each frame, and masks are white."
+    shutil.rmtree(davis / "ImageSets")
+    (davis / "ImageSets/480p").mkdir(parents=True)
+    folders = ("/JPEGImages/480p/long/{}.jpg", "/Annotations/480p/long/{}.png")
+    names = [p.stem for p in sorted((davis / "JPEGImages/480p/long").glob("*.jpg"))]
+    lines = [" ".join(folders).format(name, name) for name in names]
+    (davis / "ImageSets/480p/val.txt").write_text("\n".join(lines))
+    for p in (davis / "Annotations/480p/long").glob("[!.]*.png"):
+        write_mask(p, DISC)
+    report = propagate_vos(davis, davis.parent / "out", "aot-tiny")
+    assert report.done == ["long"] and not report.failed
+    result = evaluate_vos(davis, davis.parent / "run")
+    assert result["J"] == 100 and result["objects"] == 1
 
 
 # Results

@@ -13,12 +13,16 @@ from PIL import Image
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
+from rvos_nb.evaluate import evaluate
 from rvos_nb.files import sweep_temporary
 from rvos_nb.fuse import fuse
 from rvos_nb.keyframe import choose_key_frames
 from rvos_nb.label_maps import merge_annotators
 from rvos_nb.predict import predict
 from rvos_nb.propagate import propagate
+from rvos_nb.stage import locked, locked_file
+from rvos_nb.study import study
+from rvos_nb.submit import submission
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +186,78 @@ def test_a_wrong_executor_leaves_nothing(root, tmp_path):
     with pytest.raises(Problem, match="executor"):
         predict(root / "data", tmp_path / "run", executor="threads")
     assert not (tmp_path / "run").exists()
+
+
+def replace_frame(path):
+    "Other bytes, as many as before: a comment in the header."
+    held = path.read_bytes()
+    path.write_bytes(held[:-3] + bytes([held[-3] ^ 1]) + held[-2:])
+
+
+def test_a_frame_that_is_replaced_while_a_stage_works(root, monkeypatch):
+    from rvos_nb import predict as module
+
+    shutil.rmtree(root / "predict")
+    video, write = first_video(root), module.PredictWork.write
+
+    def write_and_replace(self, unit, answer):
+        write(self, unit, answer)
+        if unit == video:
+            replace_frame(min((root / "data/valid/JPEGImages" / video).iterdir()))
+
+    monkeypatch.setattr(module.PredictWork, "write", write_and_replace)
+    report = STAGES["predict"](root)
+    assert [*report.failed] == [video] and "changed while the stage ran" in report.failed[video]
+    assert ".jpg" in report.failed[video]
+    monkeypatch.undo()
+    assert STAGES["predict"](root).check().done == [video]
+    assert not STAGES["predict"](root).done
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_results_that_were_copied_without_their_times(stage, root, monkeypatch):
+    shutil.copytree(root / stage, root / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(root / stage)
+    os.rename(root / "copy", root / stage)
+    report = STAGES[stage](root).check()
+    assert not report.done and report.skipped
+    replace_frame(min((root / "data/valid/JPEGImages" / first_video(root)).iterdir()))
+    shutil.copytree(root / stage, root / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(root / stage)
+    os.rename(root / "copy", root / stage)
+    reads_frames = stage in ("predict", "propagate")
+    assert bool(STAGES[stage](root).check().again) == reads_frames
+
+
+WRITERS = {
+    "evaluate": lambda root, out: evaluate(root / "data", root / "predict", out),
+    "keyframe": lambda root, out: choose_key_frames(out),
+    "submit": lambda root, out: submission(root / "data", root / "predict", out / "s.zip"),
+    "search": lambda root, out: study(
+        root / "data", [root / "predict", root / "other"], out, folds=2
+    ),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_writers_of_a_folder_hold_it_and_sweep_it(writer, root, monkeypatch):
+    out = root / "predict" if writer == "keyframe" else root / "scores"
+    out.mkdir(exist_ok=True)
+    mine, left = out / ".tmp-notes", out / ".tmp-f0123abc-s.zip"
+    for path in (mine, left):
+        path.write_text("x")
+    hold = locked_file(out / "s.zip") if writer == "submit" else locked(out)
+    with hold, pytest.raises(Problem, match="another run at work"):
+        WRITERS[writer](root, out)
+    left.write_text("x")
+    WRITERS[writer](root, out)
+    assert mine.exists() and not left.exists()
+    assert not list(out.glob(".*lock")) and not list(out.glob(".*owner"))
+
+
+def test_a_refused_evaluation_leaves_no_folder(root):
+    shutil.rmtree(root / "predict/Annotations")
+    (root / "predict/Annotations").mkdir()
+    with pytest.raises(Problem):
+        evaluate(root / "data", root / "predict", root / "scores")
+    assert not (root / "scores").exists()

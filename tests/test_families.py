@@ -183,10 +183,10 @@ def test_a_tiny_one_learns_a_clip_by_heart(family):
         "loss": {"pixel": 1.0},
     }
     recipe = read_recipe(recipe)
-    trainer = Trainer(recipe, "cpu")
+    trainer = Trainer(recipe)
     batch = draw_refer_batch(7, 0, recipe.stages[0], augment=False)
     for _ in range(120):
-        trainer.one_step(batch)
+        trainer.one_step([(0, batch)])
     model = trainer.model.eval()
     seen = model.see(batch.frames[0], short_side=64)
     found = model.refer(seen, batch.texts)
@@ -202,7 +202,7 @@ def test_validation_scores_what_refer_answers(family, monkeypatch):
     options = dataclasses.asdict(TINY[family][1](len(make_tokenizer(scenes.WORDS)), answer_layer=0))
     recipe = {"name": "watched", "family": family, "model": options}
     recipe["stages"] = [{"steps": 1, "frames": 6, "clips": 1, "size": [64, 96]}]
-    trainer = Trainer(read_recipe(recipe), "cpu")
+    trainer = Trainer(read_recipe(recipe))
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
     query, masks = record_validation(trainer, batch, monkeypatch)
     model = trainer.model.eval()

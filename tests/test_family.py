@@ -81,7 +81,10 @@ class ToyTask:
         self.model = family.model(zoo.read_config(family.config, recipe.model, "recipe, model"))
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
 
-    def loss(self, batch, progress: float):
+    def count(self, batch):
+        return torch.tensor(len(batch))
+
+    def loss(self, batch, progress: float, count=None):
         loss = 0
         for e, c in enumerate(batch.clip):
             frames = torch.from_numpy(batch.frames[c]).float() / 255
@@ -96,7 +99,7 @@ class ToyTask:
         return [("easy", draw_refer_batch(1, 0, draw))]
 
     def score(self, batches):
-        return {f"loss {level}": float(self.loss(batch, 0)[0]) for level, batch in batches}
+        return {f"J&F {level}": -float(self.loss(batch, 0)[0]) for level, batch in batches}
 
 
 def toy_options(tensors, options):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from rvos_nb import pipeline, run_state
@@ -55,7 +56,7 @@ def read_zip(path):
 def states(recipe, given):
     "What a dry run says: {stage: state}. It must not write a byte."
     values, stages = plan_workflow(recipe, given)
-    run_state.measure_extent.cache_clear()
+    run_state.forget_measures()
     views = []
     for s in stages:
         views.append(inspect_stage(s, Path(values["out"]), views))
@@ -648,6 +649,95 @@ def test_a_failed_video_costs_itself_only(small, undisturbed):
         and {p: p.stat().st_mtime_ns for p in good} == good
     )
     assert tree(out) == undisturbed["pairs"]
+
+
+# What stands and was made from these inputs: a row is what happens to the files, the stages that
+# run then, and those whose masks are written again.
+
+
+def flip_bit(path):
+    "Other bytes, as many as before."
+    held = path.read_bytes()
+    path.write_bytes(held[:-3] + bytes([held[-3] ^ 1]) + held[-2:])
+
+
+def touch_data(given):
+    for path in Path(given["data"]).rglob("*"):
+        os.utime(path)
+
+
+def change_frame(given):
+    flip_bit(sorted(Path(given["data"]).rglob("*.jpg"))[0])
+
+
+def change_sentence(given):
+    path = Path(given["data"], "meta_expressions/valid/meta_expressions.json")
+    path.write_text(path.read_text().replace("the ", "that ", 1))
+
+
+def change_mask_of_an_input(given):
+    "A mask turned upside down: a PNG without compression has as many bytes."
+    path = sorted(Path(given["out"], "walk/Annotations").rglob("*.png"))[0]
+    about = path.stat()
+    mask = np.array(Image.open(path).convert("L"))
+    held = []
+    for turned in (mask, mask[::-1, ::-1]):
+        Image.fromarray(turned).save(path, compress_level=0)
+        held.append(path.stat().st_size)
+    assert held[0] == held[1] and about.st_mtime_ns != path.stat().st_mtime_ns
+
+
+def own_mask(given):
+    return sorted(Path(given["out"], "final/Annotations").rglob("*.png"))[0]
+
+
+def rename_mask(given):
+    own_mask(given).rename(own_mask(given).with_stem("renamed"))
+
+
+AFTER_DATA = {
+    touch_data: (ALL, []),
+    change_sentence: (ALL, []),
+    change_frame: (["walk", "score", "submission"], ["walk"]),
+    lambda given: own_mask(given).write_bytes(b""): (["final"], ["final"]),
+    rename_mask: (["final"], ["final"]),
+}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(pipeline, "run_stage_process", run_here)
+
+
+@pytest.mark.parametrize("change, rows", AFTER_DATA.items())
+def test_what_changes_behind_a_recipe(finished, undisturbed, here, change, rows):
+    run_workflow(SMALL, finished)
+    out = Path(finished["out"])
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("Annotations/*/*/*.png")}
+    change(finished)
+    stages, again = rows
+    assert started(run_workflow(SMALL, finished)) == stages
+    assert started(run_workflow(SMALL, finished)) == []
+    if change is not change_frame:
+        found, expected = tree(out, "scores"), undisturbed["pairs"].items()
+        assert found == {n: held for n, held in expected if not n.startswith("scores/")}
+    written = {p.relative_to(out).parts[0] for p in times if p.stat().st_mtime_ns != times[p]}
+    assert written == set(again)
+    changed = {p.relative_to(out).parts[2] for p in times if p.stat().st_mtime_ns != times[p]}
+    assert len(changed) == bool(again)  # one of two videos
+
+
+def test_a_mask_of_an_input_is_changed_in_place(finished, here):
+    change_mask_of_an_input(finished)  # of another size than the one that was there
+    run_workflow(SMALL, finished)
+    times = {p: p.stat().st_mtime_ns for p in Path(finished["out"], "final").rglob("*.png")}
+    change_mask_of_an_input(finished)  # of the same
+    found = states(SMALL, finished)
+    assert found["walk"] == "done" and found["final"] == "to do"
+    assert started(run_workflow(SMALL, finished)) == ["final", "score", "submission"]
+    written = {p.parts[-3] for p in times if p.stat().st_mtime_ns != times[p]}
+    assert len(written) == 1
+    assert started(run_workflow(SMALL, finished)) == []
 
 
 def test_a_data_set_without_masks_is_not_scored(small):

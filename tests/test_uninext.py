@@ -181,7 +181,7 @@ RECIPE = {
 def build_trainer(**changes) -> Trainer:
     "Of a tiny model; other settings of the recipe by name."
     options = dataclasses.asdict(tiny_uninext(len(make_tokenizer(scenes.WORDS))))
-    return Trainer(read_recipe(RECIPE | {"model": options} | changes), "cpu")
+    return Trainer(read_recipe(RECIPE | {"model": options} | changes))
 
 
 def test_a_tiny_one_learns_a_clip_by_heart():
@@ -192,7 +192,7 @@ def test_a_tiny_one_learns_a_clip_by_heart():
     trainer = build_trainer(stages=[stage], tuning=tuning)
     batch = draw_refer_batch(7, 0, trainer.recipe.stages[0], augment=False)
     for _ in range(stage["steps"]):
-        trainer.one_step(batch)
+        trainer.one_step([(0, batch)])
     model = trainer.model.eval()
     found = model.refer(model.see(batch.frames[0], short_side=160), batch.texts)
     scores = [np.mean(j_and_f(found.masks(e).numpy(), batch.masks[e])) for e in range(2)]
@@ -264,7 +264,7 @@ def test_resume_equals_undisturbed(tmp_path):
 
 
 def test_the_published_optimizer_has_its_groups():
-    trainer = Trainer(read_recipe("train-uninext-toy"), "cpu")
+    trainer = Trainer(read_recipe("train-uninext-toy"))
     factors = {p: g["factor"] for g in trainer.optimizer.param_groups for p in g["params"]}
     assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.05}
     for name, p in trainer.task.model.named_parameters():

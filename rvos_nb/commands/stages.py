@@ -348,12 +348,14 @@ def evaluate_frames(data, run: Path, out: Path):
     from rvos_nb.explore import write_samples_report
     from rvos_nb.files import write_json
     from rvos_nb.single_frames import score_file, score_table
+    from rvos_nb.stage import locked
 
     rows = []
-    score = score_file(data, run, rows.extend)
-    write_json(out / "metrics.json", score)
-    write_samples(out, rows)
-    write_samples_report(data, score, rows, out / "report.html")
+    with locked(out):
+        score = score_file(data, run, rows.extend)
+        write_json(out / "metrics.json", score)
+        write_samples(out, rows)
+        write_samples_report(data, score, rows, out / "report.html")
     print(f"{score_table(score)}\ntables and report.html in {out}")
 
 
@@ -361,10 +363,12 @@ def evaluate_maps(data, run: Path, out: Path) -> bool:  # whether there were any
     "The merged label maps of Ref-DAVIS17."
     from rvos_nb.files import write_json
     from rvos_nb.label_maps import maps_table, score_maps
+    from rvos_nb.stage import locked
 
     scores, notes = score_maps(data, run)
     if scores:
-        write_json(out / "metrics.json", scores | {"notes": notes})
+        with locked(out):
+            write_json(out / "metrics.json", scores | {"notes": notes})
         print(maps_table(scores, notes))
     return bool(scores)
 

@@ -20,7 +20,15 @@ import numpy as np
 from PIL import Image
 
 from ..core import Problem, natural_key
-from .clips import SequenceBatch, make_generator, refuse_setting
+from rvos_nb.data.clips import (
+    SequenceBatch,
+    TrainingStage,
+    check_count,
+    check_micro,
+    list_samples,
+    make_generator,
+    refuse_setting,
+)
 from .masks import read_labels, read_object_ids
 from .pictures import PICTURE_SUFFIXES, read_frame
 from ..files import find_files
@@ -179,14 +187,13 @@ def paste(
     return pasted, keep_objects(numbered, limit, rng, area=100)
 
 # %% ../../nbs/01p_data.sequences.ipynb #ce804eb2
-class SequenceStage:
+class SequenceStage(TrainingStage):
     "What stages of pictures and of films share: drawing, pasting, stacking."
 
     def __post_init__(self):
         for name in ("steps", "frames", "clips", "objects"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                refuse_setting(name, repr(value), "a whole number above 0")
+            check_count(name, getattr(self, name))
+        check_micro(self.clips, self.micro)
         if self.look not in ("", "v1", "v2"):
             refuse_setting("look", repr(self.look), "'', 'v1' or 'v2'")
 
@@ -206,14 +213,17 @@ class SequenceStage:
             "check the masks of the training data",
         )
 
-    def batch(self, seed: int, step: int) -> SequenceBatch:
-        "Batch number `step` of the stage: the same arguments give the same bytes."
-        rng = make_generator(seed, step)
-        frames, labels = zip(*(self.sequence(rng) for _ in range(self.clips)))
+    def batch(self, seed: int, step: int, part: int = 0, parts: int = 1) -> SequenceBatch:
+        """Part number `part` of batch number `step`, cut into equal runs of sequences: the same
+        arguments give the same bytes."""
+        samples = list_samples(self.clips, part, parts)
+        generators = [make_generator(seed, step, sample) for sample in samples]
+        frames, labels = zip(*map(self.sequence, generators))
         labels = np.stack(labels, 1)
         first = labels[0]
         objects = first.max((1, 2), where=first < 255, initial=0).astype(np.int64)
-        return SequenceBatch(np.stack(frames, 1), labels, objects)
+        names = [f"sequence {step}/{sample}" for sample in samples]
+        return SequenceBatch(np.stack(frames, 1), labels, objects, names)
 
 # %% ../../nbs/01p_data.sequences.ipynb #2fc0ce5b
 @dataclass(frozen=True)
@@ -224,6 +234,7 @@ class StillStage(SequenceStage):
     folders: Sequence[str]  # of pictures with masks, see `find_pairs`
     frames: int = 5  # T
     clips: int = 16  # sequences per batch
+    micro: int = 0  # sequences that one process sees at a time; 0: all
     size: Sequence[int] = (465, 465)  # (H, W); 464 where corners are not aligned
     objects: int = 10  # identities at most
     look: str = "v1"  # colours: 'v1' of AOT, 'v2' of DeAOT
@@ -409,6 +420,7 @@ class FilmStage(SequenceStage):
     sources: Sequence[dict]  # each {folder, repeat: how often its films count, gap: largest step}
     frames: int = 5  # T
     clips: int = 16  # sequences per batch
+    micro: int = 0  # sequences that one process sees at a time; 0: all
     size: Sequence[int] = (465, 465)  # (H, W); 464 where corners are not aligned
     objects: int = 10  # identities at most
     look: str = ""  # colours: '' in AOT, 'v2' in DeAOT

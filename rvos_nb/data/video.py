@@ -300,12 +300,6 @@ def _decode_stream(box, stream, reading: FilmReading | None = None) -> Iterator:
             continue
         yield from frames
 
-
-def _decode(path) -> Iterator[np.ndarray]:
-    "The frames of a video file, (H, W, 3) uint8 RGB."
-    with _open_film(path) as (box, stream):
-        yield from map(_to_array, _decode_stream(box, stream))
-
 # %% ../../nbs/01b_data.video.ipynb #7dbc81c8
 @dataclass(frozen=True)
 class FilmIndex:
@@ -331,6 +325,14 @@ def _breaks_off(box, stream, last: int | None, packets: int) -> bool:
     return promised - float(last * stream.time_base) > 1 + promised / 50
 
 
+def _tell_pixel_shape(path, stream):
+    "Say it where a film's pixels are not square; masks and scores are in the pixels stored."
+    shape = stream.sample_aspect_ratio
+    if shape and shape != 1:
+        found = f"pixels that are not square ({shape.numerator}:{shape.denominator})"
+        assume(path, found, "frames and masks are as the film stores them, not stretched")
+
+
 def _index_packets(path) -> FilmIndex | None:
     "By the packets; None where they cannot be believed."
     with _open_film(path) as (box, stream):
@@ -345,6 +347,7 @@ def _index_packets(path) -> FilmIndex | None:
         alone = first.is_keyframe and first.pts is not None and first.pts <= min(times)
         if damaged or not alone or _breaks_off(box, stream, max(times), len(packets)):
             return None
+        _tell_pixel_shape(path, stream)
         return FilmIndex(tuple(sorted(times)), stream.time_base, True)
 
 # %% ../../nbs/01b_data.video.ipynb #b03cff7c
@@ -371,6 +374,7 @@ def _index_by_decoding(path) -> FilmIndex:
         last = max((t for t in times if t is not None), default=None)
         incomplete = _breaks_off(box, stream, last, reading.packets)
         tick = stream.time_base
+        _tell_pixel_shape(path, stream)
     if not times:
         found, remedy = "no frame that can be decoded", "copy the file again"
         raise Problem(path, found, "a video that FFmpeg can read", remedy)
@@ -422,15 +426,34 @@ def _decode_from(path, first: int, index: FilmIndex) -> Iterator[tuple]:
             yield at, frame
 
 
-def _decode_all(path) -> Iterator[tuple]:
-    "(position, frame) from the start of the film."
+def _decode_all(path, index: FilmIndex) -> Iterator[tuple]:
+    """(position, frame) from the start of the film. Where a frame does not decode, the one before
+    it is given once more, as a player shows it; of those at the very start, the first that does."""
+    position = {t: i for i, t in enumerate(index.times)} if index.can_seek else {}
+    following, before = 0, None  # the next position, the frame before it
+
+    def fill(end):
+        if following < end:
+            gap = f"frame {following:05d} does not decode"
+            assume(path, gap, "it is damaged; in its place stands the one before it")
+        return [(i, before) for i in range(following, end)]
+
     with _open_film(path) as (box, stream):
-        yield from enumerate(_decode_stream(box, stream))
+        for frame in _decode_stream(box, stream):
+            at = position.get(frame.pts, following)
+            if at < following:  # damage has confused the order: its place is taken
+                continue
+            before = frame if before is None else before
+            yield from fill(at)
+            yield at, frame
+            following, before = at + 1, frame
+    if before is not None:
+        yield from fill(len(position))
 
 
 def _decode_some(path, wanted: set[int], index: FilmIndex) -> dict[int, np.ndarray]:
     "Some frames of a film by position, all that there are."
-    for frames in (_decode_from(path, min(wanted), index), _decode_all(path)):
+    for frames in (_decode_from(path, min(wanted), index), _decode_all(path, index)):
         arrays = {}
         for i, frame in frames:
             if i in wanted:
@@ -453,10 +476,10 @@ def _stream_file(path, wanted: list[int]) -> Iterator[np.ndarray]:
     "Frames of a video file in rising order."
     left = deque(wanted)
     count = 0
-    for i, frame in enumerate(_decode(path)):
+    for i, frame in _decode_all(path, index_film(path)):
         count = i + 1
         if i == left[0]:
-            yield frame
+            yield _to_array(frame)
             left.popleft()
         if not left:
             return

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'HUB_NAMES', 'HUB_FILES', 'TOKENIZERS', 'ROBERTA_BASE', 'BERT_BASE', 'CACHED_SENTENCES',
-           'TEXT_ENCODERS', 'normalise_sentence', 'make_tokenizer', 'find_model_folder', 'fetch_from_hub',
-           'silence_transformers', 'load_tokenizer', 'SentenceTokenizer', 'weights_version', 'SentenceCache',
-           'SentenceEncoder', 'drop_position_ids', 'TransformersEncoder', 'TextEncoder', 'BertEncoder',
-           'small_text_config', 'build_text_encoder', 'load_encoder_weights', 'FeatureResizer', 'sine_position_1d',
-           'text_options']
+           'TEXT_ENCODERS', 'make_tokenizer', 'find_model_folder', 'fetch_from_hub', 'silence_transformers',
+           'load_tokenizer', 'SentenceTokenizer', 'weights_version', 'SentenceCache', 'SentenceEncoder',
+           'drop_position_ids', 'TransformersEncoder', 'TextEncoder', 'BertEncoder', 'small_text_config',
+           'build_text_encoder', 'load_encoder_weights', 'FeatureResizer', 'sine_position_1d', 'text_options']
 
 # %% ../../nbs/02h_models.text.ipynb #ba3d6175
 import json
@@ -32,27 +31,13 @@ from transformers import (
 
 from ..bounds import keep_offline
 from ..core import Problem
+from ..data.augment import normalise_sentence
 from ..files import read_json
 from .backbones import count_modules, sine_features
 
 # %% ../../nbs/02h_models.text.ipynb #ec620e51
 # ids 0 to 4 of every tokenizer that `make_tokenizer` makes
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-
-def normalise_sentence(
-    text: str,  # a sentence as a user wrote it
-) -> str:  # lower case, single blanks
-    """The text as the training loaders of the papers hand it on; raises `Problem` for one without a
-    word."""
-    if not isinstance(text, str) or not text.strip():
-        raise Problem(
-            "sentence",
-            repr(text),
-            "a text with at least one word",
-            "write what to look for, such as 'the red ball'",
-        )
-    return " ".join(text.lower().split())
 
 # %% ../../nbs/02h_models.text.ipynb #787183eb
 def make_tokenizer(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import Problem
 from rvos_nb.models.backbones import (
     CONVNEXT_NAMES,
     build_backbone,
@@ -291,8 +292,16 @@ class UNINEXTSteps(SentenceModel):
         "(h, w) of the network's input for frames of `size` (H, W)."
         return shortest_edge_size(size, short_side or self.config.short_side, self.config.long_side)
 
-    def look(self, frames: Tensor) -> Seen:
-        "Backbone, projections and positions of clips (B, T, 3, h, w), see `look_at_frames`."
+    def look(self, frames: Tensor, mask: Tensor | None = None, keep=None) -> Seen:
+        """Backbone, projections and positions of clips (B, T, 3, h, w), see `look_at_frames`; of
+        one frame of each where `keep` says which. Raises `Problem` for clips padded to one
+        size."""
+        if mask is not None:
+            found, expected = "clips of different size in one batch", "clips of one size"
+            remedy = "see one clip at a time (micro: 1, pad_to: 1)"
+            raise Problem("training batch", found, expected, remedy)
+        if keep is not None:
+            frames = torch.stack([clip[k : k + 1] for clip, k in zip(frames, keep)])
         return look_at_frames(self, frames)
 
     def ground(self, seen: Seen, text, span=None) -> GroundingOutput:
@@ -326,7 +335,7 @@ class UNINEXT(UNINEXTSteps):
     def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`
         return [MASK_CHANNELS, self.config.hidden_dim]
 
-    def all_queries(self, seen: Seen, text, aux: bool = True) -> dict:
+    def all_queries(self, seen: Seen, text, sizes=None, aux: bool = True) -> dict:
         "Answers for training, see `answer_every_layer`; without `aux` see `answer_every_query`."
         return answer_every_layer(self, seen, text) if aux else answer_every_query(self, seen, text)
 

@@ -169,6 +169,11 @@ class AssignmentCriterion:
         self.weights, self.costs = weights or ASSIGNMENT_WEIGHTS, costs or MATCH
         self.target = target
 
+    @staticmethod
+    def count(valid: Tensor) -> Tensor:  # (B, T) bool -> scalar
+        "Visible frames; not read, since each part divides by the queries that it finds right."
+        return valid.sum()
+
     def __call__(
         self,
         out: dict,  # of `models.uninext.answer_every_layer`

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MATCH', 'CLUSTER_WEIGHTS', 'CLUSTER_COSTS', 'focal', 'dice', 'box_corners', 'intersect', 'iou', 'giou', 'pad_masks',
-           'shrink', 'class_cost', 'by_query', 'match', 'positives', 'take_query', 'charge', 'stack_layers',
-           'weigh_terms', 'Criterion', 'enlarge', 'frame_costs', 'charge_frames', 'ClusterCriterion', 'PixelLoss',
-           'only_objects', 'bootstrapped_ce', 'hard_share', 'aux_weight', 'soft_jaccard', 'frame_loss', 'sequence_loss']
+           'shrink', 'class_cost', 'by_query', 'match', 'positives', 'take_query', 'divide_by', 'charge',
+           'stack_layers', 'weigh_terms', 'Criterion', 'enlarge', 'frame_costs', 'charge_frames', 'ClusterCriterion',
+           'PixelLoss', 'only_objects', 'bootstrapped_ce', 'hard_share', 'aux_weight', 'soft_jaccard', 'frame_loss',
+           'sequence_loss']
 
 # %% ../../nbs/04b_train.losses.ipynb #1f1b0cb4
 from collections.abc import Sequence
@@ -195,6 +196,15 @@ def take_query(
     return x.gather(q, i).squeeze(q)
 
 # %% ../../nbs/04b_train.losses.ipynb #e63980e2
+def divide_by(
+    target: dict,  # `count`, scalar: of the whole batch, divided by its parts; or without it
+    here: Tensor | int,  # of this batch alone
+) -> Tensor:  # scalar float32, at least 1
+    "What the sums of a batch are divided by."
+    count = torch.as_tensor(target.get("count", here), device=target["valid"].device)
+    return count.to(torch.float32).clamp(min=1)
+
+# %% ../../nbs/04b_train.losses.ipynb #8d83f0d6
 def charge(
     pred: dict,  # as for `match`
     target: dict,  # as for `match`
@@ -203,7 +213,7 @@ def charge(
 ) -> dict:  # ce, bbox, giou, mask, dice: (...) each, one number per decoder layer
     "The five losses of matched predictions (Wu et al. 2022, eq. 5), not yet weighted."
     valid = target["valid"]
-    n = valid.sum().clamp(min=1).to(torch.float32)
+    n = divide_by(target, valid.sum())
     boxes = take_query(pred["pred_boxes"], index, 1)
     x, y = take_query(pred["pred_masks"], index, 2).flatten(-3), target["masks"].flatten(1)
     each = valid.sum(-1).to(x.dtype) if mask_per == "frame" else x.new_ones(())
@@ -256,6 +266,11 @@ class Criterion:
             raise Problem("mask_per", found, expected, "set it in the recipe to one of them")
         self.weights, self.costs = weights or MATCH, costs or MATCH
         self.target, self.mask_per = target, mask_per
+
+    @staticmethod
+    def count(valid: Tensor) -> Tensor:  # (B, T) bool -> scalar
+        "What a batch adds to the divisor of all losses: its visible frames."
+        return valid.sum()
 
     def __call__(
         self,
@@ -312,7 +327,7 @@ def charge_frames(
     text: Tensor,  # (B, C) text feature
 ) -> dict:  # of scalars
     "The six losses of matched predictions of one layer, not yet weighted."
-    valid, n = target["valid"], target["valid"].numel()
+    valid, n = target["valid"], divide_by(target, target["valid"].numel())
     boxes = take_query(pred["pred_boxes"], index, 1)
     masks = take_query(pred["pred_masks"], index, 2)
     x, y = enlarge(masks, target["masks"].shape[-2:]), target["masks"].flatten(2)
@@ -341,6 +356,11 @@ class ClusterCriterion:
         costs: dict | None = None,  # of the four matching costs; None: CLUSTER_COSTS
     ):
         self.weights, self.costs = weights or CLUSTER_WEIGHTS, costs or CLUSTER_COSTS
+
+    @staticmethod
+    def count(valid: Tensor) -> Tensor:  # (B, T) bool -> scalar
+        "What a batch adds to the divisor of all losses but `con`: its frames, visible or not."
+        return torch.tensor(valid.numel())
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import Problem
 from ..data.clips import SceneStage, SequenceBatch, draw_sequence_batch
 from ..data.sequences import SequenceStage
-from ..metrics import jaccard
+from ..metrics import j_and_f
 from ..models import zoo
 from ..models.family import find_family
 from ..models.start import load_start
@@ -74,7 +74,7 @@ class Propagate:
 
     kind = "sequence"
 
-    def __init__(self, recipe: Recipe, device: str):
+    def __init__(self, recipe: Recipe, device):
         self.options = read_loss_options(
             recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
         )
@@ -82,7 +82,7 @@ class Propagate:
         self.device, self.stages = device, place_stages(recipe)
         check_stages(recipe, self.model)
         if recipe.start:
-            load_start(self.model, recipe.start)
+            load_start(self.model, recipe.start, recipe.fresh)
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
 
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -96,13 +96,25 @@ class Propagate:
         )
         return logits, labels, objects
 
-    def loss(self, batch: SequenceBatch, progress: float) -> tuple[Tensor, dict]:
+    def count(self, batch: SequenceBatch) -> Tensor:  # scalar
+        "What the batch adds to the divisor of the losses: they are means, so its sequences."
+        return torch.tensor(len(batch.objects))
+
+    def loss(
+        self,
+        batch: SequenceBatch,
+        progress: float,  # 0 to 1, how far training is
+        count: Tensor | None = None,  # of the whole batch; not read by a mean
+    ) -> tuple[Tensor, dict]:
         "Total loss and its parts."
         o = self.options
         own = o["own"] if isinstance(o["own"], bool) else progress >= o["own"]
         logits, labels, objects = self.answer(batch, own)
         share = hard_share(progress, o["final"], o["start"], o["stop"])
-        total, each = sequence_loss(logits, labels, objects, share, aux_weight(progress, o["aux"]))
+        with torch.autocast(self.device.type, enabled=False):
+            logits = [x.float() for x in logits]
+            aux = aux_weight(progress, o["aux"])
+            total, each = sequence_loss(logits, labels, objects, share, aux)
         return total, {"loss_reference": each[0].mean(), "loss_last": each[-1].mean()}
 
     def validation_clips(self, watch: Watch) -> list[tuple[str, SequenceBatch]]:
@@ -129,14 +141,15 @@ class Propagate:
         ]
 
     def score(self, batches) -> dict:
-        """`{'J easy': …, 'last easy': …}`: mean over objects of J over all propagated frames, and
-        in the last one."""
+        """`{'J easy': …, 'F easy': …, 'J&F easy': …, 'last easy': …}`: mean over objects of J and
+        F over all propagated frames, and of J in the last one."""
         found: dict = {}
         for level, batch in batches:
             answer = torch.stack(self.answer(batch)[0]).argmax(2).cpu().numpy()  # (T, B, H, W)
             for b, n in enumerate(batch.objects):
                 for k in range(1, n + 1):
-                    j = jaccard(batch.labels[1:, b] == k, answer[1:, b] == k)
-                    found.setdefault(f"J {level}", []).append(float(j.mean()))
-                    found.setdefault(f"last {level}", []).append(float(j[-1]))
+                    j, f = j_and_f(batch.labels[1:, b] == k, answer[1:, b] == k)
+                    scores = {"J": j.mean(), "F": f.mean(), "J&F": (j + f).mean() / 2}
+                    for name, score in (scores | {"last": j[-1]}).items():
+                        found.setdefault(f"{name} {level}", []).append(float(score))
         return {k: float(np.mean(v)) for k, v in found.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'ema_decay', 'freeze_parts', 'rate_factor', 'decay_of', 'optimizer_for', 'set_rates',
-           'update_weights']
+           'step_where_finite', 'refuse_numbers', 'update_weights']
 
 # %% ../../nbs/04e_train.schedule.ipynb #69939c47
 import math
@@ -112,9 +112,34 @@ def set_rates(
     return now
 
 # %% ../../nbs/04e_train.schedule.ipynb #894b04f7
+def step_where_finite(
+    optimizer: torch.optim.AdamW,  # fused
+    total: Tensor,  # scalar, whatever must be finite
+) -> Tensor:  # scalar bool: whether the step was made
+    "A step of all weights, or none where a number is not finite; decided on the device."
+    finite = torch.isfinite(total.detach())
+    optimizer.found_inf = 1 - finite.float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+    return finite
+
+
+def refuse_numbers(where: str, loss: Tensor, norm: Tensor) -> Problem:
+    "What is wrong with a step whose loss or gradient norm is not finite."
+    return Problem(
+        where,
+        f"loss {loss.item()}, gradient norm {norm.item()}",
+        "finite numbers",
+        "lower the learning rate in the recipe, and train into another folder; or go on without "
+        "this step: --skip-bad-steps 1",
+    )
+
+
 def update_weights(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,  # of its parameters
+    optimizer: torch.optim.AdamW,  # of its parameters
     loss: Tensor,  # scalar
     clip: float,  # largest gradient norm
     where: str = "training",  # for the message
@@ -123,12 +148,6 @@ def update_weights(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if not torch.isfinite(loss + norm):
-        raise Problem(
-            where,
-            f"loss {loss.item()}, gradient norm {norm.item()}",
-            "finite numbers",
-            "lower the learning rate in the recipe, and train into another folder",
-        )
-    optimizer.step()
+    if not step_where_finite(optimizer, loss + norm):
+        raise refuse_numbers(where, loss, norm)
     return norm

@@ -449,7 +449,8 @@ def model_is(name: str) -> Callable[[dict], bool]:
 
 
 NO_FAMILY = (
-    "rvos_nb.verify.training:RUNNERS",  # of the query models of all families
+    "rvos_nb.verify.training:RUNNERS",  # training steps of the query models of all families
+    "rvos_nb.verify.propagators:RUNNERS",  # training steps of the propagators
     "rvos_nb.verify.pipeline:RUNNERS",  # of fusion and metrics
 )
 

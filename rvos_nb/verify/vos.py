@@ -513,7 +513,7 @@ def is_augmented(meta: dict) -> bool:
 
 def is_propagation(meta: dict) -> bool:
     "Whether a case walks a model over frames."
-    return "MODEL_VOS" in option_names(meta)
+    return "MODEL_VOS" in option_names(meta) and "training" not in meta["model"]
 
 
 def is_bidirectional(meta: dict) -> bool:

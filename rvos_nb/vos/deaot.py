@@ -35,6 +35,7 @@ class DeAOTConfig(AOTConfig):
     "All that decides a DeAOT. Raises `Problem` for more than one head."
 
     heads: int = 1
+    dropout: float = 0.1  # share of channels that gated attention leaves out; training only
 
     def __post_init__(self):
         if self.heads != 1:
@@ -48,10 +49,11 @@ DEAOT_VARIANTS: dict[str, DeAOTConfig] = {
 
 # %% ../../nbs/03r_vos.deaot.ipynb #42ce7ddb
 class DepthWise(nn.Module):
-    "Depth-wise 5×5 over tokens; in training one channel in ten is left out."
+    "Depth-wise 5×5 over tokens; in training some channels are left out, as published one in ten."
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, dropout: float = 0.1):
         super().__init__()
+        self.dropout = dropout
         self.conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False)  # published name
 
     def forward(
@@ -60,14 +62,16 @@ class DepthWise(nn.Module):
         size: tuple[int, int],  # h, w
     ) -> Tensor:  # (B, h*w, C)
         x = depthwise_conv(x, self.conv, size)
-        return F.dropout2d(x.mT[..., None], 0.1)[..., 0].mT if self.training else x
+        if not self.training or not self.dropout:
+            return x
+        return F.dropout2d(x.mT[..., None], self.dropout)[..., 0].mT
 
 
 class GatedOutput:
     "How every attention of a block ends (DeAOT, §4.2). A mixin of modules."
 
-    def add_gate(self, dim: int):  # C
-        self.dw_conv = DepthWise(4 * dim)  # published names
+    def add_gate(self, dim: int, dropout: float = 0.1):  # C
+        self.dw_conv = DepthWise(4 * dim, dropout)  # published names
         self.projection = nn.Linear(4 * dim, 2 * dim)
 
     def gate_output(
@@ -82,9 +86,9 @@ class GatedOutput:
 class GatedLongTerm(GatedOutput, nn.Module):
     "Search of all memory by content."
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, dropout: float = 0.1):
         super().__init__()
-        self.add_gate(dim)
+        self.add_gate(dim, dropout)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
@@ -95,9 +99,9 @@ class GatedLongTerm(GatedOutput, nn.Module):
 class GatedShortTerm(GatedOutput, NearbySearch):
     "Search of the last frame in a window."
 
-    def __init__(self, dim: int, reach: int):
+    def __init__(self, dim: int, reach: int, dropout: float = 0.1):
         super().__init__(dim // 2, 1, reach)
-        self.add_gate(dim)
+        self.add_gate(dim, dropout)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size
@@ -108,9 +112,9 @@ class GatedShortTerm(GatedOutput, NearbySearch):
 class GatedSelf(GatedOutput, nn.Module):
     "A frame's search of itself, by both states."
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, dropout: float = 0.1):
         super().__init__()
-        self.add_gate(dim)
+        self.add_gate(dim, dropout)
         self.linear_QK = nn.Linear(2 * dim, dim // 2)  # published names
         self.linear_V1, self.linear_V2, self.linear_U1, self.linear_U2 = (
             nn.Linear(dim, 2 * dim) for _ in range(4)
@@ -141,9 +145,9 @@ class GatedBlock(nn.Module):
         self.linear_ID_V = nn.Linear(dim if first else 2 * dim, 2 * dim)
         if not first:
             self.id_norm1, self.linear_ID_U = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
-        self.long_term_attn = GatedLongTerm(dim)
-        self.short_term_attn = GatedShortTerm(dim, c.reach)
-        self.self_attn = GatedSelf(dim)
+        self.long_term_attn = GatedLongTerm(dim, c.dropout)
+        self.short_term_attn = GatedShortTerm(dim, c.reach, c.dropout)
+        self.self_attn = GatedSelf(dim, c.dropout)
 
     def make_memory(
         self,

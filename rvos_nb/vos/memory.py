@@ -260,7 +260,7 @@ def forward_sequence(
     labels: Tensor,  # (T, B, H, W) uint8; 255 is ignored
     objects: Tensor,  # (B,) integer: how many objects a sample has, ids 1…
     use_prediction: bool,  # memory gets the model's own labels instead of the true ones
-    shuffle: bool | None = None,  # permute identities at random; None: in training mode
+    shuffle: bool | Tensor | None = None,  # deal identities at random, or as this (B, N) says
     detach_identity: bool = False,  # no gradient to the identity bank (published: use_prediction)
 ) -> list[Tensor]:
     """AOT over a training sequence (AOT, §4.1): a reference, propagation, the memory gap of
@@ -270,7 +270,9 @@ def forward_sequence(
     n = model.config.max_objects
     x = model.normalise(frames) if frames.dtype == torch.uint8 else frames
     maps = [m.unflatten(0, (T, B)) for m in model.encode(x.flatten(0, 1))]
-    order = deal_identities(B, n, model.training if shuffle is None else shuffle, x.device)
+    order = shuffle  # None: at random in training mode
+    if not isinstance(shuffle, Tensor):
+        order = deal_identities(B, n, model.training if shuffle is None else shuffle, x.device)
 
     def embed(known):
         identity = model.embed_identities(permute_objects(one_hot(known, n + 1), order))

@@ -616,6 +616,13 @@ def test_a_misspelt_field_is_told_its_name(name, place, new, words, tmp_path):
     assert words in str(e.value)
 
 
+def test_a_work_record_of_before_counts_as_none(tmp_path):
+    "The state of the data was not in it."
+    before = {k: v for k, v in WORK.items() if k != "data"}
+    (tmp_path / "fuse.json").write_text(json.dumps(before))
+    assert read_work_record(tmp_path / "fuse.json") == {}
+
+
 def test_a_misspelt_state_is_told_its_name(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RECORD | {"units": {"v": "don"}}))
     with pytest.raises(Problem, match=r"units, v: found 'don' \(did you mean 'done'\?\)"):

@@ -616,13 +616,14 @@ def end_in_the_middle(self, batch):
 
 loop.Trainer.one_step = end_in_the_middle
 signal.signal(signal.SIGINT, signal.default_int_handler)
-main(["train", sys.argv[2], "--out", sys.argv[3]])
 """
+COMMAND = 'main(["train", sys.argv[2], "--out", sys.argv[3]])'
+CALL = "loop.train(sys.argv[2], sys.argv[3])"
 
 
-def run_killed(how, recipe, out) -> subprocess.CompletedProcess:
+def run_killed(how, recipe, out, begin=COMMAND) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", KILLED, how, str(recipe), str(out)],
+        [sys.executable, "-c", KILLED + begin, how, str(recipe), str(out)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -665,6 +666,17 @@ def test_the_diary_of_a_training_that_was_killed(tmp_path):
         assert (out / "model/model.safetensors").read_bytes() == (
             tmp_path / "whole/model/model.safetensors"
         ).read_bytes()
+
+
+def test_a_script_that_trains_is_ended_as_a_command_is(tmp_path):
+    from rvos_nb.train.trainer import list_checkpoints
+
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(AOT | {"stages": [AOT["stages"][0] | {"steps": 60}]}))
+    out = tmp_path / "out"
+    done = run_killed("SIGTERM", path, out, CALL)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert torch.load(list_checkpoints(out)[0], weights_only=True)["step"] == 57
 
 
 def test_loss_that_explodes_is_named(tmp_path):

@@ -343,8 +343,8 @@ def bench_command(
     name: Annotated[
         str,
         typer.Argument(
-            help="Which benchmark: demo, scores, referformer, families, propagate, metrics, fuse "
-            "or deform_attn."
+            help="Which benchmark: demo, scores, referformer, families, train, propagate, metrics, "
+            "fuse or deform_attn."
         ),
     ],
 ):

@@ -119,8 +119,9 @@ def read_sentences(source: Path, conversion: Conversion) -> dict[str, list[OwnSe
         with conversion.leave_out_faults():
             sentence = check_row(f"{path}, row {n}", f"row-{n}", row, source / "videos")
             own = videos.setdefault(sentence.video, [])
-            other = next((s for s in own if s.split != sentence.split), None)
-            if other is not None:
+            splits = {s.split: s for s in own if s.split}
+            other = next(iter(splits.values()), sentence)
+            if sentence.split not in ("", other.split):
                 found = f"split {sentence.split!r}, and {other.split!r} in {other.where}"
                 expected = f"one split for all rows of {sentence.video}"
                 raise Problem(sentence.where, found, expected, "correct one of the two rows")
@@ -134,7 +135,7 @@ def choose_splits(
     seed: int,
 ) -> dict[str, str]:  # video -> train or valid
     "The split of each video: its own, or by a seeded hash. At least one stays in train."
-    splits = {video: own[0].split for video, own in videos.items() if own[0].split}
+    splits = {s.video: s.split for own in videos.values() for s in own if s.split}
     free = [video for video in videos if video not in splits]
     order = sorted(free, key=lambda v: hashlib.sha256(f"{seed}/{v}".encode()).digest())
     least = int(share > 0 and "valid" not in splits.values())

@@ -6,7 +6,8 @@
 __all__ = ['SCHEDULES', 'UNDECIDED', 'VALIDATION', 'SOURCES', 'check_number', 'check_names', 'check_drops', 'check_drop_epochs',
            'Tuning', 'Lora', 'Watch', 'Recipe', 'recipe_identity', 'same_recipe', 'build_checked', 'find_folders',
            'place_stages', 'rescale', 'place_drops', 'read_loss_options', 'list_recipes', 'recipe_mapping',
-           'trainable_families', 'step_into', 'override_settings', 'build_stage', 'take_family', 'read_recipe']
+           'trainable_families', 'step_into', 'override_settings', 'build_stage', 'take_family', 'check_reading',
+           'read_recipe']
 
 # %% ../../nbs/04d_train.recipe.ipynb #8eadda8f
 import copy
@@ -146,7 +147,8 @@ class Lora:
 
     def __post_init__(self):
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
-            if value < 0 or value != value:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf:
                 where, expected = f"recipe, lora, {name}", "a number from 0 on"
                 raise Problem(where, repr(value), expected, "correct the recipe")
 
@@ -414,6 +416,14 @@ def take_family(recipe: Recipe, where: str) -> Recipe:
     return replace(recipe, family=zoo.read_card(recipe.start)["family"])
 
 
+def check_reading(recipe: Recipe, where: str):
+    "Raise `Problem` where sentences are to be learnt by a model that reads none."
+    asks = any(isinstance(stage, ClipStage) for stage in recipe.stages)
+    if asks and not find_family(recipe.family).model.reads_sentences:
+        found = f"the family {recipe.family!r}, which reads no sentences"
+        raise Problem(where, found, "a referring model", "name another start, or another family")
+
+
 def read_recipe(
     recipe,  # a name that ships, a path of a YAML file, or a mapping
     given: Mapping = {},  # other values of some settings, see `override_settings`
@@ -437,4 +447,5 @@ def read_recipe(
         lora = build_checked(Lora, lora, f"{where}, lora")
     if not isinstance(watch, Watch):
         watch = build_checked(Watch, watch, f"{where}, watch")
+    check_reading(replace(r, stages=stages), where)
     return replace(r, stages=stages, tuning=tuning, lora=lora, watch=watch)

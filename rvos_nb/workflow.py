@@ -253,7 +253,9 @@ def load_workflow(
 def list_workflows() -> list[str]:
     "Names of the pipelines that ship."
     return sorted(
-        p.stem for p in find_shipped("recipes").glob("*.yaml") if not p.stem.startswith("train-")
+        p.stem
+        for p in find_shipped("recipes").glob("*.yaml")
+        if not p.stem.startswith(("train-", "finetune-"))
     )
 
 # %% ../nbs/09a_workflow.ipynb #8a23fedf

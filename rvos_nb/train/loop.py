@@ -157,7 +157,7 @@ class Progress:
         score = rank_scores(found, [name for name, _ in self.watched])
         if score > t.best:
             t.best = score
-            zoo.save(t.model, self.out / "best", make_card(t, found))
+            zoo.save(t.plain_model(), self.out / "best", make_card(t, found))
         self.mark = time.monotonic()
 
 # %% ../../nbs/04j_train.loop.ipynb #3efced8d
@@ -351,7 +351,7 @@ class TrainWork(StageWork):
                 Loop(trainer, self.out, self.limits).run()
             if self.accelerator.is_main_process:
                 scores = trainer.validate(trainer.task.validation_clips(self.recipe.watch))
-                zoo.save(trainer.model, self.out / "model", make_card(trainer, scores))
+                zoo.save(trainer.plain_model(), self.out / "model", make_card(trainer, scores))
                 print(describe_end(trainer, self.out), flush=True)
 
 # %% ../../nbs/04j_train.loop.ipynb #69d1aec1

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Count', 'Seed', 'Minutes', 'UNDECIDED', 'VALIDATION', 'SOURCES', 'check_number', 'check_names',
-           'check_drops', 'check_drop_epochs', 'Tuning', 'Watch', 'Recipe', 'recipe_identity', 'same_recipe',
+           'check_drops', 'check_drop_epochs', 'Tuning', 'Lora', 'Watch', 'Recipe', 'recipe_identity', 'same_recipe',
            'build_checked', 'find_folders', 'place_stages', 'rescale', 'place_drops', 'read_loss_options',
-           'recipe_mapping', 'trainable_families', 'step_into', 'override_settings', 'build_stage', 'read_recipe']
+           'list_recipes', 'recipe_mapping', 'trainable_families', 'step_into', 'override_settings', 'build_stage',
+           'take_family', 'check_reading', 'read_recipe']
 
 # %% ../../nbs/04d_train.recipe.ipynb #8eadda8f
 import copy
@@ -23,7 +24,9 @@ from ..core import Problem, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..data.training import ClipStage
+from ..models import zoo
 from ..models.family import available_families, find_family
+from ..models.start import is_checkpoint
 from ..schema import check_schema, name_nearest, read_yaml
 
 # %% ../../nbs/04d_train.recipe.ipynb #1946493e
@@ -134,6 +137,23 @@ class Tuning:
         for part, factor in self.groups.items():
             check_number(f"groups, {part}", factor)
 
+# %% ../../nbs/04d_train.recipe.ipynb #234eab66
+@dataclass(frozen=True)
+class Lora:
+    "Low-rank adapters (Hu et al. 2021) in place of training all weights."
+
+    rank: int = 0  # 0: no adapters, all weights learn
+    alpha: float = 16.0  # alpha / rank is what their answer is multiplied by
+    parts: Sequence[str] = ("text_encoder", "transformer")  # parts of the names of their layers
+    also: Sequence[str] = ()  # parts of the names of weights that learn beside them
+
+    def __post_init__(self):
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf:
+                where, expected = f"recipe, lora, {name}", "a number from 0 on"
+                raise Problem(where, repr(value), expected, "correct the recipe")
+
 # %% ../../nbs/04d_train.recipe.ipynb #e6adb17f
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=1 << 40)]  # a million steps each have one of their own
@@ -158,7 +178,7 @@ class Recipe:
     "All that decides the weights that come out."
 
     name: str
-    family: str  # of the zoo
+    family: str  # of the zoo; empty: that of the start
     stages: list  # of SceneStage, StillStage, FilmStage or ClipStage, one after another
     model: dict = field(
         default_factory=dict
@@ -171,6 +191,7 @@ class Recipe:
     text: str = ""  # a folder of the text encoder's own weights and tokenizer
     loss: dict = field(default_factory=dict)  # options of the task, see there
     tuning: Tuning = field(default_factory=Tuning)
+    lora: Lora = field(default_factory=Lora)
     watch: Watch = field(default_factory=Watch)
     seed: Seed = 0
     precision: str = "float32"  # or 'bf16' or 'fp16': what autocast computes in
@@ -186,6 +207,8 @@ def recipe_identity(recipe: Recipe) -> dict:
     """All of a recipe that decides its weights, but where files lie: a folder may move between two
     runs, and a model's card names none."""
     decided = {k: v for k, v in asdict(recipe).items() if k not in UNDECIDED}
+    if not recipe.lora.rank:
+        del decided["lora"]
     return decided | {"start": Path(recipe.start).name, "text": Path(recipe.text).name}
 
 
@@ -308,6 +331,12 @@ SOURCES = {
 }
 
 
+def list_recipes() -> list[str]:
+    "Names of the trainings that ship."
+    folder = find_shipped("recipes")
+    return sorted(p.stem for kind in ("train", "finetune") for p in folder.glob(f"{kind}-*.yaml"))
+
+
 def recipe_mapping(
     recipe,  # a name that ships, a path of a YAML file, or a mapping
 ) -> dict:
@@ -322,9 +351,7 @@ def recipe_mapping(
     try:
         found = read_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        names = ", ".join(
-            sorted(p.stem for p in find_shipped("recipes", "x").parent.glob("train-*.yaml"))
-        )
+        names = ", ".join(list_recipes())
         raise Problem(
             recipe,
             "no such recipe",
@@ -385,6 +412,26 @@ def build_stage(values, where: str):
     return build_checked(SOURCES[kind], values, where)
 
 
+def take_family(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with the family of its start, where it names none itself. Raises `Problem` where
+    there is no start either."""
+    if recipe.family:
+        return recipe
+    if not is_checkpoint(recipe.start):
+        found = f"the start {recipe.start!r}" if recipe.start else "no start"
+        expected = "a trained model: its folder, or a name that ships, such as referformer-tiny"
+        raise Problem(f"{where}, start", found, expected, "name it: -p start FOLDER")
+    return replace(recipe, family=zoo.read_card(recipe.start)["family"])
+
+
+def check_reading(recipe: Recipe, where: str):
+    "Raise `Problem` where sentences are to be learnt by a model that reads none."
+    asks = any(isinstance(stage, ClipStage) for stage in recipe.stages)
+    if asks and not find_family(recipe.family).model.reads_sentences:
+        found = f"the family {recipe.family!r}, which reads no sentences"
+        raise Problem(where, found, "a referring model", "name another start, or another family")
+
+
 def read_recipe(
     recipe,  # a name that ships, a path of a YAML file, or a mapping
     given: Mapping = {},  # other values of some settings, see `override_settings`
@@ -392,6 +439,7 @@ def read_recipe(
     "A checked recipe; raises Problem where it is missing or misspelt."
     where = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     r = build_checked(Recipe, override_settings(recipe_mapping(recipe), given), where)
+    r = take_family(r, where)
     known = trainable_families()
     if r.family not in known:
         expected = "one of " + ", ".join(known)
@@ -400,9 +448,12 @@ def read_recipe(
         expected = "a list of at least one stage"
         raise Problem(where, f"stages {r.stages!r}", expected, "correct the recipe")
     stages = [build_stage(s, f"{where}, stage {i + 1}") for i, s in enumerate(r.stages)]
-    tuning, watch = r.tuning, r.watch
+    tuning, lora, watch = r.tuning, r.lora, r.watch
     if not isinstance(tuning, Tuning):
         tuning = build_checked(Tuning, tuning, f"{where}, tuning")
+    if not isinstance(lora, Lora):
+        lora = build_checked(Lora, lora, f"{where}, lora")
     if not isinstance(watch, Watch):
         watch = build_checked(Watch, watch, f"{where}, watch")
-    return replace(r, stages=stages, tuning=tuning, watch=watch)
+    check_reading(replace(r, stages=stages), where)
+    return replace(r, stages=stages, tuning=tuning, lora=lora, watch=watch)

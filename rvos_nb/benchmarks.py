@@ -239,6 +239,7 @@ BENCHMARKS = {
     "scores": "rvos_nb.benchmarks:scores",
     "referformer": "rvos_nb.bench.referformer:figures",
     "families": "rvos_nb.bench.families:figures",
+    "train": "rvos_nb.bench.train:figures",
     "propagate": "rvos_nb.bench.propagate:figures",
     "metrics": "rvos_nb.bench.metrics:figures",
     "fuse": "rvos_nb.bench.fuse:figures",

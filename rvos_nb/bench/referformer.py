@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..benchmarks import Figure, in_turn, peak_memory, seconds
 from ..models import attention, heads, pieces, query_model, video_swin, wavecl
@@ -226,6 +226,8 @@ NAIVE_PARTS = (  # where, name, the naive way
     (wavecl.SentenceGate, "forward", naive_sentence_gate),
     (query_model, "dynamic_mask_head", naive_mask_head),
     (pieces, "piece_size", lambda device: 1 << 40),
+    (pieces.Dropout, "forward", nn.Dropout.forward),
+    (pieces, "checkpoint", lambda work, *inputs, **options: work(*inputs)),
 )
 
 

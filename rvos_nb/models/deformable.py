@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import Problem
 from .attention import Attention
 from .heads import refine_boxes
-from .pieces import run_in_pieces
+from .pieces import Dropout, run_in_pieces
 from ..ops.deform_attn import MSDeformAttn
 
 # %% ../../nbs/02o_models.deformable.ipynb #794b20c1
@@ -30,7 +30,7 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2, self.dropout = (
             nn.LayerNorm(dim),
             nn.LayerNorm(dim),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(
@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
         )
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from rvos_nb.models.deformable import (
     valid_ratios,
 )
 from .heads import MLP
+from .pieces import Dropout
 from ..ops.deform_attn import MSDeformAttn
 
 # %% ../../nbs/02s_models.grounding.ipynb #af952450
@@ -43,7 +44,7 @@ class BidirectionalFusion(nn.Module):
         dropout: float = 0.0,  # of the shares, while training
     ):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.layer_norm_v, self.layer_norm_l = nn.LayerNorm(dim), nn.LayerNorm(text_dim)
         sizes = {
             "v_proj": (dim, inner),

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from ..core import Problem
 from .attention import Attention
-from .pieces import run_in_pieces, select_frames, split_frames, to_maps, to_tokens
+from rvos_nb.models.pieces import (
+    Dropout,
+    run_in_pieces,
+    select_frames,
+    split_frames,
+    to_maps,
+    to_tokens,
+)
 
 # %% ../../nbs/02j_models.pixel_decoder.ipynb #4bc881c8
 def subsample(
@@ -41,7 +48,7 @@ class VisionLanguageBlock(nn.Module):
         self.multihead_attn = Attention(dim, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)

@@ -34,6 +34,7 @@ from ..core import Problem
 from ..data.augment import normalise_sentence
 from ..files import read_json
 from .backbones import count_modules, sine_features
+from .pieces import Dropout
 
 # %% ../../nbs/02h_models.text.ipynb #ec620e51
 # ids 0 to 4 of every tokenizer that `make_tokenizer` makes
@@ -575,7 +576,7 @@ class FeatureResizer(nn.Module):
         dropout: float = 0.1,  # while training
     ):
         super().__init__()
-        self.fc, self.dropout = nn.Linear(before, after), nn.Dropout(dropout)  # published names
+        self.fc, self.dropout = nn.Linear(before, after), Dropout(dropout)  # published names
         self.layer_norm = nn.LayerNorm(after, eps=1e-12)
 
     def forward(

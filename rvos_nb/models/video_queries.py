@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import Problem
 from .attention import Attention
+from .pieces import Dropout
 
 # %% ../../nbs/02p_models.video_queries.ipynb #135b496c
 class ResidualAttention(nn.Module):
@@ -20,7 +21,7 @@ class ResidualAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float, name: str):
         super().__init__()
         self.add_module(name, Attention(dim, heads, dropout))
-        self.name, self.norm, self.dropout = name, nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.name, self.norm, self.dropout = name, nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(
         self,
@@ -40,7 +41,7 @@ class ResidualFeedForward(nn.Module):
     def __init__(self, dim: int, feedforward: int, dropout: float):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(dim, feedforward), nn.Linear(feedforward, dim)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C), each row by itself
         wide = self.dropout(F.relu(self.linear1(x), inplace=True))

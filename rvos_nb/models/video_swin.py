@@ -22,7 +22,7 @@ from torchvision.ops import StochasticDepth
 
 from ..core import Problem
 from .backbones import fold_time
-from .pieces import piece_size
+from .pieces import piece_size, recompute
 
 # %% ../../nbs/02d_models.video_swin.ipynb #ef033ead
 Size = tuple[int, int, int]
@@ -299,7 +299,7 @@ class SwinBlock(nn.Module):
             ((cells, runs),) = p.pieces
             y = self.attn(self.norm1(rows.index_select(0, cells)), runs, p.kinds, bias)
             x = x + self.drop(torch.empty_like(y).index_copy(0, cells, y).view_as(x))
-            return x + self.drop(self.feed_forward(x))
+            return x + self.drop(recompute(self.feed_forward, x))
         y = torch.empty_like(rows)
         for cells, runs in p.pieces:
             piece = rows.index_select(0, cells)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .family import Family, register
 from .fusion import CrossFusion
-from .pieces import run_in_pieces, to_tokens
+from .pieces import Dropout, run_in_pieces, to_tokens
 from .query_model import fuse_levels, name_architecture, take_span
 from .referring import Seen, TextFeatures
 from .soc import SOC, SOCConfig, soc_options, tiny_soc
@@ -70,7 +70,7 @@ class WordProjection(nn.Module):
         super().__init__()
         self.vlp = GatedLinear(before, after)  # published names
         self.layer_norm = nn.LayerNorm(after, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -32,11 +32,12 @@ from ..models import zoo
 from ..models.family import find_family, find_object
 from ..models.start import is_checkpoint
 from ..models.text import make_tokenizer
-from ..models.video_swin import SwinStages, make_window_plan
+from ..models.video_swin import make_window_plan
 from .losses import PixelLoss
 from .propagate import read_model_config
 from .recipe import Recipe, find_folders, place_stages
 from .schedule import decay_of, freeze_parts
+from .trainer import recompute_layers
 from ..vos.memory import forward_sequence
 
 # %% ../../nbs/04k_train.plan.ipynb #319085fc
@@ -282,8 +283,8 @@ def measure_kept(
     less. For A2D, where but one frame is left behind the backbone, it counts all."""
     _, rehearse = REHEARSALS[find_object(find_family(recipe.family).task).kind]
     modules = sketch_modules(recipe)
-    if recipe.recompute and isinstance(modules["model"].body, SwinStages):
-        modules["model"].body.checkpointing = True
+    if recipe.recompute:
+        recompute_layers(modules["model"])
     half = AUTOCAST.get(recipe.precision)
     with forget_tables(), FakeTensorMode(allow_non_fake_inputs=True):
         fill_with_fakes(modules)
@@ -358,7 +359,7 @@ def list_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:  # settings, t
         recipe = set_stages(recipe, lambda stage: replace(stage, micro=1))
         numbers = range(len(recipe.stages))
         yield " ".join(f"-p stages.{i}.micro 1" for i in numbers), recipe
-    if not recipe.recompute and isinstance(sketch_modules(recipe)["model"].body, SwinStages):
+    if not recipe.recompute:
         recipe = replace(recipe, recompute=True)
         yield "-p recompute true", recipe
     if recipe.precision == "float32":

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'find_words', 'check_start', 'gather_settings', 'recompute_blocks', 'build_referring', 'watch_scenes',
-           'watch_clips', 'Refer']
+           'find_words', 'check_start', 'gather_settings', 'build_referring', 'watch_scenes', 'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
@@ -26,7 +25,6 @@ from ..models import zoo
 from ..models.family import find_family, find_object
 from ..models.start import is_checkpoint, load_start
 from ..models.text import ROBERTA_BASE, build_text_encoder, load_tokenizer, make_tokenizer
-from ..models.video_swin import SwinStages
 from .losses import PixelLoss
 from rvos_nb.train.recipe import (
     VALIDATION,
@@ -184,15 +182,6 @@ def gather_settings(recipe: Recipe, words: int) -> dict:  # of the family's conf
     return settings
 
 
-def recompute_blocks(model: nn.Module):
-    """Let the backbone forget what its blocks computed, and compute it again going backward. Raises
-    `Problem` for one that cannot."""
-    if not isinstance(model.body, SwinStages):
-        found, expected = f"a backbone {type(model.body).__name__}", "a Swin or a Video-Swin"
-        raise Problem("recipe, recompute", found, expected, "leave it out, or change the backbone")
-    model.body.checkpointing = True
-
-
 def build_referring(recipe: Recipe) -> nn.Module:  # a query model
     """The model of a recipe with the weights that it begins with. Raises `Problem` for a start that
     is missing, of another family or of other settings."""
@@ -209,8 +198,6 @@ def build_referring(recipe: Recipe) -> nn.Module:  # a query model
         model.text_encoder.load_state_dict(encoder.state_dict())
     if recipe.start:
         load_start(model, recipe.start, recipe.fresh)
-    if recipe.recompute:
-        recompute_blocks(model)
     return model
 
 # %% ../../nbs/04f_train.refer.ipynb #52197458

@@ -105,7 +105,6 @@ def train_command(  # noqa: PLR0913 - the options of a command
         workers=workers,
         skip_bad=skip_bad_steps,
         trackers=tracker or ["tensorboard"],
-        given=read_parameters(parameter, recipe_mapping(recipe).get("data") or ()),
         given=given,
     )
     if PartialState().is_main_process:  # of several, one speaks

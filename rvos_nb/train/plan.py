@@ -375,8 +375,13 @@ def list_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:  # settings, t
 
 
 def list_ways(recipe: Recipe) -> list[Way]:
-    "How much each saving leaves, the recipe as it stands first."
-    return [Way(told, estimate_memory(changed)) for told, changed in list_changes(recipe)]
+    "How much each saving leaves, the recipe as it stands first; without those that save nothing."
+    ways = []
+    for told, changed in list_changes(recipe):
+        memory = estimate_memory(changed)
+        if not ways or memory.total < ways[-1].memory.total:
+            ways.append(Way(told, memory))
+    return ways
 
 # %% ../../nbs/04k_train.plan.ipynb #33558a95
 def choose_way(
@@ -457,8 +462,8 @@ class Plan:
 def list_remarks(recipe: Recipe) -> Iterator[str]:
     "What a reader of the plan should know before a training of days."
     if recipe.fresh and not recipe.start:
-        yield "no start: this training goes on from a trained model, -p start FOLDER; until then"
-        yield "the plan is that of the usual configuration of the family"
+        yield "no start: this training goes on from a trained model, -p start FOLDER"
+        yield "until then the plan is that of the usual configuration of the family"
     elif not recipe.start:
         yield (
             "no start: all but the text encoder is from scratch"

@@ -6,20 +6,24 @@
 __all__ = ['SHAPES', 'REHEARSALS', 'AUTOCAST', 'SourceCount', 'count_source', 'count_clips', 'list_sources', 'largest_size',
            'count_steps', 'describe_stage', 'sketch_settings', 'sketch_referring', 'sketch_propagator',
            'rehearse_sentences', 'rehearse_sequence', 'sketch_modules', 'ParameterGroup', 'list_groups',
-           'fill_with_fakes', 'count_kept', 'forget_tables', 'measure_kept', 'show_bytes', 'Memory', 'estimate_memory',
-           'Way', 'set_stages', 'shrink_stage', 'list_changes', 'list_ways', 'choose_way', 'explain_shortage', 'Plan',
-           'list_remarks', 'without_start', 'make_plan']
+           'fill_with_fakes', 'LiveBytes', 'rehearse_step', 'forget_tables', 'measure_peak', 'show_bytes', 'Memory',
+           'estimate_memory', 'Way', 'set_stages', 'shrink_stage', 'list_changes', 'list_ways', 'choose_way',
+           'explain_shortage', 'Plan', 'list_remarks', 'without_start', 'make_plan']
 
 # %% ../../nbs/04k_train.plan.ipynb #792252fe
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..core import Problem
 from ..data import scenes
@@ -225,16 +229,16 @@ def list_groups(modules: nn.Module, tuning) -> list[ParameterGroup]:
 
 # %% ../../nbs/04k_train.plan.ipynb #2a330e84
 def fill_with_fakes(modules: nn.Module):
-    "Put weights without content, on the CPU, in place of those on `meta`; in a `FakeTensorMode`."
+    """Put weights without content, on the CPU, in place of those on `meta`, and gradients beside
+    them; in a `FakeTensorMode`."""
     made: dict = {}
 
     def make(tensor):
         if id(tensor) not in made:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-            learns = tensor.requires_grad
-            made[id(tensor)] = (
-                nn.Parameter(fake, learns) if isinstance(tensor, nn.Parameter) else fake
-            )
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, tensor.requires_grad)
+            made[id(tensor)] = fake
         return made[id(tensor)]
 
     for module in modules.modules():
@@ -242,23 +246,50 @@ def fill_with_fakes(modules: nn.Module):
             tensors.update({n: make(x) for n, x in tensors.items() if x is not None})
 
 
-def count_kept(work: Callable, known: Sequence[Tensor]) -> int:  # bytes
-    "What autograd keeps of `work()` for the way back, but for the tensors that are there anyway."
-    kept: dict = {}
+class LiveBytes(TorchDispatchMode):
+    "Inside, `peak` is the most bytes that were alive at a time, of tensors made inside."
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[StorageWeakRef(storage).cdata] = storage.nbytes(), tensor
-        return tensor
+    def __init__(self, known: Sequence[Tensor] = ()):  # that were there before
+        super().__init__()
+        self.alive = {StorageWeakRef(x.untyped_storage()).cdata: None for x in known}
+        self.now = self.peak = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = work()
-    for tensor in known:
-        kept.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
-    del result
-    return sum(size for size, _ in kept.values())
+    def __torch_dispatch__(self, operation, types, inputs=(), options=None):
+        result = operation(*inputs, **(options or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.add(x.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
 
-# %% ../../nbs/04k_train.plan.ipynb #5c22cb1c
+    def add(self, storage):
+        "Count a storage until nothing refers to it."
+        key, size = StorageWeakRef(storage).cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.drop(key, size))
+            self.now += size
+
+    def drop(self, key: int, size: int):
+        del self.alive[key]
+        self.now -= size
+
+# %% ../../nbs/04k_train.plan.ipynb #b6796a83
+def rehearse_step(model: nn.Module, rehearse: Callable, autocast) -> int:  # bytes
+    "The most that a forward and a backward pass hold beside weights and gradients."
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.grad = torch.empty_like(parameter)
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in learning)]
+    with LiveBytes(known) as live:
+        with autocast:
+            answers = rehearse(model)
+        leaves = [x for x in tree_leaves(answers) if isinstance(x, Tensor) and x.requires_grad]
+        total = sum(x.float().sum() for x in leaves)
+        del answers, leaves
+        total.backward()
+    return live.peak
+
+# %% ../../nbs/04k_train.plan.ipynb #3d1f33b3
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -272,27 +303,28 @@ def forget_tables() -> Iterator[None]:
         make_window_plan.cache_clear()
 
 
-def measure_kept(
+def measure_peak(
     recipe: Recipe,
     clips: int,  # that are seen at a time
     frames: int,
     size: tuple[int, int],  # (H, W)
 ) -> int:  # bytes
-    """What the forward pass of a recipe's model keeps for the way back, counted without computing.
-    Deformable attention is counted in the form that the CPU computes; the kernel of GPUs keeps
-    less. For A2D, where but one frame is left behind the backbone, it counts all."""
+    """The most that a step of a recipe's model holds beside weights and gradients, counted without
+    computing. Losses, UNINEXT's masks and what a kernel needs inside are left out; of A2D, where
+    one frame is left behind the backbone, all are counted; and deformable attention is that of the
+    CPU."""
     _, rehearse = REHEARSALS[find_object(find_family(recipe.family).task).kind]
     modules = sketch_modules(recipe)
     if recipe.recompute:
         recompute_layers(modules["model"])
     half = AUTOCAST.get(recipe.precision)
+    run = partial(rehearse, clips=clips, frames=frames, size=size)
     with forget_tables(), FakeTensorMode(allow_non_fake_inputs=True):
         fill_with_fakes(modules)
-        known = [*modules.parameters(), *modules.buffers()]
-        with torch.autocast("cpu", half, enabled=half is not None):
-            return count_kept(lambda: rehearse(modules["model"], clips, frames, size), known)
+        autocast = torch.autocast("cpu", half, enabled=half is not None)
+        return rehearse_step(modules["model"], run, autocast)
 
-# %% ../../nbs/04k_train.plan.ipynb #3d1f33b3
+# %% ../../nbs/04k_train.plan.ipynb #9d4a679f
 def show_bytes(count: int) -> str:
     "A number of bytes as people say it."
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
@@ -300,31 +332,31 @@ def show_bytes(count: int) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    "Bytes that a training keeps on a device, by what they are for."
+    "Bytes that a training holds on a device, by what they are for."
 
     weights: int
     gradients: int
     moments: int  # of Adam
     average: int
-    activations: int  # of one part, kept for the way back
+    results: int  # of a step over one part, most at a time
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.activations
+        return self.weights + self.gradients + self.moments + self.average + self.results
 
 
 def estimate_memory(recipe: Recipe) -> Memory:
-    "The memory of a training, a part of a batch at a time; of the stage that keeps most."
+    "The memory of a training, a part of a batch at a time; of the stage that holds most."
     modules = sketch_modules(recipe)
     whole = sum(x.nbytes for x in (*modules.parameters(), *modules.buffers()))
     trained = sum(p.nbytes for p in modules.parameters() if p.requires_grad)
     averaged = sum(p.nbytes for p in modules["model"].parameters())
-    kept = [
-        measure_kept(recipe, stage.clips // stage.parts, stage.frames, largest_size(stage))
+    held = [
+        measure_peak(recipe, stage.clips // stage.parts, stage.frames, largest_size(stage))
         for stage in recipe.stages
     ]
     average = averaged if recipe.tuning.ema else 0
-    return Memory(whole, trained, 2 * trained, average, max(kept))
+    return Memory(whole, trained, 2 * trained, average, max(held))
 
 # %% ../../nbs/04k_train.plan.ipynb #74add8c8
 @dataclass(frozen=True)
@@ -395,11 +427,11 @@ def choose_way(
     found = f"out of memory; {show_bytes(now.memory.total)} are estimated for a part of the batch"
     if room is not None:
         expected = f"a batch that fits into {show_bytes(room)}"
-        if now.memory.total < 0.8 * room:
+        if now.memory.total < 0.75 * room:
             return Problem(where, found, expected, "end what else uses the device, and go on")
     told = []
     for way in ways:
-        fits = room is not None and way.memory.total < 0.8 * room
+        fits = room is not None and way.memory.total < 0.75 * room
         told.append(f"{way}, which fits" if fits else str(way))
         if fits:
             break

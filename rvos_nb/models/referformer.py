@@ -118,7 +118,17 @@ FAMILY = register(
         options=referformer_options,
         architectures=partial(name_architecture, "referformer"),
         task="rvos_nb.train.refer:Refer",
-        recipes=("train-referformer-tiny", "train-toy"),
+        recipes=(
+            "train-referformer-tiny",
+            "train-referformer-refcoco",
+            "train-referformer-ytvos",
+            "train-referformer-ytvos-scratch",
+            "train-referformer-joint",
+            "train-referformer-a2d",
+            "train-referformer-a2d-scratch",
+            "train-referformer-lsvos2023",
+            "train-toy",
+        ),
         case_model="rvos_nb.verify.referformer:build_case_model",
         runners="rvos_nb.verify.referformer:RUNNERS",
     )

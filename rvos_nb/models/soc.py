@@ -205,6 +205,14 @@ FAMILY = register(
         renames={"vita.": "voc."},
         task="rvos_nb.train.refer:Refer",
         criterion="rvos_nb.train.losses:ClusterCriterion",
+        recipes=(
+            "train-soc-ytvos-scratch",
+            "train-soc-refcoco",
+            "train-soc-ytvos",
+            "train-soc-joint",
+            "train-soc-a2d",
+            "train-soc-a2d-scratch",
+        ),
         case_model="rvos_nb.verify.soc:build_soc_case",
         runners="rvos_nb.verify.soc:RUNNERS",
     )

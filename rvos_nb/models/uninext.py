@@ -620,7 +620,7 @@ FAMILY = register(
         drops=DROPS,
         task="rvos_nb.train.refer:Refer",
         criterion="rvos_nb.train.assignment:AssignmentCriterion",
-        recipes=("train-uninext-toy",),
+        recipes=("train-uninext-ytvos", "train-uninext-toy"),
         runners="rvos_nb.verify.uninext:RUNNERS",
     )
 )

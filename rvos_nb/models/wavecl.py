@@ -362,6 +362,14 @@ FAMILY = register(
         architectures=partial(name_architecture, "wavecl"),
         task="rvos_nb.train.refer:Refer",
         criterion="rvos_nb.train.losses:ClusterCriterion",
+        recipes=(
+            "train-wavecl-a2d-scratch",
+            "train-wavecl-ytvos-scratch",
+            "train-wavecl-refcoco",
+            "train-wavecl-ytvos",
+            "train-wavecl-a2d",
+            "train-wavecl-joint",
+        ),
         case_model="rvos_nb.verify.wavecl:build_wavecl_case",
         runners="rvos_nb.verify.wavecl:RUNNERS",
     )

@@ -1,0 +1,240 @@
+"""The published trainings as recipes: their numbers against the authors' own steps and tables, and
+each of them run, stopped and resumed on a narrow model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rvos_nb.core import Problem, find_shipped
+from rvos_nb.data import refshapes
+from rvos_nb.models import zoo
+from rvos_nb.train.recipe import place_drops, read_recipe
+from rvos_nb.verify import propagators, training
+
+GOLDEN = Path(__file__).parent / "golden" / "training"
+CLIPS = sorted(
+    path.stem
+    for path in find_shipped("recipes").glob("train-*.yaml")
+    if "source: clips" in path.read_text(encoding="utf-8")
+)
+
+# Numbers: the groups, rates and weights of the authors' program
+
+
+CASES = {  # case -> the recipe of the same program, and what its case has otherwise
+    "referformer_resnet50_finetune": ("train-referformer-ytvos", {}),
+    "referformer_video_swin_t_pretrain": ("train-referformer-refcoco", {}),
+    "referformer_video_swin_t_a2d": ("train-referformer-a2d", {}),
+    "mutr_video_swin_t_joint": ("train-mutr-joint", {}),
+    "soc_video_swin_t_a2d": ("train-soc-a2d-scratch", {"tuning.lr": 5e-5}),  # as configured
+    "soc_video_swin_t_finetune": ("train-soc-ytvos", {}),
+    "wavecl_video_swin_t_a2d": ("train-wavecl-a2d-scratch", {}),
+    "aott_warmup": ("train-aot-ytb-dav", {}),
+    "r50_aotl_own_predictions": ("train-aot-ytb-dav", {"tuning.final": 0.05}),
+    "r50_deaotl_own_predictions": ("train-aot-ytb-dav", {"tuning.final": 0.05}),
+}
+
+
+def read_meta(case):
+    with np.load(GOLDEN / f"{case}.npz") as arrays:
+        return json.loads(str(arrays["meta"]))
+
+
+def test_every_case_has_its_recipe():
+    assert set(CASES) == {path.stem for path in GOLDEN.glob("*.npz")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recipe_learns_as_the_authors_program_does(case):
+    name, given = CASES[case]
+    ours, meta = place_drops(read_recipe(name, given)), read_meta(case)
+    if "recipe" in meta:
+        published = training.read_tuning(meta)
+    else:
+        published = propagators.tune_as_published(meta["config"])
+    for setting in ("lr", "weight_decay", "warmup", "final", "gamma", "clip", "ema"):
+        if setting != "final" or published.schedule == "poly":
+            assert np.isclose(getattr(ours, setting), getattr(published, setting)), setting
+    for setting in ("schedule", "decay_vectors"):
+        assert getattr(ours, setting) == getattr(published, setting), setting
+    for setting in ("frozen", "no_decay"):
+        assert list(getattr(ours, setting)) == list(getattr(published, setting)), setting
+    slowed = [{k: v for k, v in t.groups.items() if v != 1} for t in (ours, published)]
+    assert list(slowed[0]) == list(slowed[1])  # the first that fits a name counts
+    assert np.allclose(*(list(groups.values()) for groups in slowed))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "aot" not in case])
+def test_a_recipe_weighs_losses_as_the_authors_program_does(case):
+    recipe, meta = read_recipe(CASES[case][0]), read_meta(case)
+    published = meta["recipe"]["weights"]
+    ours = recipe.loss["weights"]
+    assert {f"loss_{k}": v for k, v in ours.items()} == {
+        k: v for k, v in published.items() if not k[-1].isdigit()
+    }
+    assert all(published[k] == ours[k.split("_", 1)[1][:-2]] for k in published if k[-1].isdigit())
+    assert recipe.loss["pixel"] == 0
+    (stage,) = recipe.stages
+    assert stage.pad_to == meta["recipe"]["size_divisibility"]
+    assert stage.frames == meta["recipe"].get("num_frames", stage.frames)
+
+
+TABLE = {  # epochs, drops, clips of a batch, of a GPU, T, classes, lr, backbone, text (0: frozen)
+    "train-referformer-refcoco": (12, [8, 10], 64, 2, 1, 1, 1e-4, 5e-5, 1e-5),
+    "train-referformer-ytvos": (6, [3, 5], 8, 1, 5, 1, 1e-4, 5e-5, 0),
+    "train-referformer-ytvos-scratch": (10, [6, 8], 8, 1, 5, 1, 1e-4, 5e-5, 0),
+    "train-referformer-joint": (12, [8, 10], 32, 1, 5, 1, 1e-4, 5e-5, 0),
+    "train-referformer-a2d": (6, [3, 5], 16, 2, 5, 1, 1e-4, 5e-5, 0),
+    "train-referformer-a2d-scratch": (12, [8, 10], 8, 1, 6, 1, 1e-4, 5e-5, 0),
+    "train-referformer-lsvos2023": (6, [3, 5], 8, 1, 5, 1, 5e-6, 1e-6, 1e-6),
+    "train-soc-ytvos-scratch": (30, [20], 8, 1, 8, 65, 1e-4, 1e-5, 0),
+    "train-soc-refcoco": (30, [15, 20], 64, 8, 1, 1, 1e-4, 1e-5, 5e-6),
+    "train-soc-ytvos": (25, [10], 8, 1, 8, 1, 1e-4, 1e-5, 5e-6),
+    "train-soc-joint": (30, [20], 8, 1, 8, 1, 1e-4, 1e-5, 0),
+    "train-soc-a2d": (20, [], 8, 1, 8, 1, 3e-5, 3e-6, 0),
+    "train-soc-a2d-scratch": (40, [15], 4, 2, 8, 1, 5e-4, 5e-5, 0),
+    "train-mutr-joint": (12, [8, 10], 16, 2, 5, 1, 1e-4, 6e-6, 1e-5),
+    "train-wavecl-a2d-scratch": (40, [15], 4, 2, 8, 1, 5e-5, 5e-6, 0),
+    "train-wavecl-ytvos-scratch": (30, [20], 8, 1, 8, 65, 1e-4, 1e-5, 0),
+    "train-wavecl-refcoco": (30, [15, 20], 64, 8, 1, 1, 1e-4, 1e-5, 5e-6),
+    "train-wavecl-ytvos": (25, [10], 8, 1, 8, 1, 1e-4, 1e-5, 5e-6),
+    "train-wavecl-a2d": (20, [], 8, 1, 8, 1, 3e-5, 3e-6, 0),
+    "train-wavecl-joint": (30, [20], 8, 1, 8, 1, 1e-4, 1e-5, 5e-6),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_recipe_is_its_row_of_the_published_tables(name):
+    recipe = read_recipe(name)
+    (stage,), tuning = recipe.stages, recipe.tuning
+    epochs, drops, clips, micro, frames, classes, lr, backbone, text = TABLE[name]
+    assert (stage.epochs, list(tuning.drop_epochs)) == (epochs, drops)
+    assert (stage.clips, stage.micro, stage.frames) == (clips, micro, frames)
+    assert recipe.model.get("num_classes", 1) == classes
+    assert stage.categories == ("youtube-vos" if classes == 65 else "")
+    assert tuning.lr == lr and tuning.decay_vectors and tuning.warmup == 0
+    assert np.isclose(tuning.groups.get("backbone", tuning.groups.get("backbone.0")) * lr, backbone)
+    assert list(tuning.frozen) == ([] if text else ["text_encoder"])
+    assert not text or np.isclose(tuning.groups["text_encoder"] * lr, text)
+    goes_on = "scratch" not in name and "joint" not in name and "refcoco" not in name
+    assert list(recipe.fresh) == (["class_embed"] if goes_on else [])
+
+
+def test_every_recipe_of_clips_has_a_row():
+    assert set(CLIPS) == {*TABLE, "train-uninext-ytvos"}
+
+
+# Runs: two steps and a resume on a narrow model
+
+
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+}
+NARROW = {
+    "backbone": "conv_tiny",
+    "num_feature_levels": 3,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "hidden_dim": 16,
+    "dim_feedforward": 16,
+    "nheads": 2,
+    "enc_n_points": 1,
+    "dec_n_points": 1,
+    "fusion_heads": 2,
+    "proj_groups": 2,
+    "short_side": 32,
+    "text": TEXT,
+}
+QUERY = {"mask_dim": 8, "fpn_groups": 2}
+VIDEO = {"video_enc_layers": 1, "video_dec_layers": 1}
+OWN = {  # of the models of a family
+    "referformer": QUERY,
+    "mutr": QUERY | VIDEO,
+    "soc": QUERY | VIDEO | {"fpn_groups": 1},
+    "wavecl": QUERY | VIDEO | {"fpn_groups": 1},
+    "uninext": {
+        "backbone_options": {"time_strides": []},
+        "num_queries": 12,
+        "fusion_dim": 16,
+        "embed_layers": 0,
+        "text": TEXT | {"model_type": "bert"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    "RefShapes in the layouts that the recipes read; categories are those of RefShapes."
+    base, size = tmp_path_factory.mktemp("trees"), (48, 64)
+    for part in ("refcoco_train", "refcoco+_train", "refcocog_train", "refcoco_val"):
+        refshapes.write(base / "refcoco", part, "easy", 3, 1, 1, size, "refcoco")
+    refshapes.write(base / "ytvos", "train", "easy", 2, 1, 9, size)
+    for split in ("train", "test"):
+        refshapes.write(base / "a2d", split, "easy", 3, 1, 9, size, "a2d-sentences")
+    return base
+
+
+def make_small(name, trees) -> dict:  # settings to give
+    "A recipe's own stage, tuning and losses on little pictures and a narrow model."
+    recipe = read_recipe(name)
+    (stage,) = recipe.stages
+    given = {name: str(trees / name) for name in recipe.data}
+    given |= {"model": recipe.model | NARROW | OWN[recipe.family], "text": "", "fresh": []}
+    given |= {"stages.0.sizes": [48], "stages.0.long": 80, "stages.0.steps": 2}
+    given |= {"stages.0.clips": 2, "stages.0.micro": min(stage.micro, 2)}
+    if stage.categories:
+        meta = json.loads((trees / "ytvos/train/meta.json").read_text())
+        objects = [o for v in meta["videos"].values() for o in v["objects"].values()]
+        given["stages.0.categories"] = sorted({o["category"] for o in objects})
+    return given | {"watch.clips": 1}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_published_training_runs_and_resumes(name, trees, tmp_path, one_thread):
+    from rvos_nb.train.loop import train
+
+    given, plain = make_small(name, trees), {"trackers": ()}
+    train(name, tmp_path / "a", given=given, device="cpu", **plain).check()
+    train(name, tmp_path / "b", given=given, device="cpu", minutes=0, **plain).check()
+    assert zoo.read_card(tmp_path / "b/model")["card"]["steps"] == 1
+    train(name, tmp_path / "b", given=given, device="cpu", **plain).check()
+    weights = [(tmp_path / run / "model/model.safetensors").read_bytes() for run in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_fine_tuning_without_a_start_says_so(trees):
+    from rvos_nb.train.trainer import Trainer
+
+    given = make_small("train-soc-a2d", trees) | {"fresh": ["class_embed"]}
+    with pytest.raises(Problem, match=r"recipe, start.*-p start FOLDER"):
+        Trainer(read_recipe("train-soc-a2d", given))
+
+
+def test_a_fine_tuning_goes_on_from_its_start_but_for_the_class_heads(trees, tmp_path, one_thread):
+    from rvos_nb.train.trainer import Trainer
+
+    with torch.random.fork_rng():
+        first = Trainer(read_recipe("train-soc-refcoco", make_small("train-soc-refcoco", trees)))
+        zoo.save(first.model, tmp_path / "start", {})
+        given = make_small("train-soc-a2d", trees) | {"model": {}, "start": str(tmp_path / "start")}
+        later = Trainer(read_recipe("train-soc-a2d", given | {"fresh": ["class_embed"], "seed": 1}))
+    ours, given = later.model.state_dict(), first.model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], given[name])}
+    assert changed and all("class_embed" in name for name in changed)

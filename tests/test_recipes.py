@@ -238,3 +238,129 @@ def test_a_fine_tuning_goes_on_from_its_start_but_for_the_class_heads(trees, tmp
     ours, given = later.model.state_dict(), first.model.state_dict()
     changed = {name for name in ours if not torch.equal(ours[name], given[name])}
     assert changed and all("class_embed" in name for name in changed)
+
+
+# The plan of a recipe
+
+
+SEEN = {"stages.0.frames": 2, "stages.0.sizes": [64], "stages.0.long": 96, "watch.clips": 1}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train-referformer-ytvos", "train-soc-a2d", "train-mutr-joint", "train-wavecl-ytvos"],
+)
+def test_a_plan_leaves_nothing_behind_and_tells_what_a_step_holds(name, one_thread):
+    "With Video-Swin, whose tables are remembered; a real step after the plan holds as much."
+    from contextlib import nullcontext
+    from functools import partial
+
+    from rvos_nb.models.family import find_family
+    from rvos_nb.train import plan
+
+    family = read_recipe(name).family
+    model = NARROW | OWN[family] | {"backbone": "video_swin_t_p4w7", "text": TEXT}
+    recipe = read_recipe(name, SEEN | {"model": model, "text": "", "fresh": []})
+    told = plan.measure_peak(recipe, 1, 2, (64, 96))
+    settings = plan.sketch_settings(recipe)
+    with torch.random.fork_rng():
+        real = find_family(family).model(find_family(family).config(**settings)).train()
+        for part in recipe.tuning.frozen:
+            getattr(real, part).requires_grad_(False)
+        run = partial(plan.rehearse_sentences, clips=1, frames=2, size=(64, 96))
+        true = plan.rehearse_step(real, run, nullcontext())
+    assert told == pytest.approx(true, rel=0.03)
+    assert all(p.grad.isfinite().all() for p in real.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "name", ["train-referformer-joint", "train-aot-pre", "train-uninext-ytvos"]
+)
+def test_a_plan_needs_neither_data_nor_weights(name, monkeypatch):
+    from rvos_nb.train import plan
+
+    memory = plan.Memory(1, 2, 3, 4, 5)
+    monkeypatch.setattr(plan, "estimate_memory", lambda recipe: memory)
+    recipe = read_recipe(name)
+    made = plan.make_plan(recipe)
+    assert all(
+        f"-p {source.name.split(',')[0]} FOLDER" in source.missing for source in made.sources
+    )
+    assert any("no start" in remark for remark in made.remarks)
+    trained = [group for group in made.groups if group.name != "frozen"]
+    assert {g.rate for g in trained} == {
+        recipe.tuning.lr * factor
+        for factor in {1.0, *recipe.tuning.groups.values()}
+        if factor == 1 or any(g.rate == recipe.tuning.lr * factor for g in trained)
+    }
+    assert "MISSING" in str(made) and f"{memory.total / 1e6:.1f} MB" in str(made)
+
+
+def test_a_plan_counts_data_that_are_there(trees):
+    from rvos_nb.train.plan import describe_stage, list_sources
+    from rvos_nb.train.recipe import place_stages
+
+    recipe = read_recipe("train-soc-joint", {n: str(trees / n) for n in ("refcoco", "ytvos")})
+    (stage,) = place_stages(recipe)
+    sources = list(list_sources(recipe, recipe.stages[0]))
+    assert len(sources) == 4 and not any(source.missing for source in sources)
+    samples = sum(int(source.counts.split(", ")[2].split()[0]) for source in sources)
+    assert stage.count_steps() == 30 * -(-samples // 8)
+    assert f"30 epochs, {stage.count_steps()} steps" in describe_stage(stage)
+
+
+def test_the_command_says_what_would_be_done(tmp_path, monkeypatch, capsys):
+    from rvos_nb.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main(["train", "--dry", "train-toy", "-p", "seed", "7", "--steps", "20"])
+    said = capsys.readouterr().out
+    assert not e.value.code and "seed 7; nothing is trained" in said and "12 steps" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_too_large_says_what_fits(tmp_path, monkeypatch):
+    from rvos_nb.train.loop import train
+    from rvos_nb.train.trainer import Trainer
+
+    def run_out(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "one_step", run_out)
+    (said,) = train("train-toy", tmp_path / "out", device="cpu").failed.values()
+    assert "training step 0: found out of memory" in said
+    for setting in ("stages.0.micro 1", "recompute true"):
+        assert f"-p {setting}" in said
+
+
+# What is wrong with a recipe, its data or its start
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"recompte": True}, "recompte .did you mean 'recompute'"),
+        ({"tuning.drop_epoch": [3]}, "drop_epoch .did you mean 'drop_epochs'"),
+        ({"stages.0.epoch": 3}, "epoch .did you mean 'epochs'"),
+        ({"ytvo": "x"}, "ytvo"),
+        ({"loss.wieghts": {}}, "wieghts"),
+        ({"stages.0.micro": 3}, "micro"),
+        ({"tuning.drop_epochs": [30]}, "drop_epochs"),
+        ({"start": "referformer-tiny"}, "a referformer.*expected a soc"),
+        ({"start": "aot-tiny"}, "a aot.*expected a soc"),
+        ({"start": "runs/nowhere"}, "nowhere"),
+        ({"ytvos": ""}, "-p NAME FOLDER"),
+        ({"ytvos": "nowhere"}, "nowhere"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_before_the_first_step(given, said, trees, tmp_path):
+    from rvos_nb.train.loop import train
+
+    whole = make_small("train-soc-ytvos", trees)
+    if "ytvos" in given:
+        del whole["stages.0.steps"]
+    with pytest.raises(Exception, match=rf"(?s){said}") as e:
+        train("train-soc-ytvos", tmp_path / "out", given=whole | given, device="cpu").check()
+    assert all(word in str(e.value) for word in ("found", "expected"))

@@ -12,6 +12,7 @@ __all__ = ['SHAPES', 'REHEARSALS', 'AUTOCAST', 'SourceCount', 'count_source', 'c
 
 # %% ../../nbs/04k_train.plan.ipynb #792252fe
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -278,7 +279,7 @@ def rehearse_step(model: nn.Module, rehearse: Callable, autocast) -> int:  # byt
     "The most that a forward and a backward pass hold beside weights and gradients."
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
-        parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in learning)]
     with LiveBytes(known) as live:
         with autocast:
@@ -346,17 +347,16 @@ class Memory:
 
 
 def estimate_memory(recipe: Recipe) -> Memory:
-    "The memory of a training, a part of a batch at a time; of the stage that holds most."
+    "The memory of a training, a part of a batch at a time; of the stage with the most pixels."
     modules = sketch_modules(recipe)
     whole = sum(x.nbytes for x in (*modules.parameters(), *modules.buffers()))
     trained = sum(p.nbytes for p in modules.parameters() if p.requires_grad)
     averaged = sum(p.nbytes for p in modules["model"].parameters())
-    held = [
-        measure_peak(recipe, stage.clips // stage.parts, stage.frames, largest_size(stage))
-        for stage in recipe.stages
-    ]
+    parts = [(s.clips // s.parts, s.frames, largest_size(s)) for s in recipe.stages]
+    largest = max(parts, key=lambda part: part[0] * part[1] * math.prod(part[2]))
+    held = measure_peak(recipe, *largest)
     average = averaged if recipe.tuning.ema else 0
-    return Memory(whole, trained, 2 * trained, average, max(held))
+    return Memory(whole, trained, 2 * trained, average, held)
 
 # %% ../../nbs/04k_train.plan.ipynb #74add8c8
 @dataclass(frozen=True)

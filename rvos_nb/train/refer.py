@@ -159,25 +159,25 @@ def find_words(recipe: Recipe):  # a Hugging Face tokenizer
 
 
 def check_start(recipe: Recipe):
-    "Raise `Problem` where a fine-tuning does not say what it goes on from."
+    """Raise `Problem` where a fine-tuning does not say what it goes on from, and for a start that is
+    missing or of another family."""
     if recipe.fresh and not is_checkpoint(recipe.start):
         found = f"{recipe.start!r}, and {', '.join(recipe.fresh)} to begin anew"
         expected = "the folder of a trained model, whose other weights are kept"
         remedy = "name it: -p start FOLDER; or begin with no model at all: -p fresh []"
         raise Problem("recipe, start", found, expected, remedy)
+    if is_checkpoint(recipe.start):
+        family = zoo.read_card(zoo.find(recipe.start))["family"]
+        if family != recipe.family:
+            found, expected = f"a {family}", f"a {recipe.family}, as the recipe trains"
+            raise Problem(recipe.start, found, expected, "name another start, or another recipe")
 
 
 def gather_settings(recipe: Recipe, words: int) -> dict:  # of the family's configuration
-    """The model's settings: those of its start, and those of the recipe over them. Raises `Problem`
-    for a start of another family."""
+    "The model's settings: those of its start, and those of the recipe over them."
     settings = copy.deepcopy(dict(recipe.model))
     if is_checkpoint(recipe.start):
-        folder = zoo.find(recipe.start)
-        about = zoo.read_card(folder)
-        if about["family"] != recipe.family:
-            found, expected = f"a {about['family']}", f"a {recipe.family}, as the recipe trains"
-            raise Problem(recipe.start, found, expected, "name another start, or another recipe")
-        settings = about["config"] | settings
+        settings = zoo.read_card(zoo.find(recipe.start))["config"] | settings
     settings["text"] = dict(settings.get("text", {}), vocab_size=words)
     return settings
 

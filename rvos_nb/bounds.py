@@ -13,6 +13,7 @@ __all__ = ['UNREADABLE', 'PIECE', 'PNG_CHANNELS', 'ADAM7', 'MOST_STEPS', 'INSTRU
 # %% ../nbs/00f_bounds.ipynb #cceeea60
 import pickle
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -35,9 +36,11 @@ UNREADABLE = (
     EOFError,
     MemoryError,
     struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
     zlib.error,
     Image.DecompressionBombError,
-)  # what decoders raise on bytes that are no picture
+)  # what decoders raise on bytes that are no picture or array
 
 # %% ../nbs/00f_bounds.ipynb #4db173b1
 PIECE = 1 << 16  # bytes unpacked at a time

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'EXACT_SCALES', 'foreground', 'draw_votes', 'MaskSource', 'CandidateSource', 'PublishedSource', 'member_name',
-           'MemberSources', 'Member', 'open_member', 'quantise', 'centred_boxes', 'ConvertWork', 'convert_predictions']
+           'ConvertParams', 'MemberSources', 'Member', 'open_member', 'quantise', 'centred_boxes', 'ConvertWork',
+           'convert_predictions']
 
 # %% ../nbs/05h_members.ipynb #d00aad52
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from typing_extensions import TypedDict
 
 from rvos_nb.candidates import (
     draw_masks,
@@ -27,12 +29,21 @@ from rvos_nb.candidates import (
 from .core import Problem, check_id, natural_key, resolve
 from .data.datasets import open_dataset
 from .data.masks import CUT, SOFT, mask_box, write_tree
-from .files import find_files, read_json, replace_folder, write_json
-from .keyframe import as_json, from_json, key_frame
+from .files import find_files, replace_folder, write_json
+from .keyframe import as_json, key_frame, read_key_frames
 from .options import read_options
 from .predictions import Predictions, guess_kind
 from .results import open_results
-from .stage import Execution, Report, Sources, StageWork, name_inputs, run_stage
+from .schema import check_schema
+from rvos_nb.stage import (
+    Execution,
+    Report,
+    Sources,
+    StageWork,
+    name_inputs,
+    read_record,
+    run_stage,
+)
 
 # %% ../nbs/05h_members.ipynb #809f7012
 HALF = np.float32(1.5 * 2**-24)  # the largest logit whose float32 sigmoid is not above one half
@@ -310,6 +321,12 @@ def member_name(where: Path) -> str:
     return where.name
 
 
+class ConvertParams(TypedDict):
+    "What `convert_predictions` records of how it was asked."
+
+    data: str  # the data set that named the frames; '' for none
+
+
 class MemberSources:
     "What lies at a member's path: masks, or candidates, or predictions that were published."
 
@@ -321,9 +338,12 @@ class MemberSources:
             self.soft = CandidateSource(where / "candidates")
         elif not masks:
             self.soft = PublishedSource(where, kind, self.note)
-        record = read_json(where / "run.json") if (where / "run.json").is_file() else {}
-        converted = isinstance(record, dict) and record.get("stage") == "convert"
-        self.positional = converted and not record["params"]["data"]  # masks named by position
+        record = read_record(where / "run.json") if where.is_dir() else {}
+        self.positional = False  # whether masks are named by position
+        if record.get("stage") == "convert":
+            place = f"{where / 'run.json'}, params"
+            params = check_schema(ConvertParams, record["params"], place, "convert the file again")
+            self.positional = not params["data"]
 
     def __enter__(self):
         return self
@@ -400,7 +420,7 @@ class Member(MemberSources):
     def key_frames(self) -> dict[str, dict[str, int]]:  # {video: {expression: k}}
         "Its `key_frame.json`, else the frames of highest score, else nothing."
         if (path := self.where / "key_frame.json").is_file():
-            return from_json(read_json(path), path)
+            return read_key_frames(path)
         if not self.soft:
             return {}
         key_frames = {}

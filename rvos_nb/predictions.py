@@ -256,7 +256,7 @@ class Predictions:
             return None
         try:
             scores = np.array([float(s) for s in given], np.float32)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             scores = np.empty(0)
         if len(scores) != count:
             raise Problem(

@@ -22,8 +22,8 @@ from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
 from .data.video import Video, frame_files, read_video
-from .files import read_json, replace_folder
-from .keyframe import choose_key_frame, from_json
+from .files import replace_folder
+from .keyframe import choose_key_frame, read_key_frames
 from .options import option, read_options
 from .propagation import FileWriter, Propagation, check_choice, make_propagator
 from rvos_nb.stage import (
@@ -41,7 +41,7 @@ from .vos.propagator import Propagator, Track, walk_tracks
 
 # %% ../nbs/05e_propagate.ipynb #5dc9791a
 def key_index(
-    keys: dict,  # {video: {expression: k}}, of `keyframe.from_json`
+    keys: dict,  # {video: {expression: k}}, of `keyframe.read_key_frames`
     video: Video,
     expression: str,
     where,  # path of key_frame.json, for messages
@@ -276,7 +276,7 @@ def propagate(
             "the key frames of that run",
             "choose them first (rvos keyframe), or check the path",
         )
-    keys = from_json(read_json(key_file), key_file)
+    keys = read_key_frames(key_file)
     if not (pred / "Annotations").is_dir():
         raise Problem(
             pred / "Annotations",

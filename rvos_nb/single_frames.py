@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['frame_window', 'query_masks', 'query_boxes', 'sample_results', 'read_windows', 'PredictFramesWork',
-           'sort_out_results', 'score_frames', 'score_table', 'score_file', 'predict_frames']
+           'sort_out_results', 'score_frames', 'score_table', 'score_file', 'gather_results', 'predict_frames']
 
 # %% ../nbs/07c_single_frames.ipynb #3e3fd9bb
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +31,16 @@ from rvos_nb.metrics import (
 )
 from .models.referring import Referring
 from .options import read_options
-from .predict import AskOptions, check_counts, keep_readable, load_referring, read_ahead
+from rvos_nb.predict import (
+    AskOptions,
+    check_answer,
+    check_counts,
+    keep_readable,
+    load_referring,
+    read_ahead,
+)
 from .results import check_code
+from .schema import read_checked
 from .stage import Execution, ModelPlace, Report, Sources, StageWork, model_name, run_stage
 
 # %% ../nbs/07c_single_frames.ipynb #a3b281cf
@@ -154,7 +162,10 @@ class PredictFramesWork(StageWork):
         answers = []
         for samples, frames, at in windows:
             texts = [e.text for e in samples]
-            answers.append((samples, self.model.respond(frames, texts, at, short_side=short_side)))
+            answer = self.model.respond(frames, texts, at, short_side=short_side)
+            for numbers in (answer.logits, answer.scores, answer.boxes):
+                check_answer(numbers.numpy())
+            answers.append((samples, answer))
         return partial(self.write, unit, answers)
 
     def write(self, unit: str, answers: list):
@@ -366,6 +377,27 @@ def score_file(
     return scores
 
 # %% ../nbs/07c_single_frames.ipynb #5e2efd82
+def gather_results(
+    work: PredictFramesWork,
+    videos: Iterable[str],
+    report: Report,  # enters a video whose file is damaged as failed
+) -> list[dict]:
+    "The results of all videos that stand."
+    results = []
+    for video in videos:
+        path = work.path(video)
+        if not path.exists():
+            continue
+        try:
+            remedy = "remove it and run the same command again"
+            results += read_checked(path, list[dict], remedy)
+        except Problem as e:
+            report.done = [v for v in report.done if v != video]
+            report.skipped = [v for v in report.skipped if v != video]
+            report.failed[video] = str(e)
+    return results
+
+
 def predict_frames(
     data: Dataset,  # of a layout with annotated frames
     out_dir,  # results/VIDEO.json, results.json, metrics.json, run.json
@@ -394,8 +426,7 @@ def predict_frames(
         options=how,
     )
     report = run_stage(work, execution)
-    standing = [work.path(v) for v in data.videos if work.path(v).exists()]
-    results = [result for path in standing for result in read_json(path)]
+    results = gather_results(work, data.videos, report)
     write_json(out / "results.json", results, indent=None)
     if results:
         write_json(out / "metrics.json", score_frames(data, results, out / "results.json"))

@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from rvos_nb.bounds import MAGIC, MOST_STRUCTURE, keep_offline
+from rvos_nb.bounds import MOST_STRUCTURE, keep_offline
 from rvos_nb.core import Problem
 from rvos_nb.data.masks import read_labels, read_mask
 from rvos_nb.data.pictures import MOST_PIXELS, read_frame, read_picture_size
@@ -31,10 +32,21 @@ from rvos_nb.data.prepare import read_plain_pickle
 from rvos_nb.data.samples import read_h5_masks, read_mat_masks
 from rvos_nb.data.video import open_clip
 from rvos_nb.files import find_files
+from rvos_nb.keyframe import read_key_frames
 from rvos_nb.models.files import read_pickle
 from rvos_nb.predictions import Predictions
 from rvos_nb.results import decode_mask, open_results
-from rvos_nb.stage import locked
+from rvos_nb.run_state import read_work_record
+from rvos_nb.stage import Execution, Sources, StageWork, locked, read_record, run_stage
+from rvos_nb.verify.hostile import (
+    PICKLES,
+    list_hostile,
+    make_chunk,
+    make_png,
+    offer_file,
+    pack_archive,
+    pack_stream,
+)
 
 ROOM = 1 << 30  # bytes that a reader may take beside what the tests hold
 SECONDS = 60
@@ -67,60 +79,21 @@ def answer(action, *args) -> str:
 
 # Pickles
 
-WIDE = (4 << 30).to_bytes(8, "little")
-PICKLES = {
-    "a function that calls itself": (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(h\0)}Ntb)R.",
-        "a state of a Maker",
-    ),
-    "a dictionary in itself": (b"\x80\x02}q\0U\1ah\0s.", "holds itself"),
-    "a list in itself": (b"\x80\x02}q\0U\1a]q\1h\1as.", "holds itself"),
-    "a deep tuple": (b"\x80\x02}U\1a)" + 100 * b"\x85" + b"s.", "levels of nesting"),
-    "a deep key": (b"\x80\x02})" + 1_000_000 * b"\x85" + b"Ns.", "a key that is no name"),
-    "colliding keys": (b"\x80\x02}I2305843009213693951\nNs.", "a key that is no name"),
-    "a place far out": (b"\x80\x02}r\xff\xff\xff\x7fU\1ah\0s.", "KeyError|UnpicklingError|damaged"),
-    "four gigabytes of text": (b"\x80\x04}\x8d" + WIDE + b"x.", "damaged|plain data"),
-    "four gigabytes of bytes": (b"\x80\x04}\x8e" + WIDE + b"x.", "damaged|plain data"),
-    "four gigabytes to fill": (b"\x80\x05}\x96" + WIDE + b"x.", "the instruction"),
-    "a frame of four gigabytes": (b"\x80\x04\x95" + WIDE + b"}U\1a", "damaged|plain data"),
-    "a number of two gigabytes": (b"\x80\x02}\x8b\xff\xff\xff\x7f.", "the instruction"),
-    "digits": (b"}L" + 100_000 * b"9" + b"L\n.", "damaged|plain data"),
-}
-
-
-def write_stream(path, contents: bytes):
-    "A file as torch.save wrote it before 1.6."
-    head = [MAGIC, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
-    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in head) + contents + pickle.dumps([], 2))
-
-
-def write_archive(path, contents: bytes, names=("a/data.pkl",), packed=zipfile.ZIP_STORED):
-    "A file as torch.save writes it."
-    with zipfile.ZipFile(path, "w", packed) as box:
-        for name in names:
-            box.writestr(name, contents)
-        box.writestr("a/version", b"3\n")
-
-
-def write_plain(path, contents: bytes):
-    path.write_bytes(contents)
-
-
 READERS = {
-    "predictions, stream": (write_stream, Predictions),
-    "predictions, zip": (write_archive, Predictions),
-    "weights, stream": (write_stream, read_pickle),
-    "weights, zip": (write_archive, read_pickle),
-    "sentences": (write_plain, read_plain_pickle),
+    "predictions, stream": (pack_stream, Predictions),
+    "predictions, zip": (pack_archive, Predictions),
+    "weights, stream": (pack_stream, read_pickle),
+    "weights, zip": (pack_archive, read_pickle),
+    "sentences": (bytes, read_plain_pickle),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_pickle_is_bounded(reader, case, tmp_path):
-    write, read = READERS[reader]
+    pack, read = READERS[reader]
     contents, words = PICKLES[case]
-    write(tmp_path / "x.pth", contents)
+    (tmp_path / "x.pth").write_bytes(pack(contents))
     said = answer(read, tmp_path / "x.pth")
     if reader == "sentences" and case == "a function that calls itself":
         words = "asks for torch._utils"
@@ -138,10 +111,10 @@ def test_a_checkpoint_is_bounded(tmp_path):
     torch.save({"w": tensor.expand(64, 64)}, path)
     assert answer(read_pickle, path) == "read"
     huge = b"\x80\x02}U\1w(U\7storagectorch\nFloatStorage\nU\0010U\3cpuJ\0\0\0\x7fNtQs."
-    write_stream(path, huge)
+    path.write_bytes(pack_stream(huge))
     assert "more numbers than the file has bytes" in answer(read_pickle, path)
     loop = b"\x80\x02cargparse\nNamespace\nq\0)\x81q\1}U\1ah\1sb."
-    write_archive(path, loop)
+    path.write_bytes(pack_archive(loop))
     assert "holds itself" in answer(read_pickle, path)
 
 
@@ -153,17 +126,17 @@ def test_an_archive_is_bounded(read, tmp_path):
         said = answer(read, path)
         assert said.startswith(f"{path}: found") and words in said, said
 
-    write_archive(path, bytes(MOST_STRUCTURE + 1), packed=zipfile.ZIP_DEFLATED)
+    path.write_bytes(pack_archive(bytes(MOST_STRUCTURE + 1), packed=zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 1 << 17
     refused(f"{MOST_STRUCTURE + 1} bytes of structure")
-    write_archive(path, b"\x80\x02}.", packed=zipfile.ZIP_DEFLATED)
+    path.write_bytes(pack_archive(b"\x80\x02}.", packed=zipfile.ZIP_DEFLATED))
     refused("is packed, which PyTorch never does")
-    write_archive(path, b"\x80\x02}.", names=("a/data.pkl", "b/data.pkl"))
+    path.write_bytes(pack_archive(b"\x80\x02}.", names=("a/data.pkl", "b/data.pkl")))
     refused("2 data.pkl")
     with pytest.warns(UserWarning, match="Duplicate"):
-        write_archive(path, b"\x80\x02}.", names=("a/data.pkl", "a/data.pkl"))
+        path.write_bytes(pack_archive(b"\x80\x02}.", names=("a/data.pkl", "a/data.pkl")))
     refused("two members of one name")
-    write_archive(path, b"\x80\x02}.")
+    path.write_bytes(pack_archive(b"\x80\x02}."))
     data = bytearray(path.read_bytes())
     end = data.rfind(b"PK\5\6")
     data[end + 12 : end + 16] = (1 << 30).to_bytes(4, "little")
@@ -316,17 +289,7 @@ def test_a_matlab_file_holds_numbers(tmp_path):
 # Pictures
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, bits=8, colour=0, rows=b"", extra=b"", interlaced=0) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
-    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows, 9))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
-
-
-PALETTE = chunk(b"PLTE", bytes([0, 0, 0, 128, 0, 0]))
+PALETTE = make_chunk(b"PLTE", bytes([0, 0, 0, 128, 0, 0]))
 PIXELS = {"grey": (8, 0, 1), "grey 16": (16, 0, 2), "RGB": (8, 2, 3), "palette": (8, 3, 1)}
 
 
@@ -338,11 +301,11 @@ def test_a_half_png_is_refused(kind, tmp_path):
     readers = [read_frame, read_mask, read_labels][: 2 if kind == "RGB" else 3]
     path = tmp_path / "x.png"
     for count, words in ((16, "read"), (15, "its rows end"), (8, "its rows end"), (0, "")):
-        path.write_bytes(png(32, 16, bits, colour, count * row, extra))
+        path.write_bytes(make_png((32, 16), count * row, bits, colour, extra))
         for read in readers:
             said = answer(read, path)
             assert words in said and not said.startswith("not a"), (read, said)
-    path.write_bytes(png(32, 16, bits, colour, 16 * row + row[:7], extra))
+    path.write_bytes(make_png((32, 16), 16 * row + row[:7], bits, colour, extra))
     assert answer(read_mask, path) == "read"
 
 
@@ -350,7 +313,8 @@ def test_a_half_interlaced_png_is_refused(tmp_path):
     passes = [(2, 4), (2, 4), (2, 8), (4, 8), (4, 16), (8, 16), (8, 32)]  # rows, columns
     rows = [h * (b"\0" + w * 3 * b"\xff") for h, w in passes]
     for count, words in ((7, "read"), (6, "its rows end")):
-        (tmp_path / "x.png").write_bytes(png(32, 16, 8, 2, b"".join(rows[:count]), interlaced=1))
+        data = make_png((32, 16), b"".join(rows[:count]), colour=2, interlaced=1)
+        (tmp_path / "x.png").write_bytes(data)
         assert words in answer(read_frame, tmp_path / "x.png")
 
 
@@ -358,14 +322,14 @@ def test_a_half_interlaced_png_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_gigabytes_is_refused(read, tmp_path):
     for size, words in ((65_000, "exceeds limit"), (10_000, f"more than {MOST_PIXELS}")):
-        (tmp_path / "x.png").write_bytes(png(size, size, rows=bytes(1000)))
+        (tmp_path / "x.png").write_bytes(make_png((size, size), bytes(1000)))
         said = answer(read, tmp_path / "x.png")
         assert said.startswith(f"{tmp_path}/x.png: found a picture") and words in said, said
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_mask_of_gigabytes_in_results_is_refused():
-    data = png(65_000, 65_000, rows=bytes(1000))
+    data = make_png((65_000, 65_000), bytes(1000))
     assert "exceeds limit" in answer(decode_mask, data, "x.png")
     assert "as the frames have" in answer(decode_mask, data, "x.png", (64, 96))
 
@@ -377,6 +341,12 @@ def test_a_picture_runs_no_other_program(tmp_path):
     )
     for read in (read_frame, read_mask, read_picture_size):
         assert "cannot identify" in answer(read, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("hostile", list_hostile(), ids=lambda h: f"{h.kind}, {h.name}")
+def test_the_self_test_of_a_machine(hostile, tmp_path):
+    "In this process, as `rvos doctor --self-test` does it."
+    assert not offer_file(hostile, tmp_path)
 
 
 # Archives of results, lists of films, links
@@ -535,3 +505,159 @@ def test_the_switch_is_put_back(monkeypatch):
         with keep_offline():
             assert constants.HF_HUB_OFFLINE
         assert before == constants.HF_HUB_OFFLINE
+
+
+# Formats of our own
+
+RECORD = {
+    "stage": "predict",
+    "params": {"split": "valid"},
+    "inputs": {"a": "0123456789abcdef"},
+    "parts": {"a": {"v/0": "0123456789abcdef"}},
+    "contents": "0123456789abcdef",
+    "units": {"v/0": "done", "v/1": "failed", "v/2": "to do"},
+    "failures": {"v/1": "a reason"},
+    "sources": {"v/0": ["0123456789abcdef", "0123456789abcdef"]},
+}
+KEYS = {"v": {"0": {"index_info": {"class_index": 3}}}}
+WORK = {
+    "asked": {"does": "fuse", "makes": ["swap"], "parameters": {"mode": "vote"}},
+    "state": "done",
+    "inputs": {
+        "a": {
+            "fingerprint": "0123456789abcdef",
+            "extent": [3, "0123456789abcdef", "0123456789abcdef", "0123456789abcdef"],
+            "masks": "0123456789abcdef",
+        }
+    },
+    "data": {"listing": "0123456789abcdef", "all": "0123456789abcdef"},
+    "looks": {"swap": [3, "0123456789abcdef", "0123456789abcdef", "0123456789abcdef"]},
+}
+FORMATS = {
+    "run.json": (RECORD, read_record),
+    "key_frame.json": (KEYS, read_key_frames),
+    "STAGE.json": (WORK, read_work_record),
+}
+DAMAGE = {
+    "0 bytes": b"",
+    "half a file": b'{"stage": "predict", "par',
+    "no JSON": b"stage: predict",
+    "no UTF-8": b'{"stage": "\xff\xfe"}',
+    "a list": b"[]",
+    "a text": b'"run"',
+    "a number": b"3",
+    "null": b"null",
+    "NaN": b"NaN",
+    "a thousand brackets": 1000 * b"[" + 1000 * b"]",
+    "a hundred thousand brackets": 100_000 * b"[",
+    "many digits": b'{"stage": ' + 5000 * b"9" + b"}",
+    "deep parameters": b'{"stage": "x", "params": ' + 90 * b'{"a":' + b"1" + 91 * b"}",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_record_that_is_damaged(name, case, tmp_path):
+    _, read = FORMATS[name]
+    (tmp_path / name).write_bytes(DAMAGE[case])
+    with pytest.raises(Problem) as e:
+        read(tmp_path / name)
+    assert str(e.value).startswith(f"{tmp_path / name}") and len(str(e.value)) < 700
+
+
+def list_places(value, place=()):
+    "The places of all values inside of a JSON."
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in inside:
+        yield (*place, key)
+        if isinstance(part, (dict, list)):
+            yield from list_places(part, (*place, key))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_value_of_another_kind_is_named(name, tmp_path):
+    "Every value of every record, in turn replaced by one of every other kind."
+    whole, read = FORMATS[name]
+    path = tmp_path / name
+    for place in list_places(whole):
+        for odd in (None, [], {}, 3, "x", 1.5, True, float("nan"), -1, 10**40, [None], {"a": 1}):
+            spoiled = json.loads(json.dumps(whole))
+            holder = spoiled
+            for part in place[:-1]:
+                holder = holder[part]
+            before = holder[place[-1]]
+            holder[place[-1]] = odd
+            path.write_text(json.dumps(spoiled))
+            if place[:1] == ("params",) or place[:2] == ("asked", "parameters"):
+                same = isinstance(odd, dict) or len(place) > (1 if place[0] == "params" else 2)
+            else:
+                same = type(odd) is type(before) and (odd != -1 or name != "key_frame.json")
+            try:
+                read(path)
+            except Problem as e:
+                assert str(e).startswith(f"{path}, {place[0]}"), (place, odd, e)
+            else:
+                assert same, f"{odd!r} was taken at {place}"
+
+
+@pytest.mark.parametrize(
+    "name, place, new, words",
+    [
+        ("run.json", "stage", "stgae", "stage: found nothing (is it meant by 'stgae'?)"),
+        ("STAGE.json", "state", "sate", "state: found nothing (is it meant by 'sate'?)"),
+    ],
+)
+def test_a_misspelt_field_is_told_its_name(name, place, new, words, tmp_path):
+    whole, read = FORMATS[name]
+    record = {new if k == place else k: v for k, v in whole.items()}
+    (tmp_path / name).write_text(json.dumps(record))
+    with pytest.raises(Problem) as e:
+        read(tmp_path / name)
+    assert words in str(e.value)
+
+
+def test_a_work_record_of_before_counts_as_none(tmp_path):
+    "The state of the data was not in it."
+    before = {k: v for k, v in WORK.items() if k != "data"}
+    (tmp_path / "fuse.json").write_text(json.dumps(before))
+    assert read_work_record(tmp_path / "fuse.json") == {}
+
+
+def test_a_misspelt_state_is_told_its_name(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(RECORD | {"units": {"v": "don"}}))
+    with pytest.raises(Problem, match=r"units, v: found 'don' \(did you mean 'done'\?\)"):
+        read_record(tmp_path / "run.json")
+
+
+@dataclass
+class WriteWord(StageWork):
+    stage = "word"
+
+    def results(self, unit):
+        return [self.out / f"{unit}.txt"]
+
+    def sources(self, unit):
+        return Sources(unit)
+
+    def do(self, unit, prepared=None):
+        self.results(unit)[0].write_text("word")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"3", b"[]", b'["a"]', b'["a", 3]', b'["a", [3, 4]]', b'[["a"], ["x", "y"]]', b"\xff", b"{"],
+)
+def test_a_line_of_sources_that_is_none(line, tmp_path):
+    (tmp_path / "a.txt").write_text("word")
+    (tmp_path / ".sources").write_bytes(line + b"\n")
+    assert run_stage(WriteWord(tmp_path, {}, ["a", "b"])).done == ["b"]
+    assert list(read_record(tmp_path / "run.json")["sources"]) == ["a", "b"]
+
+
+def test_a_damaged_record_stops_its_stage_and_nothing_goes(tmp_path):
+    (tmp_path / "a.txt").write_text("word")
+    (tmp_path / "run.json").write_text("[]")
+    for force in (False, True):
+        with pytest.raises(Problem, match=r"run\.json: found \[\]"):
+            run_stage(WriteWord(tmp_path, {}, ["a"]), Execution(force=force))
+    assert (tmp_path / "a.txt").exists()

@@ -536,6 +536,31 @@ def test_real_aott(token, model_name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.encode(x), again.encode(x)))
 
 
+PREFIXES = {
+    "several GPUs": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled on several GPUs": lambda name: f"module._orig_mod.{name}",
+    "several GPUs, compiled": lambda name: f"_orig_mod.module.{name}",
+    "Lightning": lambda name: f"model.{name}",
+    "Lightning, compiled": lambda name: f"model._orig_mod.{name}",
+    "a compiled part": lambda name: name.replace(".", "._orig_mod.", 1),
+}
+
+
+@pytest.mark.parametrize("wrapper", PREFIXES)
+def test_what_wrapped_a_model_is_taken_off(wrapper, words, tmp_path):
+    "For a referring family and for a propagator, and with the weights of a loss beside them."
+    for name, model in (("r", referformer()), ("v", filled(AOT(AOT_VARIANTS["aott"])))):
+        plain = {n: t.clone() for n, t in model.state_dict().items()}
+        for folder, rename in (("plain", str), ("wrapped", PREFIXES[wrapper])):
+            state = {rename(n): t for n, t in plain.items()}
+            state["criterion.empty_weight"] = torch.ones(2)
+            torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
+            convert(tmp_path / f"{name}.pth", tmp_path / name / folder, tokenizer=str(words))
+        expected = (tmp_path / name / "plain/model.safetensors").read_bytes()
+        assert (tmp_path / name / "wrapped/model.safetensors").read_bytes() == expected
+
+
 def test_moving_average_of_the_trained_part(tmp_path):
     model, average = (
         filled(AOT(AOT_VARIANTS["aot-tiny"])),

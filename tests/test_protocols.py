@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from rvos_nb.models.referring import Referring
 from rvos_nb.protocols import run_protocol
 from rvos_nb.single_frames import (
     frame_window,
+    predict_frames,
     query_masks,
     read_windows,
     score_file,
@@ -775,3 +777,28 @@ def test_davis_where_nothing_could_be_read(tree, tmp_path):
         and "easy-00000/../x" in report.failed
         and (tmp_path / "out/valid/anno_3/easy-00001").is_dir()
     )
+
+
+@pytest.mark.parametrize("part", ["logits", "scores", "boxes"])
+def test_an_answer_that_is_no_number_fails_its_video(model, trees, tmp_path, monkeypatch, part):
+    respond = type(model).respond
+
+    def spoil_answer(self, *args, **sizes):
+        answer = respond(self, *args, **sizes)
+        return replace(answer, **{part: getattr(answer, part) * float("nan")})
+
+    monkeypatch.setattr(type(model), "respond", spoil_answer)
+    data = open_dataset(trees["jhmdb-sentences"], "test")
+    report = predict_frames(data, tmp_path / "out", model)
+    assert not report.done
+    assert all("found NaN; expected numbers" in why for why in report.failed.values())
+
+
+def test_a_damaged_file_of_results_costs_its_video(model, trees, tmp_path):
+    data = open_dataset(trees["jhmdb-sentences"], "test")
+    predict_frames(data, tmp_path / "out", model).check()
+    first, *others = sorted((tmp_path / "out/results").glob("*.json"))
+    first.write_text('[{"image_id": ')
+    report = predict_frames(data, tmp_path / "out", model)
+    assert list(report.failed) == [first.stem] and len(report.skipped) == len(others) > 0
+    assert str(first) in report.failed[first.stem]

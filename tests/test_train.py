@@ -1,11 +1,17 @@
 """Losses against the golden cases, the training loop's resume, and bad recipes."""
 
+import copy
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from rvos_nb.core import Problem
 from rvos_nb.stage import StageFailed
@@ -580,6 +586,97 @@ def test_a_checkpoint_with_a_nan_is_refused(tmp_path):
     state["modules"][name].view(-1)[0] = float("nan")
     torch.save(state, path)
     assert f"{name} with 1 of" in train(AOT, tmp_path).failed["toy-aot"]
+
+
+def test_a_checkpoint_whose_moments_are_not_finite_is_refused(tmp_path):
+    from rvos_nb.train.loop import train
+
+    train(AOT, tmp_path, minutes=0).check()
+    path = tmp_path / "checkpoints/step-00000001.pt"
+    state = torch.load(path, weights_only=True)
+    first = next(iter(state["optimizer"]["state"].values()))
+    first["exp_avg"].view(-1)[0] = float("inf")
+    torch.save(state, path)
+    assert "exp_avg with 1 of" in train(AOT, tmp_path).failed["toy-aot"]
+
+
+KILLED = """
+import os, signal, sys
+import rvos_nb
+from rvos_nb.cli import main
+from rvos_nb.train import loop
+
+one_step = loop.Trainer.one_step
+
+def end_in_the_middle(self, batch):
+    parts = one_step(self, batch)
+    if self.step == 57:
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    return parts
+
+loop.Trainer.one_step = end_in_the_middle
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+COMMAND = 'main(["train", sys.argv[2], "--out", sys.argv[3]])'
+CALL = "loop.train(sys.argv[2], sys.argv[3])"
+
+
+def run_killed(how, recipe, out, begin=COMMAND) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", KILLED + begin, how, str(recipe), str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def read_diary(out) -> list[dict]:
+    with open(out / "train.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    measured = ("seconds", "clips_per_second", "memory_gb")  # of this run on this machine
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
+
+
+def test_the_diary_of_a_training_that_was_killed(tmp_path):
+    "The same rows with the same means, after each way to end it."
+    from rvos_nb.train.loop import train
+    from rvos_nb.train.trainer import list_checkpoints
+
+    recipe = copy.deepcopy(AOT)
+    recipe["stages"] = [recipe["stages"][0] | {"steps": 60}]
+    recipe |= {"watch": recipe.get("watch", {}) | {"every": 60, "clips": 1}, "save_minutes": 0.005}
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    train(path, tmp_path / "whole").check()
+    expected = read_diary(tmp_path / "whole")
+    assert [row["step"] for row in expected] == ["50", "60"]
+    for how, code in (("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)):
+        out = tmp_path / how
+        done = run_killed(how, path, out)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        if code > 0:
+            assert done.stderr.strip().splitlines()[-1].startswith("rvos: ended by ")
+            assert "the same command goes on" in done.stderr
+            newest = torch.load(list_checkpoints(out)[0], weights_only=True)
+            assert newest["step"] == 57
+        with open(out / "train.csv", "a") as f:
+            f.write("60,1.0\n5")  # what a killed process had not finished
+        train(path, out).check()
+        assert read_diary(out) == expected
+        assert (out / "model/model.safetensors").read_bytes() == (
+            tmp_path / "whole/model/model.safetensors"
+        ).read_bytes()
+
+
+def test_a_script_that_trains_is_ended_as_a_command_is(tmp_path):
+    from rvos_nb.train.trainer import list_checkpoints
+
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(AOT | {"stages": [AOT["stages"][0] | {"steps": 60}]}))
+    out = tmp_path / "out"
+    done = run_killed("SIGTERM", path, out, CALL)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert torch.load(list_checkpoints(out)[0], weights_only=True)["step"] == 57
 
 
 def test_loss_that_explodes_is_named(tmp_path):

@@ -20,7 +20,7 @@ from typing import Annotated, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from ..core import Problem
+from ..core import Problem, abbreviate
 from ..options import Option, describe_options
 from ..schema import read_yaml
 from ..stage import Report
@@ -259,9 +259,10 @@ def read_parameters(
             continue
         try:
             given[name] = read_yaml(value, f"-p {name}")
-        except Problem:
-            remedy = "quote it, as in '\"a: b\"'"
-            raise Problem(f"-p {name}", repr(value), "a value in YAML", remedy) from None
+        except Problem as e:
+            remedy = "correct it; a text with signs of YAML is quoted, as in '\"a: b\"'"
+            found = f"{abbreviate(value)}, {e.found}"
+            raise Problem(f"-p {name}", found, "a value in YAML", remedy) from None
     return given
 
 # %% ../../nbs/09d_commands.app.ipynb #b6774602

@@ -349,24 +349,45 @@ def prepare_command(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ref-davis17, a2d-sentences, jhmdb-sentences, refcoco or ref-youtube-vos.",
+            help="ref-davis17, a2d-sentences, jhmdb-sentences, refcoco, ref-youtube-vos; or own.",
         ),
     ],
     root: Annotated[
-        Path, typer.Argument(metavar="ROOT", help="The folder in which its archives were unpacked.")
+        Path,
+        typer.Argument(
+            metavar="ROOT",
+            help="The folder in which its archives were unpacked; of own: videos/, masks/ and "
+            "sentences.csv.",
+        ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Of own: where the data set appears; replaced if it was made so."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="Of own: the share of videos that are kept for validation.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of own: another choice of these videos.")] = 0,
 ):
     """Convert a data set as its authors publish it, once.
 
     Writes lists, and links to frames; nothing that was there is moved or changed, and a second run
     changes nothing. Ends with exit code 1 where something had to be left out.
 
+    own takes one's own videos: ROOT/videos/VIDEO.mp4 or ROOT/videos/VIDEO/FRAME.jpg,
+    ROOT/masks/VIDEO/FRAME.png with object ids or white on black, and ROOT/sentences.csv with the
+    columns video and sentence, and if wanted object (its id in the masks, else 1) and split
+    (train or valid, else by --share). The frames of the result are those that have a mask; those
+    of a film are called 00000, 00001 and so on. Ids of the sentences are their rows in the table.
+
     \b
     rvos data prepare ref-davis17 data/ref-davis
+    rvos data prepare own my-videos --out data/mine
     """
     from rvos_nb.data.prepare import prepare
 
-    written, odd = prepare(name, absolute(root))
+    target = absolute(out) if out else ""
+    written, odd = prepare(name, absolute(root), target, share, seed)
     print("\n".join([*written, *(f"left out: {o}" for o in odd)]))
     raise typer.Exit(int(bool(odd)))
 

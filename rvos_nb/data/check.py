@@ -327,8 +327,9 @@ def _check_order(data: Dataset) -> Faults:
     return [("", problem)]
 
 # %% ../../nbs/01l_data.check.ipynb #64e08b8e
-def _is_refshapes(root: Path) -> bool:
-    marks = ("refshapes_*.json", "meta_expressions/*/refshapes.json")
+def _has_any_size(root: Path) -> bool:
+    "Whether a tree is RefShapes or one's own: nobody published how much there is."
+    marks = ("refshapes_*.json", "meta_expressions/*/refshapes.json", "own.json")
     return any(any(root.glob(mark)) for mark in marks)
 
 
@@ -343,7 +344,7 @@ def _add_split(survey: Survey, data: Dataset):
         "masks": masks,
     }
     published = PUBLISHED_COUNTS.get((data.layout, data.split), {})
-    if _is_refshapes(data.root):
+    if _has_any_size(data.root):
         published = {}
     survey.layout = data.layout
     survey.counts[data.split] = counts
@@ -394,6 +395,6 @@ def check_dataset(
             survey.faults.append((split, "", str(e)))
             continue
         _add_split(survey, data)
-    if survey.layout == "refcoco" and not _is_refshapes(root):
+    if survey.layout == "refcoco" and not _has_any_size(root):
         _check_totals(survey, root)
     return survey

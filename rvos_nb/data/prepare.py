@@ -23,6 +23,7 @@ from rvos_nb.data.index import (
     require,
 )
 from .masks import rle_encode
+from .prepare_own import prepare_own
 from rvos_nb.data.prepare_videos import (
     Conversion,
     prepare_davis,
@@ -394,17 +395,25 @@ CONVERSIONS: dict[str, Callable[[Path, Conversion], None]] = {
 
 
 def prepare(
-    name: str, root
+    name: str,  # a key of `CONVERSIONS`, or own
+    root,  # the folder of the originals
+    out="",  # of own: where the tree shall appear; the others write beside the originals
+    share: float = 0.2,  # of own: of the videos that are kept for validation
+    seed: int = 0,  # of own: of that choice
 ) -> tuple[list[str], list[str]]:  # a line for each list that lies there now, for each fault
-    """Convert a data set as published, once. Raises `Problem` for an unknown name, or where
-    originals are missing or unusable."""
-    if name not in CONVERSIONS:
-        raise Problem(
-            "name",
-            repr(name),
-            "one of " + ", ".join(CONVERSIONS),
-            "choose one of them; MeViS is read as it is published",
-        )
+    """Convert a data set, once. Raises `Problem` for an unknown name, or where originals are
+    missing or unusable."""
     conversion = Conversion()
-    CONVERSIONS[name](Path(root), conversion)
+    if name != "own" and name not in CONVERSIONS:
+        expected = "one of " + ", ".join([*CONVERSIONS, "own"])
+        remedy = "choose one of them; MeViS is read as it is published"
+        raise Problem("name", repr(name), expected, remedy)
+    if (name == "own") != bool(out):
+        found = f"{name} with --out" if out else f"{name} without --out"
+        expected = "an output folder for own, and none for the others"
+        raise Problem("rvos data prepare", found, expected, "correct the command")
+    if name == "own":
+        prepare_own(Path(root), Path(out), conversion, share, seed)
+    else:
+        CONVERSIONS[name](Path(root), conversion)
     return conversion.written, conversion.faults

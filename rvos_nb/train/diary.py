@@ -17,11 +17,12 @@ from ..core import Problem
 
 # %% ../../nbs/04h_train.diary.ipynb #c52eace5
 def read_log(path) -> list[dict[str, str]]:
-    "The rows of a CSV file; none where there is no file. Raises `Problem` for one without steps."
+    """The rows of a CSV file, but for one that was cut off; none where there is no file. Raises
+    `Problem` for a file without steps."""
     if not Path(path).exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
+        rows = [row for row in csv.DictReader(f) if None not in row.values()]
     if not all((row.get("step") or "").isdecimal() for row in rows):
         expected = "whole numbers in a column called step"
         raise Problem(path, "rows without steps", expected, "remove the file: it is written anew")

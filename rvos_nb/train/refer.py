@@ -129,7 +129,7 @@ def mean_scores(
     for level, _, scores in rows:
         groups.setdefault(level, []).append(scores)
     for level, kind, scores in rows:
-        if level != "easy":
+        if kind and level != "easy":
             groups.setdefault(kind, []).append(scores)
     return {
         f"{score} {name}": float(np.mean([scores[score] for scores in group]))

@@ -32,6 +32,7 @@ from ..models.pixel_decoder import VisionLanguageBlock
 from ..models.video_swin import SwinBlock
 from ..ops.linear import FastLinear, as_at_first
 from .diary import Means
+from .lora import add_adapters, merge_adapters
 from .recipe import Recipe, place_drops, place_stages, same_recipe
 from rvos_nb.train.schedule import (
     ema_decay,
@@ -190,6 +191,8 @@ class Steps:
         torch.manual_seed(recipe.seed)
         self.task = find_object(find_family(recipe.family).task)(recipe, self.device)
         freeze_parts(self.task.modules, recipe.tuning.frozen)
+        if recipe.lora.rank:
+            add_adapters(self.task.model, recipe.lora)
         optimizer = optimizer_for(self.task.modules, self.tuning)
         self.average = copy.deepcopy(self.task.model).eval() if recipe.tuning.ema else None
         if recipe.recompute:
@@ -277,6 +280,10 @@ class Trainer(Steps):
     def __init__(self, recipe: Recipe, accelerator: Accelerator | None = None):
         super().__init__(recipe, accelerator)
         self.seconds, self.best = 0.0, -math.inf  # spent in training; the best score so far
+
+    def plain_model(self) -> nn.Module:
+        "The weights to use as an ordinary model, to which adapters are added."
+        return merge_adapters(self.model) if self.recipe.lora.rank else self.model
 
     def state(self) -> dict:
         "All that the next step depends on."

@@ -12,7 +12,6 @@ __all__ = ['PLAIN', 'MARGIN', 'SHARE', 'NO_FAMILY', 'image', 'fill', 'Case', 're
 # %% ../../nbs/07f_verify.cases.ipynb #dbbf02c6
 import json
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bounds import UNREADABLE
 from ..core import Problem, natural_key
 from rvos_nb.models.family import (
     Family,
@@ -74,11 +74,10 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
     "Every array of an .npz file. Raises `Problem` where the file is missing or damaged."
     if not path.is_file():
         raise Problem(path, "no such file", "a golden case (.npz)", "check the path")
-    unreadable = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except unreadable as e:
+    except UNREADABLE as e:
         remedy = "give a golden case, or fetch the file again"
         raise Problem(path, f"unreadable archive ({e})", "a NumPy .npz file", remedy) from e
 

@@ -279,7 +279,7 @@ def test_a_plan_leaves_nothing_behind_and_tells_what_a_step_holds(name, one_thre
 def test_a_plan_needs_neither_data_nor_weights(name, monkeypatch):
     from rvos_nb.train import plan
 
-    memory = plan.Memory(1, 2, 3, 4, 5)
+    memory = plan.MemoryEstimate(1, 2, 3, 4, 5)
     monkeypatch.setattr(plan, "estimate_memory", lambda recipe: memory)
     recipe = read_recipe(name)
     made = plan.make_plan(recipe)

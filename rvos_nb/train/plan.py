@@ -6,9 +6,9 @@
 __all__ = ['SHAPES', 'REHEARSALS', 'AUTOCAST', 'SourceCount', 'count_source', 'count_clips', 'list_sources', 'largest_size',
            'count_steps', 'describe_stage', 'sketch_settings', 'sketch_referring', 'sketch_propagator',
            'rehearse_sentences', 'rehearse_sequence', 'sketch_modules', 'ParameterGroup', 'list_groups',
-           'fill_with_fakes', 'LiveBytes', 'rehearse_step', 'forget_tables', 'measure_peak', 'show_bytes', 'MemoryNeed',
-           'estimate_memory', 'Way', 'set_stages', 'shrink_stage', 'list_changes', 'list_ways', 'choose_way',
-           'explain_shortage', 'Plan', 'list_remarks', 'without_start', 'make_plan']
+           'fill_with_fakes', 'LiveBytes', 'rehearse_step', 'forget_tables', 'measure_peak', 'show_bytes',
+           'MemoryEstimate', 'estimate_memory', 'Way', 'set_stages', 'shrink_stage', 'list_changes', 'list_ways',
+           'choose_way', 'explain_shortage', 'Plan', 'list_remarks', 'without_start', 'make_plan']
 
 # %% ../../nbs/04l_train.plan.ipynb #792252fe
 import copy
@@ -332,7 +332,7 @@ def show_bytes(count: int) -> str:
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
+class MemoryEstimate:
     "Bytes that a training holds on a device, by what they are for."
 
     weights: int
@@ -346,7 +346,7 @@ class MemoryNeed:
         return self.weights + self.gradients + self.moments + self.average + self.results
 
 
-def estimate_memory(recipe: Recipe) -> MemoryNeed:
+def estimate_memory(recipe: Recipe) -> MemoryEstimate:
     "The memory of a training, a part of a batch at a time; of the stage with the most pixels."
     modules = sketch_modules(recipe)
     whole = sum(x.nbytes for x in (*modules.parameters(), *modules.buffers()))
@@ -356,7 +356,7 @@ def estimate_memory(recipe: Recipe) -> MemoryNeed:
     largest = max(parts, key=lambda part: part[0] * part[1] * math.prod(part[2]))
     held = measure_peak(recipe, *largest)
     average = averaged if recipe.tuning.ema else 0
-    return MemoryNeed(whole, trained, 2 * trained, average, held)
+    return MemoryEstimate(whole, trained, 2 * trained, average, held)
 
 # %% ../../nbs/04l_train.plan.ipynb #74add8c8
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class Way:
     "A way to need less memory, on top of those before it."
 
     settings: str  # as the command takes them; '': the recipe as it stands
-    memory: MemoryNeed
+    memory: MemoryEstimate
 
     def __str__(self):
         return f"{self.settings or 'as it stands'} ({show_bytes(self.memory.total)})"

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'find_words', 'check_beginning', 'gather_settings', 'build_referring', 'watch_scenes', 'watch_clips',
-           'Refer']
+           'find_words', 'require_start', 'gather_settings', 'build_referring', 'watch_scenes', 'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
@@ -159,7 +158,7 @@ def find_words(recipe: Recipe):  # a Hugging Face tokenizer
     return make_tokenizer(scenes.WORDS)
 
 
-def check_beginning(recipe: Recipe):
+def require_start(recipe: Recipe):
     """Raise `Problem` where a fine-tuning does not say what it goes on from, and for a start that
     is missing or of another family."""
     if recipe.fresh and not is_checkpoint(recipe.start):
@@ -186,7 +185,7 @@ def gather_settings(recipe: Recipe, words: int) -> dict:  # of the family's conf
 def build_referring(recipe: Recipe) -> nn.Module:  # a query model
     """The model of a recipe with the weights that it begins with. Raises `Problem` for a start that
     is missing, of another family or of other settings."""
-    check_beginning(recipe)
+    require_start(recipe)
     family, tokenizer = find_family(recipe.family), find_words(recipe)
     settings = gather_settings(recipe, len(tokenizer))
     if recipe.text:

@@ -306,6 +306,9 @@ def _refuse_other(
         return
     if force:
         return clear(out)
+    failed = set(old.get("units", {}).values()) == {"failed"}
+    if failed and {p.name for p in out.iterdir()} <= {"run.json", ".lock", ".owner"}:
+        return  # nothing was made
     if old.get("stage") != stage:
         what = f"results of stage {old.get('stage')!r}"
     elif other:

@@ -9,6 +9,7 @@ import torch
 from rvos_nb.core import Problem
 from rvos_nb.data.clips import Stream
 from rvos_nb.models import zoo
+from rvos_nb.stage import StageFailed
 from rvos_nb.train import trainer as steps
 from rvos_nb.train.loop import draw_batches, train
 from rvos_nb.train.recipe import read_recipe
@@ -142,3 +143,53 @@ def test_more_data_is_another_schedule(tmp_path):
     torch.save(state | {"total": 12}, tmp_path / "step.pt")
     with pytest.raises(Problem, match="12 steps"):
         trainer.load(tmp_path / "step.pt")
+
+
+def test_the_newest_checkpoint_is_never_removed(tmp_path):
+    "A damaged one with a higher number goes instead."
+    given = {"keep": 1}
+    train("train-toy", tmp_path, given=given, minutes=0).check()
+    damaged = tmp_path / "checkpoints" / "step-00000009.pt"
+    damaged.write_bytes(b"cut short")
+    train("train-toy", tmp_path, given=given, minutes=0).check()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002.pt"]
+    assert train("train-toy", tmp_path, given=given).check().done
+
+
+def test_a_writer_that_fails_for_want_of_room_says_so(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    def fail(state, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672]")
+
+    trainer = Trainer(read_recipe("train-toy"))
+    monkeypatch.setattr(steps.torch, "save", fail)
+    monkeypatch.setattr(steps.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(Problem, match="no space left"):
+        trainer.save(tmp_path / "step.pt")
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("stages.0.size", [32], "size"),
+        ("stages.0.size", 32, "size"),
+        ("stages.0.levels", {"easy": 0}, "levels"),
+        ("stages.0.levels", {"easy": "x"}, "levels"),
+        ("stages.0.levels", {"easy": -1, "hard": 1}, "levels"),
+        ("watch.levels", [], "levels"),
+        ("watch.levels", ["foo"], "levels"),
+        ("tuning.groups", {"nosuchpart": 0.1}, "nosuchpart"),
+    ],
+)
+def test_settings_are_refused_before_a_step(name, value, said, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises((Problem, StageFailed), match=said):
+        train("train-toy", out, given={name: value}).check()
+    assert not (out / "checkpoints").exists()
+    train("train-toy", out, minutes=0).check()  # the folder is not claimed
+
+
+def test_a_tracker_that_is_not_installed(tmp_path):
+    with pytest.raises(Problem, match="pip install wandb"):
+        train("train-toy", tmp_path / "out", trackers=["wandb"])

@@ -9,6 +9,7 @@ __all__ = ['refuse_setting', 'check_count', 'check_micro', 'TrainingStage', 'lis
            'Stream']
 
 # %% ../../nbs/01p_data.clips.ipynb #331f27c0
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -92,12 +93,16 @@ class SceneStage(TrainingStage):
         for name in ("steps", "frames", "clips", "sentences", "objects"):
             check_count(name, getattr(self, name))
         check_micro(self.clips, self.micro)
-        if any(s < 32 or s % 8 for s in self.size):
-            refuse_setting(
-                "size", str(self.size), "height and width of at least 32, divisible by 8"
-            )
+        sides = self.size if isinstance(self.size, Sequence) else ()
+        if len(sides) != 2 or any(not isinstance(s, int) or s < 32 or s % 8 for s in sides):
+            expected = "height and width of at least 32, divisible by 8"
+            refuse_setting("size", str(self.size), expected)
         if not self.levels or set(self.levels) - {"easy", "medium", "hard"}:
             refuse_setting("levels", str(self.levels), "shares of easy, medium and hard")
+        shares = list(self.levels.values())
+        numbers = all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in shares)
+        if not numbers or not sum(shares):
+            refuse_setting("levels", str(self.levels), "shares from 0 on, one of them above 0")
         if self.span and self.span < self.frames:
             refuse_setting("span", str(self.span), f"0, or at least its {self.frames} frames")
 

@@ -21,7 +21,7 @@ def read_log(path) -> list[dict[str, str]]:
     `Problem` for a file without steps."""
     if not Path(path).exists():
         return []
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
         rows = [row for row in csv.DictReader(f) if None not in row.values()]
     if not all((row.get("step") or "").isdecimal() for row in rows):
         expected = "whole numbers in a column called step"
@@ -100,8 +100,8 @@ def draw_curves(folder):  # a figure of matplotlib
     import matplotlib.pyplot as plt
 
     rows = read_log(Path(folder) / "train.csv")
-    if not rows:
-        found, expected = "no train.csv with rows", "the output folder of a training"
+    if not rows or not {"loss", "lr"} <= set(rows[0]):
+        found, expected = "no train.csv with losses", "the output folder of a training"
         raise Problem(folder, found, expected, "name another folder, or wait for the first row")
     scored = read_log(Path(folder) / "validation.csv")
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), dpi=100, layout="constrained")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
 
@@ -113,6 +114,9 @@ class Limits:
         if strange := [name for name in self.trackers if name not in known]:
             expected = "some of " + ", ".join(known)
             raise Problem("trackers", ", ".join(strange), expected, "correct the name")
+        if missing := [name for name in self.trackers if find_spec(name) is None]:
+            found, remedy = f"{missing[0]}, which is not installed", f"pip install {missing[0]}"
+            raise Problem("trackers", found, "trackers that are installed", remedy)
 
 # %% ../../nbs/04k_train.loop.ipynb #db8313a8
 ROW = 50  # steps between two rows of train.csv
@@ -242,9 +246,15 @@ class Loop:
             )
 
     def is_late(self) -> bool:
-        "Whether the time is over."
+        "Whether the time of any process is over: all stop after the same step."
         minutes = self.limits.minutes
-        return minutes is not None and time.monotonic() - self.began >= 60 * minutes
+        if minutes is None:
+            return False
+        late = time.monotonic() - self.began >= 60 * minutes
+        here = self.trainer.accelerator
+        if here.num_processes == 1:
+            return late
+        return bool(here.reduce(torch.tensor(float(late), device=self.trainer.device), "sum") > 0)
 
     def write(self, last: bool):
         "Rows, scores and checkpoints that are due after a step."

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 from pydantic import Field
 
@@ -170,7 +170,10 @@ class Watch:
     split: str = "valid"  # of that data set
     frames: Count = 4
     size: Annotated[Sequence[int], Field(min_length=2, max_length=2)] = (64, 96)
-    levels: Sequence[str] = ("easy", "medium")
+    levels: Annotated[Sequence[Literal["easy", "medium", "hard"]], Field(min_length=1)] = (
+        "easy",
+        "medium",
+    )
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Recipe:
     keep: Count = 2  # checkpoints that stay, the newest
 
 
-UNDECIDED = ("data", "save_minutes", "keep")  # what the weights do not depend on
+UNDECIDED = ("data", "save_minutes", "keep", "recompute")  # what the weights do not depend on
 
 
 def recipe_identity(recipe: Recipe) -> dict:

@@ -84,6 +84,11 @@ def optimizer_for(
     tuning: Tuning,
 ) -> torch.optim.AdamW:
     "AdamW with one group for each factor on the learning rate and each decay."
+    names = [name for name, _ in model.named_parameters()]
+    for part in tuning.groups:
+        if not any(part in name for name in names):
+            expected = "a part of the names of some parameters"
+            raise Problem("recipe, tuning, groups", repr(part), expected, "correct the recipe")
     groups: dict = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -9,7 +9,9 @@ __all__ = ['PRECISIONS', 'LAYERS', 'CHECKPOINT', 'start_accelerator', 'recompute
 
 # %% ../../nbs/04j_train.trainer.ipynb #c899b714
 import copy
+import errno
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -304,7 +306,11 @@ class Trainer(Steps):
     def save(self, path):
         "Write a checkpoint, whole or not at all."
         with replace_file(path) as tmp:
-            torch.save(self.state(), tmp)
+            try:
+                torch.save(self.state(), tmp)
+            except RuntimeError as e:  # PyTorch's writer does not say why
+                room = shutil.disk_usage(tmp.parent).free > 2**20
+                raise OSError(errno.EIO if room else errno.ENOSPC, str(e)) from e
 
     def check_origin(self, path, state: Mapping):
         "Raise `Problem` for the checkpoint of another recipe, or of one over other data."
@@ -355,9 +361,11 @@ def list_checkpoints(folder) -> list[Path]:
 
 def save_newest(trainer: Trainer, folder, keep: int):
     "Write a checkpoint, then remove all but the newest `keep`."
-    trainer.save(Path(folder) / "checkpoints" / f"step-{trainer.step:08d}.pt")
-    for old in list_checkpoints(folder)[max(keep, 1) :]:
-        old.unlink()
+    newest = Path(folder) / "checkpoints" / f"step-{trainer.step:08d}.pt"
+    trainer.save(newest)
+    whole = [path for path in list_checkpoints(folder) if path <= newest]  # later ones are damaged
+    for path in set(list_checkpoints(folder)) - set(whole[:keep]):
+        path.unlink()
 
 
 def load_newest(trainer: Trainer, folder):
@@ -373,4 +381,9 @@ def load_newest(trainer: Trainer, folder):
                 raise first from None
             print(f"{p}; going on from the one before", flush=True)
         else:
-            return
+            break
+    reached = torch.tensor([trainer.step], device=trainer.device)
+    if len(set(trainer.accelerator.gather(reached).tolist())) > 1:
+        found, expected = f"step {trainer.step} here, another elsewhere", "one for all processes"
+        remedy = "let all machines write to one shared folder"
+        raise Problem(folder, f"checkpoints of different steps ({found})", expected, remedy)

@@ -505,12 +505,22 @@ def _is_current(work: StageWork, unit: str, log: SourceLog) -> bool:
     return sources is None or log.matches(unit, sources, work.results(unit))
 
 
-def _note_sources(work: StageWork, unit: str, began: float, log: SourceLog) -> str:
+def _mark_sources(work: StageWork, unit: str) -> list[tuple]:
+    "What tells a unit's files from others in their place; nothing where they cannot be listed."
+    with suppress(Problem, OSError):
+        sources = work.sources(unit) or Sources(None)
+        files = [(path, os.stat(path)) for path in sources.files]
+        return [(path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in files]
+    return []
+
+
+def _note_sources(work: StageWork, unit: str, before: list[tuple], log: SourceLog) -> str:
     "Enter what a unit was just made from; the reason where that changed under way."
     sources = work.sources(unit)
     if sources is None:
         return ""
-    changed = sources.changed_since(began)
+    now = set(_mark_sources(work, unit))
+    changed = [path for path, *mark in before if (path, *mark) not in now]
     log.add(unit, None if changed else sources)
     if not changed:
         return ""
@@ -520,7 +530,6 @@ def _note_sources(work: StageWork, unit: str, began: float, log: SourceLog) -> s
 
 def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog):
     "Do the units that do not stand, and enter each into the report."
-    began = math.nextafter(_last_change(Path(work.out) / ".owner"), math.inf)
     todo = []
     for unit in work.units:
         if unit in report.failed:
@@ -532,12 +541,13 @@ def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog
         else:
             todo.append(unit)
             report.again.append(unit)
+    before = {unit: _mark_sources(work, unit) for unit in todo}
     batches = work.batches(todo)
     results = map_units(work.do, batches, executor, work.prepare)
     for batch, error in progress(results, work.stage, len(batches)):
         for unit in [batch] if isinstance(batch, str) else batch:
             own = error.each.get(unit) if isinstance(error, BatchFailed) else error
-            why = _reason(own) if own else _note_sources(work, unit, began, log)
+            why = _reason(own) if own else _note_sources(work, unit, before[unit], log)
             if why:
                 report.failed[unit] = why
             else:

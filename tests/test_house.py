@@ -64,7 +64,7 @@ def test_notebook_form(path):
     )
     text = path.read_text(encoding="utf-8")
     assert "papermill" not in nb["metadata"] and "injected-parameters" not in text
-    assert path.stat().st_size <= 200_000, "more than 200 kB"
+    assert path.stat().st_size <= 1_000_000, "more than 1 MB"
     for c in nb["cells"]:
         assert set(c["metadata"]) <= {"tags"} and c.get("execution_count") is None
 

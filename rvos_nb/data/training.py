@@ -182,7 +182,7 @@ def find_annotated(at: Sequence[int], anchor: Anchor, sampling: str) -> int:
 def draw_clip(
     source: ClipSource,
     anchor: Anchor,
-    stage: "ClipStage",
+    stage,  # a `ClipStage`
     label: int,  # class of the referent
     rng: np.random.Generator,
 ) -> TrainingClip | None:  # None: the crop shows nothing of the object

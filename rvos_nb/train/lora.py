@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core import Problem
 from .recipe import Lora
+from .schedule import find_parameters
 
 # %% ../../nbs/04g_train.lora.ipynb #901ca864
 ADAPTED_LAYERS = (
@@ -55,11 +56,7 @@ def add_adapters(model: nn.Module, lora: Lora):
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers)
     peft.inject_adapter_in_model(config, model)
     for part in lora.also:
-        chosen = [p for name, p in model.named_parameters() if part in name]
-        if not chosen:
-            expected = "a part of the names of some parameters"
-            raise Problem("recipe, lora, also", repr(part), expected, "correct the recipe")
-        for parameter in chosen:
+        for parameter in find_parameters(model, part, "lora, also"):
             parameter.requires_grad_(True)
 
 

@@ -83,3 +83,30 @@ def record_validation(trainer, batch, monkeypatch):
     trainer.validate([("easy", batch)])
     (answer,) = scored
     return answer
+
+
+# a narrow query model of ReferFormer's shape, for trainings of a few steps
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+}
+NARROW = {
+    "backbone": "conv_tiny",
+    "num_feature_levels": 3,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "hidden_dim": 16,
+    "dim_feedforward": 16,
+    "nheads": 2,
+    "enc_n_points": 1,
+    "dec_n_points": 1,
+    "fusion_heads": 2,
+    "proj_groups": 2,
+    "short_side": 32,
+    "text": TEXT,
+}

@@ -179,7 +179,7 @@ def test_a_writer_that_fails_for_want_of_room_says_so(tmp_path, monkeypatch):
         ("stages.0.levels", {"easy": -1, "hard": 1}, "levels"),
         ("watch.levels", [], "levels"),
         ("watch.levels", ["foo"], "levels"),
-        ("tuning.groups", {"nosuchpart": 0.1}, "nosuchpart"),
+        ("tuning.frozen", ["nosuchpart"], "nosuchpart"),
     ],
 )
 def test_settings_are_refused_before_a_step(name, value, said, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import NARROW, TEXT
 
 from rvos_nb.core import Problem, find_shipped
 from rvos_nb.data import refshapes
@@ -130,30 +131,6 @@ def test_every_recipe_of_clips_has_a_row():
 # Runs: two steps and a resume on a narrow model
 
 
-TEXT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 66,
-    "type_vocab_size": 1,
-    "pad_token_id": 1,
-}
-NARROW = {
-    "backbone": "conv_tiny",
-    "num_feature_levels": 3,
-    "enc_layers": 1,
-    "dec_layers": 2,
-    "hidden_dim": 16,
-    "dim_feedforward": 16,
-    "nheads": 2,
-    "enc_n_points": 1,
-    "dec_n_points": 1,
-    "fusion_heads": 2,
-    "proj_groups": 2,
-    "short_side": 32,
-    "text": TEXT,
-}
 QUERY = {"mask_dim": 8, "fpn_groups": 2}
 VIDEO = {"video_enc_layers": 1, "video_dec_layers": 1}
 OWN = {  # of the models of a family

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import NARROW
 
 from rvos_nb.core import Problem
 from rvos_nb.stage import StageFailed
@@ -227,38 +228,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert torch.equal(model.weight, before)
 
 
-TEXT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 66,
-    "type_vocab_size": 1,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-NARROW = {
-    "backbone": "conv_tiny",
-    "num_feature_levels": 3,
-    "enc_layers": 1,
-    "dec_layers": 2,
-    "hidden_dim": 16,
-    "dim_feedforward": 16,
-    "nheads": 2,
-    "enc_n_points": 1,
-    "dec_n_points": 1,
-    "mask_dim": 8,
-    "fusion_heads": 2,
-    "proj_groups": 2,
-    "fpn_groups": 2,
-    "short_side": 32,
-    "text": TEXT,
-}
 REFER = {
     "name": "toy",
     "family": "referformer",
-    "model": NARROW,
+    "model": NARROW | {"mask_dim": 8, "fpn_groups": 2},
     "tuning": {"ema": 0.5},
     "watch": {"every": 50, "clips": 8, "frames": 2, "size": [32, 48], "levels": ["medium"]},
     "stages": [

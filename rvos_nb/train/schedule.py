@@ -92,8 +92,6 @@ def optimizer_for(
     tuning: Tuning,
 ) -> torch.optim.AdamW:
     "AdamW with one group for each factor on the learning rate and each decay."
-    for part in tuning.groups:
-        find_parameters(model, part, "tuning, groups")
     groups: dict = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

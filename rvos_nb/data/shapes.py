@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPE_NAMES', 'TEXTURES', 'SIZE_RADII', 'NOUNS', 'SIDE_UNITS', 'CELLS', 'TURN', 'STENCILS', 'ROTATIONS',
-           'SENTENCE_KINDS', 'LEVEL_SETTINGS', 'HEADINGS', 'Dice', 'draw_silhouette', 'make_stencil', 'Thing',
-           'LevelSettings', 'draw_looks', 'draw_things', 'stride', 'draw_trajectory', 'place_thing', 'draw_patches',
-           'paint', 'draw_ground', 'colour_in']
+           'SENTENCE_KINDS', 'LEVEL_SETTINGS', 'HEADINGS', 'MOTIONS', 'Dice', 'draw_silhouette', 'make_stencil',
+           'Thing', 'LevelSettings', 'draw_looks', 'draw_things', 'stride', 'draw_trajectory', 'place_thing',
+           'draw_patches', 'paint', 'draw_ground', 'colour_in']
 
 # %% ../../nbs/01c_data.shapes.ipynb #4d517294
 import math
@@ -272,6 +272,10 @@ def draw_things(dice: Dice, level: LevelSettings) -> list[Thing]:
 
 # %% ../../nbs/01c_data.shapes.ipynb #8ce764e9
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
+MOTIONS = (
+    *((act, "") for act in ("still", "circling", "growing", "spinning")),
+    *((act, heading) for act in ("slow", "fast") for heading in HEADINGS),
+)  # act and heading of a thing
 
 
 def stride(frames: int) -> int:

@@ -153,14 +153,21 @@ class ConvTiny(nn.Module):
             {str(s): TimeConv(w) for s, w in zip(self.strides, widths) if s in time_strides}
         )
 
+    def begin(
+        self,
+        x: Tensor,  # (B, T, 3, H, W) normalised pixels
+    ) -> Tensor:  # (B·T, C, H/2, W/2), channels last in memory
+        "The stem."
+        x = fold_time(x).contiguous(memory_format=torch.channels_last)
+        return F.relu(self.norm(self.stem(x)), inplace=True)
+
     def forward(
         self,
         x: Tensor,  # (B, T, 3, H, W) normalised pixels
     ) -> list[Tensor]:  # four of (B·T, C, h, w), channels last in memory
         "Features at strides 4, 8, 16, 32."
         frames, levels = x.shape[1], []
-        x = fold_time(x).contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.norm(self.stem(x)), inplace=True)
+        x = self.begin(x)
         for stride, block in zip(self.strides, self.blocks):
             x = block(x)
             if str(stride) in self.times:
@@ -207,6 +214,7 @@ def run_by_frames(
 # %% ../../nbs/02c_models.backbones.ipynb #ea9f3c0e
 BACKBONES: dict[str, tuple[str, dict]] = {
     "conv_tiny": ("rvos_nb.models.backbones:ConvTiny", {}),
+    "conv_flow": ("rvos_nb.models.flow:ConvFlow", {}),
     "resnet50": ("rvos_nb.models.backbones:ResNet", {"name": "resnet50"}),
     "resnet101": ("rvos_nb.models.backbones:ResNet", {"name": "resnet101"}),
     "swin_t_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "tiny", "drop": 0.2}),
@@ -384,7 +392,8 @@ def recognise_backbone(
         blocks = range(count_modules(shapes, prefix + "blocks."))
         widths = [shapes[f"{prefix}blocks.{i}.conv1.weight"][0] for i in blocks]
         times = {n[len(prefix) :].split(".")[1] for n in shapes if n.startswith(prefix + "times.")}
-        return "conv_tiny", {"widths": widths, "time_strides": sorted(map(int, times))}
+        name = "conv_flow" if prefix + "flow1.weight" in shapes else "conv_tiny"
+        return name, {"widths": widths, "time_strides": sorted(map(int, times))}
     if prefix + "stem.0.weight" in shapes:
         return recognise_convnext(shapes, prefix)
     if prefix + "patch_embed1.proj.weight" in shapes:

@@ -6,8 +6,8 @@
 __all__ = ['MATCH', 'CLUSTER_WEIGHTS', 'CLUSTER_COSTS', 'focal', 'dice', 'box_corners', 'intersect', 'iou', 'giou', 'pad_masks',
            'shrink', 'class_cost', 'by_query', 'match', 'positives', 'take_query', 'divide_by', 'charge',
            'stack_layers', 'weigh_terms', 'Criterion', 'enlarge', 'frame_costs', 'charge_frames', 'ClusterCriterion',
-           'PixelLoss', 'only_objects', 'bootstrapped_ce', 'hard_share', 'aux_weight', 'soft_jaccard', 'frame_loss',
-           'sequence_loss']
+           'PixelLoss', 'MotionLoss', 'only_objects', 'bootstrapped_ce', 'hard_share', 'aux_weight', 'soft_jaccard',
+           'frame_loss', 'sequence_loss']
 
 # %% ../../nbs/04b_train.losses.ipynb #1f1b0cb4
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Problem
+from ..data.shapes import MOTIONS
 
 # %% ../../nbs/04b_train.losses.ipynb #cc178c24
 def focal(
@@ -404,6 +405,40 @@ class PixelLoss(nn.Module):
             loss = (
                 loss + 4 * F.binary_cross_entropy_with_logits(logit, y) + 1 - dice(logit, y).mean()
             )
+        return loss
+
+# %% ../../nbs/04b_train.losses.ipynb #ec3f2a77
+class MotionLoss(nn.Module):
+    """Auxiliary supervision of a backbone by the motions of objects; lives in the training loop,
+    not in the model. It reads the maps as they leave the backbone."""
+
+    def __init__(
+        self,
+        body: nn.Module,  # a backbone, whose levels 1 and 2 have strides 8 and 16
+        motions: int = len(MOTIONS),
+        ground: float = 0.1,  # weight of pixels that show no object
+    ):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(c, 1 + motions, 1) for c in body.channels[1:3])
+        self.register_buffer("weights", torch.tensor([ground] + [1.0] * motions))
+        self.maps = []
+        body.register_forward_hook(self.keep)
+
+    def keep(self, body, frames, levels):
+        "A hook of the backbone."
+        self.maps = levels[1:3]
+
+    def forward(
+        self,
+        motions: Tensor,  # (B, T, H, W) uint8, 0 ground
+    ) -> Tensor:  # scalar
+        "The cross-entropy of the clips that the backbone saw last, mean over both levels."
+        loss = 0
+        for head, x in zip(self.heads, self.maps):
+            true = F.interpolate(motions.float(), x.shape[-2:], mode="nearest-exact")
+            true = true.flatten(0, 1).long()
+            loss = loss + F.cross_entropy(head(x), true, self.weights) / len(self.heads)
+        self.maps = []
         return loss
 
 # %% ../../nbs/04b_train.losses.ipynb #c3c91a08

@@ -25,7 +25,7 @@ from ..models import zoo
 from ..models.family import find_family, find_object
 from ..models.start import is_checkpoint, load_start
 from ..models.text import ROBERTA_BASE, build_text_encoder, load_tokenizer, make_tokenizer
-from .losses import PixelLoss
+from .losses import MotionLoss, PixelLoss
 from rvos_nb.train.recipe import (
     VALIDATION,
     Recipe,
@@ -232,23 +232,26 @@ def watch_clips(
 # %% ../../nbs/04f_train.refer.ipynb #d6c02231
 class Refer:
     """Training a query model. Options of `loss`: weights, those that the criterion of its family
-    has, and pixel, the weight of the pixel loss."""
+    has, and pixel and motion, the weights of the losses on pixels and on their motion."""
 
     kind = "refer"
 
     def __init__(self, recipe: Recipe, device):
         criterion = find_object(find_family(recipe.family).criterion)
-        o = read_loss_options(recipe, weights=None, pixel=1.0, **criterion.options)
+        o = read_loss_options(recipe, weights=None, pixel=1.0, motion=0.0, **criterion.options)
         check_weights(o["weights"], criterion.terms)
         own = {name: o[name] for name in criterion.options}
         self.criterion = criterion(o["weights"], o["weights"], **own)
-        self.recipe, self.weight, self.device = recipe, o["pixel"], device
+        self.recipe, self.device = recipe, device
+        self.weights = {name: o[name] for name in ("pixel", "motion") if o[name]}
         self.stages = place_stages(recipe)
         self.model = build_referring(recipe)
         self.modules = nn.ModuleDict({"model": self.model})
-        if self.weight:
+        if "pixel" in self.weights:
             target = o.get("target", "average")
             self.modules["pixel"] = PixelLoss(self.model.pixel_channels, target)
+        if "motion" in self.weights:
+            self.modules["motion"] = MotionLoss(self.model.body)
         self.modules.to(device)
 
     def answer(self, batch: ReferBatch, aux: bool = True) -> dict:
@@ -291,10 +294,23 @@ class Refer:
         with torch.autocast(self.device.type, enabled=False):
             out = to_float32(out)
             total, parts, _ = self.criterion(out, target)
-            if self.weight:
-                parts["loss_pixel"] = self.modules["pixel"](out["pixel_maps"], target["masks"])
-                total = total + self.weight * parts["loss_pixel"]
+            for name, loss in self.charge_pixels(out, batch, target["masks"]).items():
+                parts[f"loss_{name}"] = loss
+                total = total + self.weights[name] * loss
         return total, parts
+
+    def charge_pixels(self, out: dict, batch: ReferBatch, masks: Tensor) -> dict:  # of scalars
+        "The losses on pixels, not yet weighted; that on motion where a clip has any."
+        charged = {}
+        if "pixel" in self.weights:
+            charged["pixel"] = self.modules["pixel"](out["pixel_maps"], masks)
+        if "motion" in self.weights and batch.frames.shape[1] > 1:
+            if batch.motions is None:
+                found, expected = "a weight, and data without motions", "scenes of RefShapes"
+                raise Problem("recipe, loss, motion", found, expected, "set it to 0")
+            motions = torch.from_numpy(batch.motions).to(self.device)
+            charged["motion"] = self.modules["motion"](motions)
+        return charged
 
     def validation_clips(self, watch: Watch) -> list[tuple[str, ReferBatch]]:
         "The validation clips, one sentence each."

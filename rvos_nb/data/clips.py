@@ -240,7 +240,7 @@ def draw_sentences(
     raise Problem(
         "training stage, kinds",
         f"{stage.kinds}, which no scene of {sorted(stage.levels)} offers",
-        f"kinds that these levels have, such as {', '.join(LEVEL_SETTINGS[min(stage.levels)].kinds)}",
+        "kinds that these levels have",
         "correct it in the recipe",
     )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEYOND', 'STAGE', 'OWN', 'VIDEO_SWIN', 'split_tensors', 'rename_tensors', 'load_backbone', 'is_checkpoint',
-           'load_start']
+           'load_start', 'load_trunk']
 
 # %% ../../nbs/03u_models.start.ipynb #a66bb09e
 import re
@@ -119,3 +119,18 @@ def load_start(
             raise Problem("recipe, fresh", repr(part), expected, "correct the recipe")
         given = {name: tensor for name, tensor in given.items() if part not in name} | new
     zoo.load_tensors(model, given, start)
+
+
+def load_trunk(
+    model: nn.Module,
+    trunk: str,  # a checkpoint folder or a shipped name, of any family
+) -> tuple[int, int]:  # tensors that were taken, of how many
+    """Take from another model every tensor that has a name and a shape of `model`'s; raises
+    `Problem` where there is none."""
+    ours, given = zoo.unique_tensors(model)[0], zoo.unique_tensors(zoo.load(trunk))[0]
+    shared = {n: t for n, t in given.items() if n in ours and ours[n].shape == t.shape}
+    if not shared:
+        expected = "a model that shares parts with the one that is trained"
+        raise Problem(trunk, "no tensor of the same name and shape", expected, "name another trunk")
+    zoo.load_tensors(model, ours | shared, trunk)
+    return len(shared), len(ours)

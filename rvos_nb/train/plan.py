@@ -11,7 +11,6 @@ __all__ = ['SHAPES', 'REHEARSALS', 'AUTOCAST', 'SourceCount', 'count_source', 'c
            'choose_way', 'explain_shortage', 'Plan', 'list_remarks', 'without_start', 'make_plan']
 
 # %% ../../nbs/04l_train.plan.ipynb #792252fe
-import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,7 @@ from ..models.video_swin import make_window_plan
 from .losses import PixelLoss
 from .propagate import read_model_config
 from .recipe import Recipe, find_folders, place_stages
+from .refer import find_model, gather_settings
 from .schedule import decay_of, freeze_parts
 from .trainer import recompute_layers
 from ..vos.memory import forward_sequence
@@ -144,10 +144,8 @@ def describe_stage(stage: TrainingStage) -> str:
 def sketch_settings(recipe: Recipe) -> dict:  # of the family's configuration
     """What a recipe says of a referring model; of its start, if that is a folder, what it was
     trained with. Raises `Problem` for a start that is not there."""
-    settings = copy.deepcopy(dict(recipe.model))
-    if is_checkpoint(recipe.start):
-        return zoo.read_card(zoo.find(recipe.start))["config"] | settings
-    if "text" in settings:
+    settings = gather_settings(recipe)
+    if "text" in settings and not find_model(recipe):
         words = len(make_tokenizer(scenes.WORDS))
         settings["text"] = {"vocab_size": words} | settings["text"]
     return settings
@@ -496,6 +494,8 @@ def list_remarks(recipe: Recipe) -> Iterator[str]:
     if recipe.fresh and not recipe.start:
         yield "no start: this training goes on from a trained model, -p start FOLDER"
         yield "until then the plan is that of the usual configuration of the family"
+    elif recipe.trunk:
+        yield f"parts that {recipe.trunk} shares begin at its weights, all others from scratch"
     elif not recipe.start:
         yield (
             "no start: all but the text encoder is from scratch"
@@ -509,13 +509,15 @@ def list_remarks(recipe: Recipe) -> Iterator[str]:
 
 
 def without_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    "The recipe, without a start that is not there; and what to say about that."
-    if not is_checkpoint(recipe.start):
+    "The recipe, without a start or trunk that is not there; and what to say about that."
+    model = find_model(recipe)
+    if not model:
         return recipe, []
     try:
-        zoo.read_card(zoo.find(recipe.start))
+        zoo.read_card(zoo.find(model))
     except Problem as p:
-        return replace(recipe, start=""), [f"the start is missing: {p}"]
+        name = "trunk" if model == recipe.trunk else "start"
+        return replace(recipe, **{name: ""}), [f"the {name} is missing: {p}"]
     return recipe, []
 
 

@@ -191,6 +191,7 @@ class Recipe:
     )  # names that the stages use -> folders; where they lie does not decide anything
     start: str = ""  # weights to begin with, see `load_start`; empty: from scratch
     fresh: Sequence[str] = ()  # parts of the names of weights that begin anew all the same
+    trunk: str = ""  # a trained model of any family, whose shared parts are taken, see `load_trunk`
     text: str = ""  # a folder of the text encoder's own weights and tokenizer
     loss: dict = field(default_factory=dict)  # options of the task, see there
     tuning: Tuning = field(default_factory=Tuning)
@@ -212,7 +213,9 @@ def recipe_identity(recipe: Recipe) -> dict:
     decided = {k: v for k, v in asdict(recipe).items() if k not in UNDECIDED}
     if not recipe.lora.rank:
         del decided["lora"]
-    return decided | {"start": Path(recipe.start).name, "text": Path(recipe.text).name}
+    named = ("start", "text", "trunk") if recipe.trunk else ("start", "text")
+    decided.pop("trunk")
+    return decided | {name: Path(getattr(recipe, name)).name for name in named}
 
 
 def same_recipe(recipe: Recipe) -> str:  # equal for equal recipes

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'find_words', 'require_start', 'gather_settings', 'build_referring', 'watch_scenes', 'watch_clips', 'Refer']
+           'find_model', 'find_words', 'require_start', 'gather_settings', 'build_referring', 'watch_scenes',
+           'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from ..data.training import ClipStage
 from ..metrics import contour_f
 from ..models import zoo
 from ..models.family import find_family, find_object
-from ..models.start import is_checkpoint, load_start
+from ..models.start import is_checkpoint, load_start, load_trunk
 from ..models.text import ROBERTA_BASE, build_text_encoder, load_tokenizer, make_tokenizer
 from .losses import MotionLoss, PixelLoss
 from rvos_nb.train.recipe import (
@@ -148,12 +149,17 @@ def check_weights(
         raise Problem("recipe, loss, weights", found, expected, "correct the recipe")
 
 # %% ../../nbs/04f_train.refer.ipynb #47614f52
+def find_model(recipe: Recipe) -> str:
+    "The model whose words and settings a recipe begins with: its start or its trunk; '' for none."
+    return recipe.start if is_checkpoint(recipe.start) else recipe.trunk
+
+
 def find_words(recipe: Recipe):  # a Hugging Face tokenizer
     "The tokenizer of what the recipe begins with; that of RefShapes where it begins with nothing."
     if recipe.text:
         return load_tokenizer(recipe.text)
-    if is_checkpoint(recipe.start):
-        folder = zoo.find(recipe.start)
+    if model := find_model(recipe):
+        folder = zoo.find(model)
         return zoo.read_tokenizer(folder, zoo.read_card(folder))
     return make_tokenizer(scenes.WORDS)
 
@@ -161,6 +167,10 @@ def find_words(recipe: Recipe):  # a Hugging Face tokenizer
 def require_start(recipe: Recipe):
     """Raise `Problem` where a fine-tuning does not say what it goes on from, and for a start that
     is missing or of another family."""
+    if recipe.start and recipe.trunk:
+        found, expected = f"{recipe.start!r} and the trunk {recipe.trunk!r}", "one of the two"
+        remedy = "take start for a model of the same family, trunk for one of another"
+        raise Problem("recipe, start", found, expected, remedy)
     if recipe.fresh and not is_checkpoint(recipe.start):
         found = f"{recipe.start!r}, and {', '.join(recipe.fresh)} to begin anew"
         expected = "the folder of a trained model, whose other weights are kept"
@@ -170,15 +180,18 @@ def require_start(recipe: Recipe):
         family = zoo.read_card(zoo.find(recipe.start))["family"]
         if family != recipe.family:
             found, expected = f"a {family}", f"a {recipe.family}, as the recipe trains"
-            raise Problem(recipe.start, found, expected, "name another start, or another recipe")
+            remedy = "name another start, or another recipe; or take its shared parts: -p trunk"
+            raise Problem(recipe.start, found, expected, remedy)
 
 
-def gather_settings(recipe: Recipe, words: int) -> dict:  # of the family's configuration
-    "The model's settings: those of its start, and those of the recipe over them."
+def gather_settings(recipe: Recipe) -> dict:  # of the family's configuration
+    """The model's settings: those of its start, or those of its trunk that the family has; and
+    those of the recipe over them."""
     settings = copy.deepcopy(dict(recipe.model))
-    if is_checkpoint(recipe.start):
-        settings = zoo.read_card(zoo.find(recipe.start))["config"] | settings
-    settings["text"] = dict(settings.get("text", {}), vocab_size=words)
+    if model := find_model(recipe):
+        given = zoo.read_card(zoo.find(model))["config"]
+        known = {f.name for f in fields(find_family(recipe.family).config)}
+        settings = {k: v for k, v in given.items() if recipe.start or k in known} | settings
     return settings
 
 
@@ -187,7 +200,8 @@ def build_referring(recipe: Recipe) -> nn.Module:  # a query model
     is missing, of another family or of other settings."""
     require_start(recipe)
     family, tokenizer = find_family(recipe.family), find_words(recipe)
-    settings = gather_settings(recipe, len(tokenizer))
+    settings = gather_settings(recipe)
+    settings["text"] = dict(settings.get("text", {}), vocab_size=len(tokenizer))
     if recipe.text:
         encoder = build_text_encoder(recipe.text, tokenizer=tokenizer)
         known = encoder.config.to_dict()
@@ -198,6 +212,8 @@ def build_referring(recipe: Recipe) -> nn.Module:  # a query model
         model.text_encoder.load_state_dict(encoder.state_dict())
     if recipe.start:
         load_start(model, recipe.start, recipe.fresh)
+    if recipe.trunk:
+        load_trunk(model, recipe.trunk)
     return model
 
 # %% ../../nbs/04f_train.refer.ipynb #52197458

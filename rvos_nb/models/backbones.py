@@ -221,6 +221,10 @@ BACKBONES: dict[str, tuple[str, dict]] = {
     "swin_s_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "small", "drop": 0.2}),
     "swin_b_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "base", "drop": 0.3}),
     "swin_l_p4w7": ("rvos_nb.models.swin:Swin", {"variant": "large", "drop": 0.3}),
+    "video_swin_mini_p4w7": (
+        "rvos_nb.models.video_swin:VideoSwin",
+        {"variant": "mini", "drop": 0.0},
+    ),
     "video_swin_t_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "tiny"}),
     "video_swin_s_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "small"}),
     "video_swin_b_p4w7": ("rvos_nb.models.video_swin:VideoSwin", {"variant": "base"}),
@@ -316,7 +320,7 @@ def sine_position_2d(
 # %% ../../nbs/02c_models.backbones.ipynb #305f2b12
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
 # (width, depth of stage 3) -> size
-SWIN_SIZES = {(96, 6): "t", (96, 18): "s", (128, 18): "b", (192, 18): "l"}
+SWIN_SIZES = {(32, 2): "mini", (96, 6): "t", (96, 18): "s", (128, 18): "b", (192, 18): "l"}
 
 
 def count_modules(

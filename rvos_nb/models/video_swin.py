@@ -369,6 +369,7 @@ class SwinVariant:
 
 
 SWIN_VARIANTS = {
+    "mini": SwinVariant(32, (2, 2, 2, 1), (2, 4, 8, 8)),  # of no paper: for small pictures
     "tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "base": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32)),

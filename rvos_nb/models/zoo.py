@@ -7,7 +7,8 @@ __all__ = ['LIMITS', 'LARGEST_SIZE', 'LARGEST_WEIGHT', 'COLUMNS', 'FAMILY_COLUMN
            'read_config', 'unique_tensors', 'check_tensors', 'check_numbers', 'load_tensors', 'on_meta_device',
            'write_files', 'write_model', 'save', 'published', 'plain_name', 'find_published', 'variants', 'find',
            'where_to_get', 'read_tensors', 'Card', 'read_card', 'read_tokenizer', 'foreign_family', 'load',
-           'how_to_get', 'shipped_models', 'published_models', 'align', 'list_shipped', 'list_published']
+           'how_to_get', 'count_parameters', 'shipped_models', 'published_models', 'align', 'list_shipped',
+           'list_published']
 
 # %% ../../nbs/03c_models.zoo.ipynb #9127b988
 import dataclasses
@@ -456,20 +457,27 @@ def how_to_get(
     return "convert" if row["name"] in known or row["backbone"] in known else "not yet"
 
 
+def count_parameters(
+    folder: Path,  # of a checkpoint
+) -> int:
+    "How many numbers the weights have, by the header of their file."
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as f:
+        names = f.keys()
+        return sum(math.prod(f.get_slice(name).get_shape()) for name in names)
+
+
 def shipped_models() -> list[dict]:
     "Checkpoints that ship: name, family, backbone, params (millions), J&F in percent on RefShapes."
     rows = []
     for path in sorted(find_shipped("checkpoints").glob("*/config.json")):
         about = read_card(path.parent)
-        with safetensors.safe_open(path.parent / "model.safetensors", "pt") as f:  # its header
-            shapes = [torch.Size(f.get_slice(n).get_shape()) for n in f.keys()]  # noqa: SIM118
         scores = about.get("card", {}).get("jf", {})
         rows.append(
             {
                 "name": path.parent.name,
                 "family": about["family"],
                 "backbone": about["config"].get("backbone") or about["config"].get("encoder", ""),
-                "params": round(sum(s.numel() for s in shapes) / 1e6, 2),
+                "params": round(count_parameters(path.parent) / 1e6, 2),
                 "scores": {level: scores.get(level) for level in ("easy", "medium", "hard")},
             }
         )

@@ -82,7 +82,7 @@ class Propagate:
     kind = "sequence"
 
     def __init__(self, recipe: Recipe, device):
-        self.options = self.read_options(recipe)
+        self.options = self.gather_options(recipe)
         self.model = find_family(recipe.family).model(read_model_config(recipe))
         self.device, self.stages = device, place_stages(recipe)
         check_stages(recipe, self.model)
@@ -91,7 +91,7 @@ class Propagate:
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
 
     @staticmethod
-    def read_options(recipe: Recipe) -> dict:
+    def gather_options(recipe: Recipe) -> dict:
         "The options of the loss. Raises `Problem` for those that there are not."
         return read_loss_options(
             recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
@@ -100,7 +100,7 @@ class Propagate:
     @classmethod
     def check_settings(cls, recipe: Recipe):
         "Raise `Problem` for options of loss or model that there are not."
-        cls.read_options(recipe)
+        cls.gather_options(recipe)
         read_model_config(recipe)
 
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:

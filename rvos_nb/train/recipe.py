@@ -422,7 +422,7 @@ def build_stage(values, where: str):
         raise Problem(where, found, f"one of {', '.join(SOURCES)}", "correct the recipe")
     return build_checked(SOURCES[kind], values, where)
 
-
+# %% ../../nbs/04d_train.recipe.ipynb #d2a71c36
 def take_family(recipe: Recipe, where: str) -> Recipe:
     """The recipe with the family of its start, where it names none itself. Raises `Problem` where
     there is no start either."""
@@ -453,7 +453,7 @@ def check_data(recipe: Recipe, where: str):
             names += [source["folder"] for source in stage.sources]
     refuse_unknown(recipe.data, [name for name in dict.fromkeys(names) if name], f"{where}, data")
 
-
+# %% ../../nbs/04d_train.recipe.ipynb #d6c31e73
 def read_recipe(
     recipe,  # a name that ships, a path of a YAML file, or a mapping
     given: Mapping = {},  # other values of some settings, see `override_settings`

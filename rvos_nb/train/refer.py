@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'read_options', 'build_criterion', 'find_words', 'require_start', 'gather_settings', 'build_referring',
+           'gather_options', 'make_criterion', 'find_words', 'require_start', 'gather_settings', 'build_referring',
            'start_settings', 'check_model', 'watch_scenes', 'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
@@ -162,7 +162,7 @@ def check_weights(
         raise Problem(where, found, expected, "correct the recipe")
 
 # %% ../../nbs/04f_train.refer.ipynb #2665c84d
-def read_options(recipe: Recipe) -> dict:  # weights, pixel, and those of the criterion
+def gather_options(recipe: Recipe) -> dict:  # weights, pixel, and those of the criterion
     "The options of the loss. Raises `Problem` for those that there are not."
     criterion = find_object(find_family(recipe.family).criterion)
     options = read_loss_options(recipe, weights=None, pixel=1.0, **criterion.options)
@@ -171,9 +171,9 @@ def read_options(recipe: Recipe) -> dict:  # weights, pixel, and those of the cr
     return options
 
 
-def build_criterion(
+def make_criterion(
     recipe: Recipe,
-    options: dict,  # of `read_options`
+    options: dict,  # of `gather_options`
 ):  # what charges the answers of its family
     "The criterion of a recipe. Raises `Problem` for values that mean nothing."
     criterion = find_object(find_family(recipe.family).criterion)
@@ -292,8 +292,8 @@ class Refer:
     kind = "refer"
 
     def __init__(self, recipe: Recipe, device):
-        o = read_options(recipe)
-        self.criterion = build_criterion(recipe, o)
+        o = gather_options(recipe)
+        self.criterion = make_criterion(recipe, o)
         self.recipe, self.weight, self.device = recipe, o["pixel"], device
         self.stages = place_stages(recipe)
         self.model = build_referring(recipe)
@@ -306,7 +306,7 @@ class Refer:
     @staticmethod
     def check_settings(recipe: Recipe):
         "Raise `Problem` for options of loss or model that there are not."
-        build_criterion(recipe, read_options(recipe))
+        make_criterion(recipe, gather_options(recipe))
         check_model(recipe)
 
     def answer(self, batch: ReferBatch, aux: bool = True) -> dict:

@@ -373,6 +373,7 @@ class TrainWork(StageWork):
     accelerator: Accelerator = field(kw_only=True)
 
     stage = "train"
+    anew = "begin again in this one: --no-resume (resume=False)"
 
     def stands(self, unit: str) -> bool:
         model = self.out / "model"

@@ -193,3 +193,16 @@ def test_settings_are_refused_before_a_step(name, value, said, tmp_path):
 def test_a_tracker_that_is_not_installed(tmp_path):
     with pytest.raises(Problem, match="pip install wandb"):
         train("train-toy", tmp_path / "out", trackers=["wandb"])
+
+
+def test_another_recipe_in_the_folder_is_told_by_what_differs(tmp_path):
+    given = {"tuning.lr": 8e-4, "stages.0.size": [32, 64]}
+    train("train-toy", tmp_path, minutes=0, given=given).check()
+    with pytest.raises(Problem) as e:
+        train("train-toy", tmp_path, given={"tuning.lr": 1e-3})
+    said = str(e.value)
+    assert "tuning.lr: 0.0008 there, 0.001 asked" in said
+    assert "stages.0.size: [32, 64] there, [32, 48] asked" in said
+    assert said.count(" there, ") == 2 and len(said) < 300 + len(str(tmp_path))
+    assert "--no-resume" in said and "force" not in said
+    train("train-toy", tmp_path, given={"tuning.lr": 1e-3}, resume=False).check()

@@ -341,3 +341,42 @@ def test_what_is_wrong_is_named_before_the_first_step(given, said, trees, tmp_pa
     with pytest.raises(Exception, match=rf"(?s){said}") as e:
         train("train-soc-ytvos", tmp_path / "out", given=whole | given, device="cpu").check()
     assert all(word in str(e.value) for word in ("found", "expected"))
+
+
+@pytest.mark.parametrize(
+    "recipe, given, meant",
+    [
+        ("train-toy", {"loss.pixl": 0.0}, "pixel"),
+        ("train-toy", {"loss.weights": {"ce": 2, "bbx": 5}}, "bbox"),
+        ("train-toy", {"model.hiden_dim": 32}, "hidden_dim"),
+        ("train-toy", {"model.text.hidden_sze": 32}, "hidden_size"),
+        ("train-toy", {"model.backbone": "conv_tny"}, "conv_tiny"),
+        ("train-toy", {"model.backbone_options": {"widht": [8]}}, "widths"),
+        ("train-toy", {"tuning.warm_up": 0.1}, "warmup"),
+        ("train-toy", {"lora.rnk": 4}, "rank"),
+        ("train-toy", {"watch.evry": 5}, "every"),
+        ("train-toy", {"stages.0.stps": 5}, "steps"),
+        ("train-toy", {"stages.0.source": "refshape"}, "refshapes"),
+        ("train-toy", {"family": "referformr"}, "referformer"),
+        ("train-toy", {"modl.hidden_dim": 32}, "model"),
+        ("train-soc-ytvos", {"data.ytvo": "x"}, "ytvos"),
+        ("train-soc-ytvos", {"ytvo": "x"}, "ytvos"),
+        ("train-soc-ytvos", {"stages.0.sources": [{"folder": "ytvos", "spilt": "x"}]}, "split"),
+        ("train-soc-ytvos", {"loss.weights": {"clss": 2}}, "cls"),
+        ("train-aot-pre", {"loss.hold_identitys": True}, "hold_identities"),
+        ("train-aot-pre", {"model.drop_pth": 0.0}, "drop_path"),
+        ("train-aot-pre", {"model.variant": "aott-x"}, "aott"),
+        ("train-aot-pre", {"imags": "x"}, "images"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_name_is_refused_before_a_folder_is_made(recipe, given, meant, tmp_path):
+    from rvos_nb.train.loop import train
+
+    with pytest.raises(Problem, match=rf"did you mean '{meant}'\?"):
+        train(recipe, tmp_path / "out", given=given, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_a_recipe_leaves_out_can_be_given():
+    assert read_recipe("train-toy", {"lora.rank": 4}).lora.rank == 4

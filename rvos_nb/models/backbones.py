@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import singledispatch
 from importlib import import_module
+from inspect import signature
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..core import Problem
 from .pieces import split_frames
+from ..schema import name_nearest
 
 # %% ../../nbs/02c_models.backbones.ipynb #a432e35e
 def fold_time(
@@ -250,21 +252,21 @@ def build_backbone(
     """A freshly initialised backbone, its tensors named as under `backbone.0.body.` in published
     files; raises `Problem`."""
     if name not in BACKBONES:
-        raise Problem(
-            "backbone",
-            repr(name),
-            "one of " + ", ".join(BACKBONES),
-            "correct the model's configuration",
-        )
+        found, expected = f"{name!r}{name_nearest(name, BACKBONES)}", ", ".join(BACKBONES)
+        raise Problem("backbone", found, f"one of {expected}", "correct the model's configuration")
     where, fixed = BACKBONES[name]
     module, kind = where.split(":")
+    kind = getattr(import_module(module), kind)
     try:
-        return getattr(import_module(module), kind)(**fixed | options)
+        return kind(**fixed | options)
     except TypeError as e:
+        known = [option for option in signature(kind).parameters if option not in fixed]
+        strange = [option for option in options if option not in known]
+        near = name_nearest(strange[0], known) if strange else ""
         raise Problem(
             f"backbone {name}",
-            f"options {sorted(options)} ({e})",
-            "options that this backbone has",
+            f"options {sorted(options)} ({e}){near}",
+            "some of " + ", ".join(known),
             "correct the model's configuration",
         ) from e
 

@@ -6,7 +6,7 @@
 __all__ = ['read_model_config', 'check_stages', 'Propagate']
 
 # %% ../../nbs/04h_train.propagate.ipynb #3c8893ed
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -19,8 +19,16 @@ from ..metrics import j_and_f
 from ..models import zoo
 from ..models.family import find_family
 from ..models.start import load_start
+from ..schema import name_nearest
 from .losses import aux_weight, hard_share, sequence_loss
-from .recipe import VALIDATION, Recipe, Watch, place_stages, read_loss_options
+from rvos_nb.train.recipe import (
+    VALIDATION,
+    Recipe,
+    Watch,
+    place_stages,
+    read_loss_options,
+    refuse_unknown,
+)
 from ..vos.memory import forward_sequence
 
 # %% ../../nbs/04h_train.propagate.ipynb #f3782b99
@@ -32,14 +40,13 @@ def read_model_config(
     given, known = dict(recipe.model), zoo.variants(recipe.family)
     if variant := given.pop("variant", None):
         if zoo.plain_name(variant) not in known:
-            raise Problem(
-                "recipe, model, variant",
-                repr(variant),
-                "one of " + ", ".join(known),
-                "correct the name, or the family",
-            )
+            found, expected = f"{variant!r}{name_nearest(variant, known)}", ", ".join(known)
+            remedy = "correct the name, or the family"
+            raise Problem("recipe, model, variant", found, f"one of {expected}", remedy)
         given = asdict(known[zoo.plain_name(variant)]) | given
-    return zoo.read_config(find_family(recipe.family).config, given, "recipe, model")
+    form = find_family(recipe.family).config
+    refuse_unknown(given, [f.name for f in fields(form)], "recipe, model")
+    return zoo.read_config(form, given, "recipe, model")
 
 # %% ../../nbs/04h_train.propagate.ipynb #837dd4af
 def check_stages(
@@ -75,15 +82,26 @@ class Propagate:
     kind = "sequence"
 
     def __init__(self, recipe: Recipe, device):
-        self.options = read_loss_options(
-            recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
-        )
+        self.options = self.gather_options(recipe)
         self.model = find_family(recipe.family).model(read_model_config(recipe))
         self.device, self.stages = device, place_stages(recipe)
         check_stages(recipe, self.model)
         if recipe.start:
             load_start(self.model, recipe.start, recipe.fresh)
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
+
+    @staticmethod
+    def gather_options(recipe: Recipe) -> dict:
+        "The options of the loss. Raises `Problem` for those that there are not."
+        return read_loss_options(
+            recipe, final=0.25, start=0.3, stop=1.0, aux=1.0, own=True, hold_identities=False
+        )
+
+    @classmethod
+    def check_settings(cls, recipe: Recipe):
+        "Raise `Problem` for options of loss or model that there are not."
+        cls.gather_options(recipe)
+        read_model_config(recipe)
 
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
         "Logits (B, N+1, H, W) of every frame, labels (T, B, H, W), numbers of objects (B,)."

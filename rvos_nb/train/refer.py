@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'find_model', 'find_words', 'require_start', 'gather_settings', 'build_referring', 'watch_scenes',
-           'watch_clips', 'Refer']
+           'gather_options', 'make_criterion', 'find_model', 'find_words', 'require_start', 'gather_settings',
+           'build_referring', 'begin_settings', 'check_model', 'watch_scenes', 'watch_clips', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
@@ -23,9 +23,17 @@ from ..data.clips import ReferBatch, SceneStage, draw_refer_batch
 from ..data.training import ClipStage
 from ..metrics import contour_f
 from ..models import zoo
+from ..models.backbones import build_backbone
 from ..models.family import find_family, find_object
 from ..models.start import is_checkpoint, load_start, load_trunk
-from ..models.text import ROBERTA_BASE, build_text_encoder, load_tokenizer, make_tokenizer
+from rvos_nb.models.text import (
+    ROBERTA_BASE,
+    TEXT_SETTINGS,
+    build_text_encoder,
+    load_tokenizer,
+    make_tokenizer,
+)
+from ..schema import check_schema, name_nearest
 from .losses import MotionLoss, PixelLoss
 from rvos_nb.train.recipe import (
     VALIDATION,
@@ -34,6 +42,7 @@ from rvos_nb.train.recipe import (
     find_folders,
     place_stages,
     read_loss_options,
+    refuse_unknown,
 )
 
 # %% ../../nbs/04f_train.refer.ipynb #567bec7c
@@ -144,9 +153,33 @@ def check_weights(
     terms: Sequence[str],  # of the criterion
 ):
     "Raises `Problem` unless every term of the loss has a weight, and nothing else."
+    where = "recipe, loss, weights"
+    check_schema(dict[str, float] | None, weights, where, "correct the recipe")
     if weights is not None and set(weights) != set(terms):
-        found, expected = ", ".join(map(str, weights)), "one for each of " + ", ".join(terms)
-        raise Problem("recipe, loss, weights", found, expected, "correct the recipe")
+        strange = [name for name in weights if name not in terms]
+        near = name_nearest(strange[0], terms) if strange else ""
+        found, expected = ", ".join(weights) + near, "one for each of " + ", ".join(terms)
+        raise Problem(where, found, expected, "correct the recipe")
+
+# %% ../../nbs/04f_train.refer.ipynb #2665c84d
+def gather_options(recipe: Recipe) -> dict:  # weights, pixel, motion, and those of the criterion
+    "The options of the loss. Raises `Problem` for those that there are not."
+    criterion = find_object(find_family(recipe.family).criterion)
+    options = read_loss_options(recipe, weights=None, pixel=1.0, motion=0.0, **criterion.options)
+    check_weights(options["weights"], criterion.terms)
+    for name in ("pixel", "motion"):
+        check_schema(float, options[name], f"recipe, loss, {name}", "correct the recipe")
+    return options
+
+
+def make_criterion(
+    recipe: Recipe,
+    options: dict,  # of `gather_options`
+):  # what charges the answers of its family
+    "The criterion of a recipe. Raises `Problem` for values that mean nothing."
+    criterion = find_object(find_family(recipe.family).criterion)
+    own = {name: options[name] for name in criterion.options}
+    return criterion(options["weights"], options["weights"], **own)
 
 # %% ../../nbs/04f_train.refer.ipynb #47614f52
 def find_model(recipe: Recipe) -> str:
@@ -216,6 +249,26 @@ def build_referring(recipe: Recipe) -> nn.Module:  # a query model
         load_trunk(model, recipe.trunk)
     return model
 
+# %% ../../nbs/04f_train.refer.ipynb #e33b781d
+def begin_settings(recipe: Recipe) -> dict:
+    "As `gather_settings`; those of the recipe alone where its start or trunk cannot be had."
+    try:
+        require_start(recipe)
+        return gather_settings(recipe)
+    except Problem:  # it is named where its weights are wanted
+        return dict(recipe.model)
+
+
+def check_model(recipe: Recipe):
+    "Raise `Problem` for settings that a referring model does not have."
+    where, form = "recipe, model", find_family(recipe.family).config
+    refuse_unknown(recipe.model, [f.name for f in fields(form)], where)
+    config = zoo.read_config(form, begin_settings(recipe), where)
+    refuse_unknown(recipe.model.get("text", {}), TEXT_SETTINGS, f"{where}, text")
+    if {"backbone", "backbone_options"} & set(recipe.model):
+        with torch.device("meta"):
+            build_backbone(config.backbone, **config.backbone_options)
+
 # %% ../../nbs/04f_train.refer.ipynb #52197458
 def watch_scenes(watch: Watch) -> list[tuple[str, ReferBatch]]:  # level, batch
     "Clips of RefShapes, one sentence each."
@@ -253,11 +306,8 @@ class Refer:
     kind = "refer"
 
     def __init__(self, recipe: Recipe, device):
-        criterion = find_object(find_family(recipe.family).criterion)
-        o = read_loss_options(recipe, weights=None, pixel=1.0, motion=0.0, **criterion.options)
-        check_weights(o["weights"], criterion.terms)
-        own = {name: o[name] for name in criterion.options}
-        self.criterion = criterion(o["weights"], o["weights"], **own)
+        o = gather_options(recipe)
+        self.criterion = make_criterion(recipe, o)
         self.recipe, self.device = recipe, device
         self.weights = {name: o[name] for name in ("pixel", "motion") if o[name]}
         self.stages = place_stages(recipe)
@@ -269,6 +319,12 @@ class Refer:
         if "motion" in self.weights:
             self.modules["motion"] = MotionLoss(self.model.body)
         self.modules.to(device)
+
+    @staticmethod
+    def check_settings(recipe: Recipe):
+        "Raise `Problem` for options of loss or model that there are not."
+        make_criterion(recipe, gather_options(recipe))
+        check_model(recipe)
 
     def answer(self, batch: ReferBatch, aux: bool = True) -> dict:
         "What the model says of a batch, see `answer_sentences`."

@@ -29,7 +29,13 @@ from .data.masks import name_white, read_labels
 from .data.video import Expression
 from .data.vos import AnnotatedVideo, find_vos_videos
 from .files import write_bytes, write_json
-from .metrics import davis_mean, j_and_f, label_scores, statistics
+from rvos_nb.metrics import (
+    davis_mean,
+    j_and_f,
+    label_scores,
+    presence_accuracy,
+    statistics,
+)
 from rvos_nb.results import (
     REMARKS,
     Results,
@@ -46,13 +52,14 @@ def score_expression(
     results: Results,
     folder: str,  # VIDEO/EXP, holds FRAME.png
     frames: Sequence[str],  # T names without extension
-) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, int]]:
-    """J (T,) and F (T,) of every frame, what was missing or unusable, and how often each key of
-    `REMARKS` occurs. An unusable mask scores 0 and is named."""
+) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, int], bool | None]:
+    """J (T,) and F (T,) of every frame, what was missing or unusable, how often each key of
+    `REMARKS` occurs, and whether anything was answered: None where no mask has a pixel and not all
+    can be used. An unusable mask scores 0 and is named."""
     if not results.names(folder):
         why = "no masks of this expression; ask about the video again"
-        return *np.zeros((2, len(frames))), [f"{results.name(folder)}: {why}"], {}
-    values, faults, remarks = np.zeros((2, len(frames))), [], []
+        return *np.zeros((2, len(frames))), [f"{results.name(folder)}: {why}"], {}, None
+    values, faults, remarks, answered = np.zeros((2, len(frames))), [], [], False
     for t, (gt, name) in enumerate(zip(truth, frames, strict=True)):
         try:
             pred, odd = results.mask(f"{folder}/{check_id(name, folder)}.png", gt.shape)
@@ -61,7 +68,9 @@ def score_expression(
             continue
         values[:, t] = j_and_f(gt, pred)
         remarks.append(odd)
-    return *values, faults, {k: remarks.count(k) for k in REMARKS if k in remarks}
+        answered = answered or bool(pred.any())
+    counts = {k: remarks.count(k) for k in REMARKS if k in remarks}
+    return *values, faults, counts, None if faults and not answered else answered
 
 # %% ../nbs/07a_evaluate.ipynb #9d6e1355
 def mean_of_tenths(
@@ -91,7 +100,7 @@ def _score_row(e: Expression, data: Dataset, results: Results, truth: np.ndarray
     "What `score_video` adds to the row of an expression whose truth (T, H, W) is known."
     frames = data.videos[e.video].frames
     folder = f"{check_id(e.video, data.root)}/{check_id(e.id, data.root)}"
-    j, f, faults, odd = score_expression(truth, results, folder, frames)
+    j, f, faults, odd, answered = score_expression(truth, results, folder, frames)
     region, contour = statistics(j), statistics(f)
     sizes = np.array([cv2.countNonZero(m.view(np.uint8)) / m.size for m in truth])
     values = (
@@ -107,6 +116,7 @@ def _score_row(e: Expression, data: Dataset, results: Results, truth: np.ndarray
         "missing": len(faults) if results.names(folder) else len(frames),
         "faults": faults,
         "odd": odd,
+        "answered": answered,
         "area": 100 * float(sizes[sizes > 0].mean()) if sizes.any() else 0.0,
         "tenths": mean_of_tenths(50 * (j + f)),
     } | {name: 100 * value for name, value in zip(MEASURES, values)}
@@ -118,8 +128,8 @@ def score_video(
     results: Results,
 ) -> list[dict]:
     """One row for each expression of a video, in order: video, expression, object, kind, text,
-    frames, missing, faults, odd, area (% of the frame), tenths, and MEASURES (None without truth).
-    Holds the truth of one expression at a time."""
+    frames, missing, faults, odd, answered, area (% of the frame), tenths, and MEASURES (None
+    without truth). Holds the truth of one expression at a time."""
     data = replace(data)  # a copy, which remembers the label maps of this video
     rows, known = [], object()
     for e in data.expressions[video]:
@@ -225,6 +235,15 @@ def _raise_no_truth(rows: int, reasons: Sequence[str]):
     )
 
 # %% ../nbs/07a_evaluate.ipynb #21d784df
+def _rate_presence(rows: Sequence[dict]) -> dict:  # scored rows
+    "'N-acc' and 'T-acc' in percent; nothing where every sentence means an object."
+    meant = [r["object"] != "none" for r in rows]
+    if all(meant):
+        return {}
+    rates = presence_accuracy(meant, (r["answered"] for r in rows))
+    return {name: 100 * rate for name, rate in rates.items()}
+
+
 def summarise(
     rows: Sequence[dict],  # of `score_rows`
     faults: Iterable[str] = (),  # what was wrong with the rest of the data set
@@ -241,6 +260,7 @@ def summarise(
     return {
         "unit": "percent",
         **{m: total[m] for m in MEASURES},
+        **_rate_presence(scored),
         "expressions": len(scored),
         "unscored": unscored,
         "objects": {"objects": len(by_object), **{m: objects[m] for m in MEASURES}},
@@ -332,8 +352,9 @@ def evaluate(
     keep: Callable[[list[dict]], object] = lambda rows: None,  # is given the rows, for a report
 ) -> dict:
     """Score a run: J&F, J, F, recalls and decays in percent; 'objects', 'kinds', 'videos',
-    'by_object'; 'missing', 'odd', 'strays', 'unscored' and 'faults' with reasons. Missing masks
-    score 0 and are listed; `NoTruth` where the split has no true masks."""
+    'by_object'; 'N-acc' and 'T-acc' where a sentence means nobody; 'missing', 'odd', 'strays',
+    'unscored' and 'faults' with reasons. Missing masks score 0 and are listed; `NoTruth` where the
+    split has no true masks."""
     data = open_dataset(resolve(data_dir), split)
     if data.truth is not None:
         raise Problem(

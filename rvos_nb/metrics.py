@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISION_AT', 'AP_NAMES', 'jaccard', 'boundary', 'j_and_f', 'contour_f', 'Statistics', 'statistics', 'chosen',
            'mask_overlap', 'box_overlap', 'overlaps', 'frame_scores', 'average_precision', 'precision_of_first',
-           'label_scores', 'davis_mean', 'union_mask', 'sentence_scores']
+           'label_scores', 'davis_mean', 'union_mask', 'sentence_scores', 'presence_accuracy']
 
 # %% ../nbs/04a_metrics.ipynb #81f2621f
 import io
@@ -478,3 +478,14 @@ def sentence_scores(
     )
     j, f = zip(*(j_and_f(*pair) for pair in pairs))
     return float(np.mean(j)), float(np.mean(f))
+
+# %% ../nbs/04a_metrics.ipynb #e0975d5d
+def presence_accuracy(
+    meant: Iterable[bool],  # whether each sentence means an object
+    answered: Iterable[bool | None],  # whether it was answered with a pixel; None: not at all
+) -> dict[str, float]:  # 'N-acc' and 'T-acc', each where there are such sentences
+    "Shares of sentences that were rightly answered with nothing, and with something."
+    right = {"N-acc": [], "T-acc": []}
+    for target, answer in zip(meant, answered, strict=True):
+        right["T-acc" if target else "N-acc"].append(answer == target)
+    return {name: float(np.mean(flags)) for name, flags in right.items() if flags}

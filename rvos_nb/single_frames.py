@@ -28,6 +28,7 @@ from rvos_nb.metrics import (
     frame_scores,
     overlaps,
     precision_of_first,
+    presence_accuracy,
 )
 from .models.referring import Referring
 from .options import read_options
@@ -238,8 +239,9 @@ class _Truth:
         for key, e in self.samples.items():
             try:
                 self.masks[key] = rle_encode(data.masks(e)[0])
-                if data.layout == "refcoco":
-                    self.boxes[key] = data.truth.box(key)
+                box = data.truth.box(key) if data.layout == "refcoco" else None
+                if box is not None:
+                    self.boxes[key] = box
             except Problem as p:
                 self.masks.pop(key, None)
                 self.unscored[f"{e.video}/{e.id}"] = str(p)
@@ -247,6 +249,10 @@ class _Truth:
             remedy = next(iter(self.unscored.values()), "check the annotations")
             found = "no sample with a readable true mask"
             raise Problem(data.root, found, "at least one", remedy)
+
+    def list_targets(self) -> dict:  # image_id -> run lengths
+        "The masks of samples that mean an object."
+        return {k: code for k, code in self.masks.items() if self.samples[k].object_id != "none"}
 
 
 def _unlisted_line(unknown: list, split: str, where) -> list[str]:
@@ -281,6 +287,18 @@ def _percent(scores: dict) -> dict:
     return {k: 100 * x if x >= 0 else None for k, x in scores.items()}
 
 
+def _rate_presence(truth: _Truth, answers: dict) -> dict:
+    "'N-acc' and 'T-acc' in percent; nothing where every sample means an object."
+    from pycocotools.mask import area
+
+    targets = truth.list_targets()
+    if len(targets) == len(truth.masks):
+        return {}
+    meant = [key in targets for key in truth.masks]
+    found = {key: bool(area(answer["segmentation"])) for key, answer in answers.items()}
+    return _percent(presence_accuracy(meant, map(found.get, truth.masks)))
+
+
 def score_frames(
     data: Dataset,
     results: Sequence[dict],  # of `sample_results`, any number for each sample
@@ -288,20 +306,23 @@ def score_frames(
     keep: Callable[[list[dict]], object] = lambda rows: None,  # is given a row for each sample
 ) -> dict:
     """The numbers that A2D, JHMDB and RefCOCO report, in percent: 'AP' of 'all' and of the 'best'
-    queries; 'mask', and 'box' for RefCOCO, with P@0.5 …, oIoU, mIoU; and what was not as it should
-    be. Raises `Problem` where no truth is readable."""
+    queries; 'mask', and 'box' for RefCOCO, with P@0.5 …, oIoU, mIoU; 'N-acc' and 'T-acc' where a
+    sample means nobody; and what was not as it should be. Raises `Problem` where no truth is
+    readable."""
     truth = _Truth(data)
     sizes = {key: code["size"] for key, code in truth.masks.items()}
     good, bad, unlisted = sort_out_results(results, sizes, bool(truth.boxes), where)
     unknown = [key for key in unlisted if key not in truth.samples]
     answers, rows = chosen(good), overlaps(truth.masks, good)
+    targets = truth.list_targets()
     scores = {
         "samples": len(truth.masks),
         "AP": {
-            "all": _percent(average_precision(truth.masks, good)),
-            "best": _percent(average_precision(truth.masks, answers.values())),
+            "all": _percent(average_precision(targets, good)),
+            "best": _percent(average_precision(targets, answers.values())),
         },
         "mask": _percent(frame_scores(rows)),
+        **_rate_presence(truth, answers),
         "missing": [key for key in truth.masks if key not in answers],
         "unusable": bad,
         "strays": _unlisted_line(unknown, data.split, where),
@@ -329,6 +350,8 @@ def score_table(scores: dict) -> str:
     for kind in ("mask", "box"):
         if kind in scores:
             lines.append(f"{kind:5}" + "  ".join(f"{k} {x:.1f}" for k, x in scores[kind].items()))
+    rates = [f"{name} {scores[name]:.1f}" for name in ("N-acc", "T-acc") if name in scores]
+    lines += ["  ".join(rates)] if rates else []
     missing, unanswered = scores["missing"], []
     if missing:
         first = ", ".join(map(str, missing[:3])) + (", …" if len(missing) > 3 else "")

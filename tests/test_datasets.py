@@ -395,14 +395,15 @@ def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, spli
     )
     for i, (video, like) in enumerate(zip(data.videos.values(), usual.videos.values())):
         truth = {text: masks for text, _, masks in plain[i]}
-        if layout == "mevis":  # asks for all objects and for none, too
-            (every, _, all_of_them), (_, _, none) = told[i][-2:]
-            told[i] = told[i][:-2]
-            assert (
-                every == "every object"
-                and (all_of_them == (usual.labels(like.id) > 0)).all()
-                and not none.any()
-            )
+        if layout == "mevis":  # asks for several objects and for none, too
+            sentences = data.expressions[video.id]
+            count = sum(e.kind in ("several", "none") for e in sentences)
+            sets, told[i] = told[i][-count:], told[i][:-count]
+            labels = usual.labels(like.id)
+            for e, (_, _, masks) in zip(sentences[-count:], sets):
+                objects = [int(o) + 1 for o in e.object_id.split("+") if o != "none"]
+                assert (len(objects) >= 2) == (e.kind == "several")
+                assert (masks == np.isin(labels, objects)).all()
         for text, frame, masks in told[i]:
             assert (
                 masks == (truth[text] if frame is None else truth[text][frame : frame + 1])
@@ -415,6 +416,51 @@ def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, spli
         )
         ours, theirs = (next(read_video(v, names=v.frames[:1])).astype(int) for v in (video, like))
         assert abs(ours - theirs).mean() < 8
+
+
+@pytest.mark.parametrize("split,like", [("grefcoco_val", "valid"), ("grefcoco_train", "train")])
+def test_grefcoco_holds_several_and_none(tmp_path, split, like):
+    "Its first sentences are those of RefCOCO; the sets are unions of labels, or empty."
+    single = spelt(tmp_path / "single", "refcoco", split.replace("grefcoco", "refcoco"))[0]
+    data, _ = spelt(tmp_path / "sets", "refcoco", split)
+    usual, _ = spelt(tmp_path / "plain", "ref-youtube-vos", like)
+    for v, plain in zip(data.videos, usual.videos):
+        sentences, alone = data.expressions[v], single.expressions[v]
+        assert [e.text for e in sentences[: len(alone)]] == [e.text for e in alone]
+        for e, one in zip(sentences, alone):
+            assert (data.masks(e) == single.masks(one)).all() and e.kind not in ("several", "none")
+        ids = set(np.unique(usual.labels(plain)[0])) - {0}
+        rest = sentences[len(alone) :]
+        assert rest and {e.kind for e in rest} <= {"several", "none"}
+        for e in rest:
+            (mask,) = data.masks(e)
+            covered = {i for i in ids if mask[usual.labels(plain)[0] == i].all()}
+            assert (mask == np.isin(usual.labels(plain)[0], list(covered))).all()
+            assert len(covered) >= 2 if e.kind == "several" else not covered
+            assert (e.object_id == "none") == (e.kind == "none")
+            box = data.truth.box(data.sample_id(e))
+            if e.kind == "several":
+                y, x = np.nonzero(mask)
+                assert box.tolist() == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            else:
+                assert box is None
+
+
+def test_a_lost_annotation_is_a_fault_where_one_is_due(tmp_path):
+    "Only gRefCOCO may have any number, and its entry must say that it is gRefCOCO."
+    write(tmp_path, "grefcoco_val", "easy", 1, seed=3, frames=2, size=(48, 72), layout="refcoco")
+    path = tmp_path / "grefcoco/instances_grefcoco_val.json"
+    listing = json.loads(path.read_text())
+    assert not open_dataset(tmp_path, "grefcoco_val").faults
+    odd = 0
+    for image in listing["images"]:
+        odd += sum(a["image_id"] == image["id"] for a in listing["annotations"]) != 1
+        image["dataset_name"] = "refcocog"
+    path.write_text(json.dumps(listing))
+    data = open_dataset(tmp_path, "grefcoco_val")
+    assert len(data.faults) == odd > 1
+    for reason in data.faults.values():
+        one_line(reason, "annotations", "one of each")
 
 
 def read_files(folder):
@@ -612,7 +658,7 @@ def test_hidden_targets_give_none(mevis):
 def test_a_bad_annotation_is_named_when_read(mevis, damage):
     path = mevis / "valid_u/mask_dict.json"
     data = open_dataset(mevis, "")
-    e = data.expressions["easy-00001"][-2]  # every object
+    e = next(e for e in data.expressions["easy-00001"] if e.kind == "several")
     last = data.union.annotation_ids[e.video, e.id][-1]
 
     def change(found):

@@ -759,6 +759,35 @@ def test_mevis_is_scored_over_sentences(tmp_path):
     )
 
 
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_several_and_none_are_scored_by_kind(tmp_path, level):
+    "The truth scores 100 in each kind; silence is right about nobody alone, half a frame never."
+    options = dict(videos=2, seed=6, frames=4, size=(48, 72), layout="mevis")
+    refshapes.write(tmp_path / "data", "valid_u", level, **options)
+    data = open_dataset(tmp_path / "data", "valid_u")
+    left = np.arange(72) < 36
+    runs = {"truth": lambda m: m, "silent": np.zeros_like, "half": lambda m: m | left}
+    scores = {}
+    for name, draw in runs.items():
+        for e in data:
+            folder = tmp_path / name / e.video / e.id
+            folder.mkdir(parents=True)
+            write_tree(folder, data.videos[e.video].frames, draw(data.masks(e)))
+        scores[name] = evaluate(tmp_path / "data", tmp_path / name, tmp_path / "s", "valid_u")
+    asked = {kind: sum(e.kind == kind for e in data) for kind in {e.kind for e in data}}
+    for name, score in scores.items():
+        found = {kind: row["expressions"] for kind, row in score["kinds"].items()}
+        assert found == asked and asked["several"] >= 2 and asked["none"] >= 2
+        assert score["kinds"]["none"]["J&F"] == score["N-acc"] == (0 if name == "half" else 100)
+        assert score["T-acc"] == (0 if name == "silent" else 100)
+    assert all(row["J&F"] == 100 for row in scores["truth"]["kinds"].values())
+    assert scores["silent"]["kinds"]["several"]["J"] == 0 < scores["half"]["kinds"]["several"]["J"]
+    nobody = next(e for e in data if e.kind == "none")
+    shutil.rmtree(tmp_path / "silent" / nobody.video / nobody.id)
+    lost = evaluate(tmp_path / "data", tmp_path / "silent", split="valid_u")["N-acc"]
+    assert lost == pytest.approx(100 * (1 - 1 / asked["none"]), abs=1e-3)  # no answer is no silence
+
+
 def test_commands(made, capsys):
     from rvos_nb.cli import main
 

@@ -682,16 +682,18 @@ def test_mevis_is_not_pooled_and_knows_nobody_and_several(tmp_path):
     )
     data = open_dataset(tmp_path / "data", "valid_u")
 
-    def half(side):  # each finds one half of the objects of "every object"
+    def half(side):  # each finds one half of the objects that a sentence means
         def draw(e):
             full = data.masks(e)
             if e.kind != "several":
                 return full if e.kind != "none" else np.indices(full.shape)[2] < 20
-            objects = [
-                data.masks(x)
+            meant = e.object_id.split("+")
+            objects = {
+                x.object_id: data.masks(x)
                 for x in data.expressions[e.video]
-                if x.kind not in ("several", "none")
-            ][::2]
+                if x.object_id in meant
+            }
+            objects = [objects[id] for id in meant]
             return np.logical_or.reduce([o for k, o in enumerate(objects) if k % 2 == side])
 
         return draw

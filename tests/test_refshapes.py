@@ -1,4 +1,4 @@
-"""RefShapes: every sentence is true of one object only,
+"""RefShapes: every sentence is true of one object only, or of the set that it names,
 the written bytes repeat, bad arguments are refused."""
 
 import hashlib
@@ -8,7 +8,7 @@ import pytest
 
 from rvos_nb.core import Problem
 from rvos_nb.data.refshapes import video_seed, write
-from rvos_nb.data.scenes import WORDS, Judge, holds, scene
+from rvos_nb.data.scenes import WORDS, Judge, draw_sets, holds, parse_sentence, scene
 from rvos_nb.data.shapes import COLOURS, LEVEL_SETTINGS, SENTENCE_KINDS
 from rvos_nb.files import read_json
 
@@ -43,6 +43,60 @@ def test_every_sentence_is_true_of_its_object_only(level, frames, size):
     assert kinds == {
         k for k in LEVEL_SETTINGS[level].kinds if k != "motion" or frames >= 3
     } and kinds <= set(SENTENCE_KINDS)
+
+
+@pytest.mark.parametrize("level", LEVEL_SETTINGS)
+def test_a_set_is_what_the_judge_says(level):
+    """Several objects or none, never one, each sentence true of exactly those that it names;
+    also of a short clip and of one picture."""
+    asked = {"several": 0, "none": 0}
+    told_by_motion = 0
+    for seed in range(2000, 2060):
+        s = scene(seed, level, (12, 4, 1)[seed % 3], (48, 72))
+        judge, n = Judge(s), len(s.facts)
+        sets = draw_sets(s)
+        assert [e.kind for e in sets] == sorted((e.kind for e in sets), reverse=True)
+        assert {e.kind for e in sets} == set(asked) and len({e.text for e in sets}) == len(sets)
+        for e in sets:
+            asked[e.kind] += 1
+            assert (e.kind == "several") == (len(e.object_ids) >= 2)
+            assert (e.kind == "none") == (e.object_ids == ())
+            assert list(e.object_ids) == sorted(set(e.object_ids))
+            assert "both" not in e.text.split() or len(e.object_ids) == 2
+            assert [holds(judge, e.text, k + 1) for k in range(n)] == [
+                k + 1 in e.object_ids for k in range(n)
+            ], (seed, e)
+            assert set(e.text.split()) <= set(WORDS)
+            told_by_motion += bool({"moving", "growing", "spinning", "still"} & {*e.text.split()})
+    assert min(asked.values()) >= 110
+    assert (told_by_motion > 10) == ("motion" in LEVEL_SETTINGS[level].kinds)
+
+
+def test_sets_are_drawn_from_dice_of_their_own():
+    "Asked for or not, a scene stays the same; asked for twice, so do they; and ways can be named."
+    s = scene(5, "hard", 4)
+    expressions = list(s.expressions)
+    sets = draw_sets(s)
+    assert draw_sets(s) == sets == draw_sets(scene(5, "hard", 4))
+    assert s.expressions == expressions == scene(5, "hard", 4).expressions
+    assert any(draw_sets(scene(k, "hard", 4)) != sets for k in range(5))
+    for seed in range(20):
+        for e in draw_sets(scene(seed, "hard", 4), ("appearance", "place")):
+            assert not {"moving", "growing", "spinning", "standing", "going"} & {*e.text.split()}
+
+
+def test_some_that_mean_nobody_are_hard():
+    "Every part of them occurs, only not together; others name what nobody has."
+    hard = easy = 0
+    for seed in range(60):
+        s = scene(seed, "easy", 2, (48, 72))
+        known = {word for t in s.facts for word in (t.shape, t.colour, t.texture, t.size)}
+        for e in draw_sets(s):
+            if e.kind == "none":
+                words = set(parse_sentence(e.text)[1]) - {"object", "thing"}
+                hard += words <= known
+                easy += not words <= known
+    assert hard > 2 * easy > 20
 
 
 def test_the_judge_can_say_no():

@@ -389,7 +389,8 @@ def evaluate_videos(data, run: Path, out: Path):
     write_report(data.root, {run.name: run}, page, data.split, 20, {run.name: rows})
     for line in list_findings(score):
         print(f"  {line}")
-    figures = "   ".join(f"{k} {score[k]:.1f}" for k in ("J", "F", "J&F"))
+    names = [k for k in ("J", "F", "J&F", "N-acc", "T-acc") if k in score]
+    figures = "   ".join(f"{k} {score[k]:.1f}" for k in names)
     print(f"{figures}   over {score['expressions']} expressions")
     print(f"tables and report.html in {out}")
 

@@ -54,7 +54,8 @@ def recognise_layout(root: Path) -> str:
         return "a2d-sentences"
     if any((root / n).exists() for n in JHMDB_LISTS):
         return "jhmdb-sentences"
-    if any(root.glob("instances_ref*.json")) or any(root.glob("*/instances_ref*.json")):
+    lists = [f"instances_{name}*.json" for name in ("ref", "gref")]
+    if any(any(root.glob(name)) or any(root.glob(f"*/{name}")) for name in lists):
         return "refcoco"
     raise Problem(
         root,

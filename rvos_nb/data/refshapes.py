@@ -16,9 +16,9 @@ from PIL import Image
 
 from ..core import Problem, progress
 from .masks import mask_box, rle_encode, write_labels
-from .scenes import Scene, scene
-from .sentences import SceneSentence
-from .shapes import COLOURS, LEVEL_SETTINGS, SHAPE_NAMES
+from .scenes import Scene, draw_sets, scene
+from .sentences import SceneSentence, SetSentence
+from .shapes import LEVEL_SETTINGS
 from ..files import read_json, replace_file, replace_folder, write_json
 
 # %% ../../nbs/01f_data.refshapes.ipynb #836731c0
@@ -109,14 +109,9 @@ def _encode_mask(mask: np.ndarray) -> dict:
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def _list_asked(s: Scene) -> list[tuple[str, list[int], str]]:  # text, objects from 0, kind
-    "The sentences of a scene, one about all its objects and one about none."
-    looks = {(t.colour, t.shape) for t in s.facts}
-    free = (f"{c} {f}" for f in SHAPE_NAMES for c in COLOURS if (c, f) not in looks)
-    asked = [(e.text, [e.object_id - 1], e.kind) for e in s.expressions]
-    asked.append(("every object", list(range(len(s.facts))), "several"))
-    asked.append((f"the {next(free)}", [], "none"))
-    return asked
+def _list_sentences(s: Scene, sets: Iterable[SetSentence] = ()) -> list[SetSentence]:
+    "The sentences about one object each, and then `sets`, all in one form."
+    return [SetSentence(e.text, (e.object_id,), e.kind) for e in s.expressions] + [*sets]
 
 
 def _write_mevis(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
@@ -130,9 +125,10 @@ def _write_mevis(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
             frames = s.labels == k + 1
             masks[str(first + k)] = [_encode_mask(m) if m.any() else None for m in frames]
         expressions = {}
-        for n, (text, objects, kind) in enumerate(_list_asked(s)):
+        for n, e in enumerate(_list_sentences(s, draw_sets(s))):
+            objects = [id - 1 for id in e.object_ids]
             annotations = [first + k for k in objects]
-            entry = {"exp": text, "obj_id": objects, "anno_id": annotations, "kind": kind}
+            entry = {"exp": e.text, "obj_id": objects, "anno_id": annotations, "kind": e.kind}
             expressions[str(n)] = entry
         videos[name] = {"frames": names, "expressions": expressions}
     write_json(root / split / "mask_dict.json", masks, None)
@@ -230,10 +226,26 @@ def _write_jhmdb(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
     write_json(root / "jhmdb_sentences_samples_metadata.json", rows, None)
 
 # %% ../../nbs/01f_data.refshapes.ipynb #d919a131
+def _list_visible(s: Scene, e: SetSentence) -> list[np.ndarray] | None:  # (H, W) bool each
+    "Masks of a sentence in the first frame; None where that frame does not show what it means."
+    masks = [s.labels[0] == id for id in e.object_ids]
+    visible = [mask for mask in masks if mask.any()]
+    needed = min(len(masks), 2)
+    return visible if len(visible) >= needed else None
+
+
+def _make_boxed_annotation(id: int, image: int, mask: np.ndarray) -> dict:
+    x1, y1, x2, y2 = mask_box(mask)
+    box = [x1, y1, x2 + 1 - x1, y2 + 1 - y1]  # x, y, width, height
+    return _make_annotation(id, image, mask, bbox=box)
+
+
 def _write_refcoco(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
-    "The layout of RefCOCO, converted: one image entry and one annotation for each sentence."
+    """The layout of RefCOCO, converted: an image entry for each sentence and one annotation; in
+    gRefCOCO one for each object that it means."""
     dataset, _, part = split.rpartition("_")
     dataset = dataset or "refcocog"
+    has_sets = dataset == "grefcoco"
     start = 100_000 * list(LAYOUT_SPLITS["refcoco"]).index(part)
     images, annotations = [], []
     for number, (_, s) in enumerate(scenes, start + 1):
@@ -241,17 +253,19 @@ def _write_refcoco(root: Path, split: str, scenes: Iterable[tuple[str, Scene]]):
         name = f"COCO_train2014_{number:012d}.jpg"
         with replace_file(root / "train2014" / name) as tmp:
             Image.fromarray(s.frames[0]).save(tmp, quality=95)
-        for e in s.expressions:
-            mask = s.labels[0] == e.object_id
-            if not mask.any():
+        sets = draw_sets(s, ("appearance", "place")) if has_sets else ()
+        for e in _list_sentences(s, sets):
+            visible = _list_visible(s, e)
+            if visible is None:
                 continue
             id = len(images) + 1
             image = {"id": id, "file_name": name, "height": height, "width": width}
             image |= {"original_id": number, "caption": e.text, "dataset_name": dataset}
+            if has_sets:
+                image["kind"] = e.kind
             images.append(image)
-            x1, y1, x2, y2 = mask_box(mask)
-            box = [x1, y1, x2 + 1 - x1, y2 + 1 - y1]  # x, y, width, height
-            annotations.append(_make_annotation(id, id, mask, bbox=box))
+            for mask in visible:
+                annotations.append(_make_boxed_annotation(len(annotations) + 1, id, mask))
     coco = {"images": images, "annotations": annotations, "categories": []}
     write_json(root / dataset / f"instances_{dataset}_{part}.json", coco, None)
 

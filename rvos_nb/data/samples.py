@@ -132,8 +132,8 @@ def _check_columns(row, n: int, where) -> list:
 # %% ../../nbs/01i_data.samples.ipynb #0912ec14
 @lru_cache(maxsize=2)
 def _read_coco_file(path: Path, stamp) -> tuple[dict, dict[str, str]]:
-    """A COCO file in which each image should have one annotation: image id -> (image entries,
-    annotations), and the faults of entries without an id."""
+    """A COCO file: image id -> (image entries, annotations), of which there should be one each, and
+    the faults of entries without an id."""
     remedy = "is this a COCO file?"
     listing = require(read_json(path), dict, "the whole file", path, remedy)
     entries, faults = {}, {}
@@ -151,7 +151,7 @@ def _read_coco_file(path: Path, stamp) -> tuple[dict, dict[str, str]]:
 # %% ../../nbs/01i_data.samples.ipynb #0acba8c1
 @dataclass(frozen=True)
 class CocoTruth:
-    "Masks and boxes out of a COCO file with one annotation for each sample."
+    "Masks and boxes out of a COCO file: one annotation for each sample, in gRefCOCO any number."
 
     path: Path
 
@@ -160,21 +160,23 @@ class CocoTruth:
         `Problem` for what is no COCO file."""
         return _read_coco_file(self.path, file_stamp(self.path))
 
-    def entry(self, key) -> tuple[dict, dict]:  # image, annotation
-        "The two entries of an id. Raises `Problem` where there is not one of each."
+    def entries(self, key) -> tuple[dict, list[dict]]:  # image, annotations
+        """The entries of an id. Raises `Problem` where there is not one image, or another number of
+        annotations than its data set allows."""
         images, annotations = self.all()[0].get(key, ((), ()))
-        if (len(images), len(annotations)) != (1, 1):
+        any_number = [i.get("dataset_name") for i in images] == ["grefcoco"]
+        if len(images) != 1 or (len(annotations) != 1 and not any_number):
             raise Problem(
                 f"{self.path}, id {key!r}",
                 f"{len(images)} images and {len(annotations)} annotations",
                 "one of each",
                 "derive the file again, or mend the entries of that id",
             )
-        return images[0], annotations[0]
+        return images[0], annotations
 
     def mask(self, video: Video, expression: Expression, key) -> np.ndarray:  # (H, W) bool
-        "The mask. Raises `Problem` where there is not exactly one, or it cannot be read."
-        image, annotation = self.entry(key)
+        "The union of the annotations. Raises `Problem` as `entries` does, and for a broken one."
+        image, annotations = self.entries(key)
         where = f"{self.path}, id {key!r}"
         sides = [image.get("height"), image.get("width")]
         size = tuple(parse_whole_number(side, 1) for side in sides)
@@ -185,11 +187,21 @@ class CocoTruth:
                 '"height" and "width" in pixels',
                 "derive the file again",
             )
-        return read_code(annotation.get("segmentation"), size, where)
+        mask = np.zeros(size, bool)
+        for annotation in annotations:
+            mask |= read_code(annotation.get("segmentation"), size, where)
+        return mask
 
-    def box(self, key) -> np.ndarray:  # (4,) float64: x, y, width, height in pixels
-        "The box; raises as `mask` does."
-        box = self.entry(key)[1].get("bbox")
+    def box(self, key) -> np.ndarray | None:  # (4,) float64: x, y, width, height in pixels
+        "The box around all annotations, None where there is none; raises as `mask` does."
+        boxes = [self._read_box(key, a.get("bbox")) for a in self.entries(key)[1]]
+        if len(boxes) < 2:
+            return boxes[0] if boxes else None
+        corner, side = np.split(np.stack(boxes), 2, axis=1)  # (N, 2) each
+        first, last = corner.min(0), (corner + side).max(0)
+        return np.concatenate([first, last - first])
+
+    def _read_box(self, key, box) -> np.ndarray:  # (4,) float64
         try:
             return np.array(box, np.float64).reshape(4)
         except (TypeError, ValueError):
@@ -415,20 +427,23 @@ def _open_picture(folder: Path, id: str, name: str) -> Video:
 # %% ../../nbs/01i_data.samples.ipynb #ff341a8e
 def _read_coco_row(key, where, truth: CocoTruth, folder: Path):
     "The sentence of an image entry, and what opens its picture; None for a crowd."
-    image, annotation = truth.entry(key)
-    if annotation.get("iscrowd") == 1:
+    image, annotations = truth.entries(key)
+    if [a.get("iscrowd") for a in annotations] == [1]:
         return None
     name = check_id(image.get("file_name"), where)
     stem = check_id(name.rsplit(".", 1)[0], where)
     number = _read_number(key, "the id", where)
     text = check_sentence(image.get("caption"), where)
-    expression = Expression(stem, str(number), text, frame=0)
+    object_id = None if annotations else "none"
+    kind = image.get("kind")
+    kind = kind if isinstance(kind, str) else None
+    expression = Expression(stem, str(number), text, object_id, kind, frame=0)
     return expression, partial(_open_picture, folder, stem, name)
 
 
 def open_refcoco(root: Path, split: str) -> Dataset:
-    """Index one split of RefCOCO, RefCOCO+ or RefCOCOg. Raises `Problem` where its file is missing
-    or another; smaller faults are collected."""
+    """Index one split of RefCOCO, RefCOCO+, RefCOCOg or gRefCOCO. Raises `Problem` where its file
+    is missing or another; smaller faults are collected."""
     truth = CocoTruth(find_listing(root, split))
     folder = (root if (root / "train2014").is_dir() else root.parent) / "train2014"
     entries, faults = truth.all()

@@ -271,7 +271,7 @@ def list_anchors(
     _check_sampling(source, data, sampling)
     anchors = []
     for e in data:
-        if data.truth is None and e.object_id in (None, "none"):
+        if e.object_id == "none" or (data.truth is None and e.object_id is None):
             continue
         anchors += [Anchor(e, place) for place in _list_places(data, e, sampling, frames)]
     if not anchors:

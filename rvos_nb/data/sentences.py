@@ -461,6 +461,11 @@ def find_none(phrases: Phrases, by: str, attributes: tuple) -> list[SetMeaning]:
     return found
 
 # %% ../../nbs/01d_data.sentences.ipynb #bc849a96
+def _list_ids(bits: int) -> tuple[int, ...]:
+    "Object ids from 1 on."
+    return tuple(i + 1 for i in range(bits.bit_length()) if bits >> i & 1)
+
+
 class SetSpeaker:
     "Finds sentences that mean several objects of one scene, or none."
 
@@ -471,24 +476,20 @@ class SetSpeaker:
         """A sentence of `kind`, told by 'appearance', 'place' or 'motion', that says nothing of
         what is `taken`, as (what it says, the sentence)."""
         find = find_several if kind == "several" else find_none
-        options = dict(SET_WEIGHTS)
-        while options:
-            attributes = self.dice.weighted(options)
-            found = find(self.phrases, by, attributes)
-            found = [m for m in found if (m.words, m.ending) not in taken]
-            if found:
-                meaning = self.dice.pick(self._prefer_hard(found))
-                ids = tuple(
-                    i + 1 for i in range(len(self.phrases.things)) if meaning.meant >> i & 1
-                )
-                text = self.join_words(meaning, "shape" in attributes)
-                return (meaning.words, meaning.ending), SetSentence(text, ids, kind)
-            del options[attributes]
+        hard = kind == "several" or self.dice.below(4) > 0
+        for wanted in (hard, not hard):
+            options = dict(SET_WEIGHTS)
+            while options:
+                attributes = self.dice.weighted(options)
+                found = find(self.phrases, by, attributes)
+                found = [m for m in found if m.hard == wanted and (m.words, m.ending) not in taken]
+                if found:
+                    meaning = self.dice.pick(found)
+                    text = self.join_words(meaning, "shape" in attributes)
+                    sentence = SetSentence(text, _list_ids(meaning.meant), kind)
+                    return (meaning.words, meaning.ending), sentence
+                del options[attributes]
         return None
-
-    def _prefer_hard(self, found: list[SetMeaning]) -> list[SetMeaning]:
-        wanted = self.dice.below(4) > 0
-        return [m for m in found if m.hard == wanted] or found
 
     def join_words(self, meaning: SetMeaning, names_shape: bool) -> str:
         "The words of a sentence."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['refuse_setting', 'check_count', 'check_micro', 'TrainingStage', 'list_samples', 'check_sides', 'check_shares',
            'SceneStage', 'make_generator', 'draw_scene', 'jitter', 'ReferBatch', 'compute_boxes', 'choose_sentences',
-           'order_sentences', 'draw_sentences', 'Sample', 'label_motions', 'enlarge', 'draw_sample', 'draw_refer_batch',
-           'SequenceBatch', 'renumber', 'draw_sequence', 'draw_sequence_batch', 'seed_stage', 'Stream']
+           'order_sentences', 'draw_sentences', 'Sample', 'label_motions', 'enlarge_pictures', 'draw_sample',
+           'draw_refer_batch', 'SequenceBatch', 'renumber', 'draw_sequence', 'draw_sequence_batch', 'seed_stage',
+           'Stream']
 
 # %% ../../nbs/01p_data.clips.ipynb #331f27c0
 import math
@@ -266,7 +267,7 @@ def label_motions(
     return table[labels]
 
 
-def enlarge(
+def enlarge_pictures(
     frames: np.ndarray,  # (T, h, w) or (T, h, w, 3) uint8
     size: Sequence[int],  # (H, W); empty: as they are
 ) -> np.ndarray:  # (T, H, W) or (T, H, W, 3) uint8
@@ -286,14 +287,14 @@ def draw_sample(
     "One sample of a batch."
     s, at, chosen = draw_sentences(rng, stage)
     frames = jitter(s.frames[at], rng) if augment else s.frames[at]
-    labels = enlarge(s.labels[at], stage.resize)
+    labels = enlarge_pictures(s.labels[at], stage.resize)
     answered = None
     if stage.one_frame:
         shown = np.isin(labels, [e.object_id for e in chosen]).any((1, 2))
         answered = int(rng.choice(np.flatnonzero(shown)))
         chosen = [e for e in chosen if (labels[answered] == e.object_id).any()]
     motions = label_motions(labels, s.facts)
-    return Sample(enlarge(frames, stage.resize), labels, motions, chosen, answered)
+    return Sample(enlarge_pictures(frames, stage.resize), labels, motions, chosen, answered)
 
 # %% ../../nbs/01p_data.clips.ipynb #9581a50a
 def draw_refer_batch(

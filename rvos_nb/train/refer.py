@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
            'gather_options', 'make_criterion', 'find_model', 'find_words', 'require_start', 'gather_settings',
-           'build_referring', 'begin_settings', 'check_model', 'watch_scenes', 'watch_clips', 'Refer']
+           'build_referring', 'begin_settings', 'check_model', 'watch_scenes', 'watch_clips', 'charge_pixels', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
@@ -298,6 +298,25 @@ def watch_clips(
     name = watch.split if watch.data else "sampled"
     return [(name, stage.batch(VALIDATION, i)) for i in range(watch.clips)]
 
+# %% ../../nbs/04f_train.refer.ipynb #f2d951db
+def charge_pixels(
+    modules: nn.ModuleDict,  # with `pixel` and `motion`, where they have a weight
+    out: dict,  # of a query model
+    batch: ReferBatch,
+    masks: Tensor,  # (E, T, H, W) bool
+) -> dict:  # of scalars
+    """The losses on pixels, not yet weighted; that on motion where a clip has any. Raises `Problem`
+    for data that do not know how their objects move."""
+    charged = {}
+    if "pixel" in modules:
+        charged["pixel"] = modules["pixel"](out["pixel_maps"], masks)
+    if "motion" in modules and batch.frames.shape[1] > 1:
+        if batch.motions is None:
+            found, expected = "a weight, and data without motions", "scenes of RefShapes"
+            raise Problem("recipe, loss, motion", found, expected, "set it to 0")
+        charged["motion"] = modules["motion"](torch.from_numpy(batch.motions).to(masks.device))
+    return charged
+
 # %% ../../nbs/04f_train.refer.ipynb #d6c02231
 class Refer:
     """Training a query model. Options of `loss`: weights, those that the criterion of its family
@@ -366,23 +385,10 @@ class Refer:
         with torch.autocast(self.device.type, enabled=False):
             out = to_float32(out)
             total, parts, _ = self.criterion(out, target)
-            for name, loss in self.charge_pixels(out, batch, target["masks"]).items():
+            for name, loss in charge_pixels(self.modules, out, batch, target["masks"]).items():
                 parts[f"loss_{name}"] = loss
                 total = total + self.weights[name] * loss
         return total, parts
-
-    def charge_pixels(self, out: dict, batch: ReferBatch, masks: Tensor) -> dict:  # of scalars
-        "The losses on pixels, not yet weighted; that on motion where a clip has any."
-        charged = {}
-        if "pixel" in self.weights:
-            charged["pixel"] = self.modules["pixel"](out["pixel_maps"], masks)
-        if "motion" in self.weights and batch.frames.shape[1] > 1:
-            if batch.motions is None:
-                found, expected = "a weight, and data without motions", "scenes of RefShapes"
-                raise Problem("recipe, loss, motion", found, expected, "set it to 0")
-            motions = torch.from_numpy(batch.motions).to(self.device)
-            charged["motion"] = self.modules["motion"](motions)
-        return charged
 
     def validation_clips(self, watch: Watch) -> list[tuple[str, ReferBatch]]:
         "The validation clips, one sentence each."

@@ -14,6 +14,7 @@ from rvos_nb.data import refshapes, sampling, training
 from rvos_nb.data.augment import AUGMENTATIONS, draw_geometry, swap_sides
 from rvos_nb.data.clips import SceneStage, Stream, compute_boxes, make_generator
 from rvos_nb.data.masks import write_labels
+from rvos_nb.data.shapes import SHAPE_NAMES
 from rvos_nb.data.training import ClipStage, list_batch
 
 SMALL = {"sizes": [48, 64, 80], "long": 120, "clips": 4}
@@ -195,7 +196,7 @@ def test_sentence_and_picture_are_mirrored_together(trees, tmp_path, words):
 
 
 def test_categories_become_labels(trees):
-    shapes = sorted(refshapes.SHAPE_NAMES)
+    shapes = sorted(SHAPE_NAMES)
     stage = ClipStage([source(trees)], categories=shapes, **PLAIN)
     b, numbers = stage.batch(0, 0), list_batch(stage, 0, 0, 1)
     data = sampling.open_source(stage.read_sources()[0])

@@ -119,6 +119,17 @@ def test_every_layout_gives_a_batch(trees, name):
         assert all(text == " ".join(text.lower().split()) for text in b.texts)
 
 
+def test_sentences_about_several_are_trained_on_and_those_about_nobody_are_not(tmp_path):
+    refshapes.write(tmp_path, "grefcoco_train", "easy", 3, 1, 4, (48, 72), "refcoco")
+    tree = {"folder": str(tmp_path), "split": "grefcoco_train"}
+    stage = ClipStage([tree], sampling="centre", **SMALL)
+    (anchors,) = stage.list_anchors()
+    kinds = [a.expression.kind for a in anchors]
+    assert "none" not in kinds and kinds.count("several") >= 3
+    b = stage.batch(0, 0)
+    assert b.valid.any(1).all() and b.masks.any((1, 2, 3)).all()
+
+
 @pytest.mark.parametrize("pad_to", [1, 32])
 def test_mixed_sizes_are_padded_and_boxes_fit_their_masks(trees, tmp_path, pad_to):
     refshapes.write(tmp_path / "tall", "train", "all", 3, 2, 7, (96, 64))

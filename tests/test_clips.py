@@ -14,6 +14,7 @@ from rvos_nb.data import refshapes, sampling, training
 from rvos_nb.data.augment import AUGMENTATIONS, draw_geometry, swap_sides
 from rvos_nb.data.clips import SceneStage, Stream, compute_boxes, make_generator
 from rvos_nb.data.masks import write_labels
+from rvos_nb.data.shapes import SHAPE_NAMES
 from rvos_nb.data.training import ClipStage, list_batch
 
 SMALL = {"sizes": [48, 64, 80], "long": 120, "clips": 4}
@@ -118,6 +119,17 @@ def test_every_layout_gives_a_batch(trees, name):
         assert all(text == " ".join(text.lower().split()) for text in b.texts)
 
 
+def test_sentences_about_several_are_trained_on_and_those_about_nobody_are_not(tmp_path):
+    refshapes.write(tmp_path, "grefcoco_train", "easy", 3, 1, 4, (48, 72), "refcoco")
+    tree = {"folder": str(tmp_path), "split": "grefcoco_train"}
+    stage = ClipStage([tree], sampling="centre", **SMALL)
+    (anchors,) = stage.list_anchors()
+    kinds = [a.expression.kind for a in anchors]
+    assert "none" not in kinds and kinds.count("several") >= 3
+    b = stage.batch(0, 0)
+    assert b.valid.any(1).all() and b.masks.any((1, 2, 3)).all()
+
+
 @pytest.mark.parametrize("pad_to", [1, 32])
 def test_mixed_sizes_are_padded_and_boxes_fit_their_masks(trees, tmp_path, pad_to):
     refshapes.write(tmp_path / "tall", "train", "all", 3, 2, 7, (96, 64))
@@ -195,7 +207,7 @@ def test_sentence_and_picture_are_mirrored_together(trees, tmp_path, words):
 
 
 def test_categories_become_labels(trees):
-    shapes = sorted(refshapes.SHAPE_NAMES)
+    shapes = sorted(SHAPE_NAMES)
     stage = ClipStage([source(trees)], categories=shapes, **PLAIN)
     b, numbers = stage.batch(0, 0), list_batch(stage, 0, 0, 1)
     data = sampling.open_source(stage.read_sources()[0])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTE_WEIGHTS', 'LOOK_WORDS', 'PLURALS', 'SET_WEIGHTS', 'Phrases', 'compare_objects', 'SceneSentence',
-           'make_noun_phrase', 'Endings', 'Speaker', 'find_two_sentences', 'SetSentence', 'list_names', 'SetMeaning',
-           'find_several', 'find_none', 'SetSpeaker', 'find_set_sentences']
+           'make_noun_phrase', 'Endings', 'Speaker', 'find_two_sentences', 'SetSentence', 'list_noun_phrases',
+           'SetMeaning', 'find_several', 'find_none', 'SetSpeaker', 'find_set_sentences']
 
 # %% ../../nbs/01d_data.sentences.ipynb #c9d3eb29
 import itertools
@@ -399,7 +399,7 @@ SET_WEIGHTS = {
 }  # attributes that the noun phrase of a set names -> weight
 
 
-def list_names(
+def list_noun_phrases(
     phrases: Phrases, attributes: tuple
 ) -> dict[tuple[str, ...], tuple[int, int]]:  # words -> (sure, may)
     "Every noun phrase of `attributes`, also those that describe nobody."
@@ -439,7 +439,7 @@ def find_several(
     "All that means two objects or more, with no doubt about any."
     endings = _list_endings(phrases, by)
     found = []
-    for words, (sure, may) in list_names(phrases, attributes).items():
+    for words, (sure, may) in list_noun_phrases(phrases, attributes).items():
         for ending, (s, m) in endings.items():
             meant = sure & s
             needed = not ending or sure & ~meant
@@ -452,7 +452,7 @@ def find_none(phrases: Phrases, by: str, attributes: tuple) -> list[SetMeaning]:
     "All that certainly means nobody; arguments as of `find_several`."
     endings = _list_endings(phrases, by)
     found = []
-    for words, (sure, may) in list_names(phrases, attributes).items():
+    for words, (sure, may) in list_noun_phrases(phrases, attributes).items():
         occur = all(phrases.looks.get(word, (0, 0))[0] for word in words)
         for ending, (s, m) in endings.items():
             named = sure if ending else True  # a name that nobody bears needs no ending

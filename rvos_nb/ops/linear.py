@@ -37,7 +37,10 @@ def multiply(
     weight: Tensor,  # (C_out, C_in)
     bias: Tensor | None = None,  # (C_out)
 ) -> Tensor:  # (..., C_out)
-    "`F.linear` by oneDNN; without a gradient."
+    """`F.linear` by oneDNN; without a gradient. A matrix with gaps between its rows or columns is
+    copied first: oneDNN takes it too, a thousand times slower."""
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

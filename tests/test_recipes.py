@@ -2,6 +2,7 @@
 each of them run, stopped and resumed on a narrow model."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -292,9 +293,43 @@ def test_the_command_says_what_would_be_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         main(["train", "--dry", "train-toy", "-p", "seed", "7", "--steps", "20"])
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
     assert not e.value.code and "seed 7; nothing is trained" in said and "12 steps" in said
     assert not list(tmp_path.iterdir())
+    told = told.splitlines()
+    first = ["reading the recipe", "looking for the data", "building the model, without weights"]
+    assert told[:3] == [f"{line} ..." for line in first]
+    assert told[3] == "rehearsing a step, as it stands ..." and len(told) > 4
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_plan_that_is_ended_says_that_nothing_was_made(number, code, monkeypatch, capsys):
+    from rvos_nb.cli import main
+    from rvos_nb.train import plan
+
+    monkeypatch.setattr(plan, "list_ways", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as e:
+        main(["train", "--dry", "train-toy"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == code and last.startswith("rvos: ended by ")
+    assert last.endswith("; nothing was made")
+
+
+def test_a_group_that_matches_nothing_is_seen_in_the_plan():
+    from rvos_nb.train import plan
+
+    groups = {"backbon.0": 0.5, "transformer": 0.5}
+    given = {"tuning.groups": groups, "tuning.no_decay": ["norm", "layernrm"]}
+    recipe = read_recipe("train-toy", given)
+    rows = plan.list_groups(plan.sketch_modules(recipe), recipe.tuning)
+    empty = {row.name: row.describe() for row in rows if not row.tensors}
+    assert empty == dict.fromkeys(["backbon.0", "layernrm (no_decay)"], "matches nothing")
+    memory = plan.MemoryEstimate(1, 1, 1, 1, 1)
+    lines = [*plan.Plan(recipe, [], [], rows, [plan.Way("", memory)], []).list_lines()]
+    (line,) = (line for line in lines if "backbon.0" in line)
+    assert " 0 tensors" in line and line.endswith("matches nothing")
+    published = read_recipe("train-uninext-ytvos")
+    assert [g.name for g in plan.list_unmatched(plan.sketch_modules(published), published.tuning)]
 
 
 def test_a_batch_too_large_says_what_fits(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ each of them run, stopped and resumed on a narrow model."""
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -415,3 +416,57 @@ def test_a_misspelt_name_is_refused_before_a_folder_is_made(recipe, given, meant
 
 def test_settings_that_a_recipe_leaves_out_can_be_given():
     assert read_recipe("train-toy", {"lora.rank": 4}).lora.rank == 4
+
+
+SWIN = {"backbone": "swin_t_p4w7", "backbone_options": {}}
+CONVNEXT = {"backbone": "convnext_large"}
+CONVNEXT["backbone_options"] = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+
+
+@pytest.mark.parametrize(
+    "family, model, unused",
+    [
+        ("referformer", {}, []),
+        ("referformer", SWIN, []),
+        ("soc", {}, []),
+        ("wavecl", {}, []),
+        ("mutr", {}, ["text_encoder.pooler.dense.bias", "text_encoder.pooler.dense.weight"]),
+        ("uninext", {}, []),
+        ("uninext", SWIN, ["backbone.0.body.norm0.bias", "backbone.0.body.norm0.weight"]),
+        ("uninext", CONVNEXT, ["backbone.0.norm_layers.0.bias", "backbone.0.norm_layers.0.weight"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seen", [True, False], ids=["an object", "none"])
+def test_parameters_without_a_gradient_are_known(family, model, unused, seen):
+    "Several processes wait for the gradient of every other one."
+    from rvos_nb.data.clips import Stream
+    from rvos_nb.train.trainer import Trainer, has_unused
+
+    stage = {"steps": 1, "frames": 2, "clips": 1, "size": [32, 64]}
+    settings = {"name": "toy", "family": family, "model": NARROW | OWN.get(family, {}) | model}
+    trainer = Trainer(read_recipe(settings | {"stages": [stage]}))
+    ((part, batch),) = Stream("refer", 0, trainer.recipe.stages)[0]
+    if not seen:
+        empty = {name: 0 * getattr(batch, name) for name in ("masks", "boxes", "valid")}
+        batch = replace(batch, **{k: x.astype(getattr(batch, k).dtype) for k, x in empty.items()})
+    trainer.one_step([(part, batch)])
+    trained = {n: p for n, p in trainer.task.modules.named_parameters() if p.requires_grad}
+    found = sorted(n.removeprefix("model.") for n, p in trained.items() if p.grad is None)
+    assert found == unused and has_unused(trainer.task) == bool(unused)
+
+
+@pytest.mark.parametrize("hold", [True, False], ids=["held", "free"])
+def test_the_bank_of_identities_that_are_held_gets_no_gradient(hold):
+    from rvos_nb.data.clips import Stream
+    from rvos_nb.train.trainer import Trainer, has_unused
+
+    stage = {"steps": 2, "frames": 3, "clips": 1, "size": [32, 48], "levels": {"medium": 1}}
+    given = {"stages": [stage], "loss.hold_identities": hold, "loss.own": 0.5}
+    trainer = Trainer(read_recipe("train-aot-tiny", given))
+    for batches in Stream("sequence", 0, trainer.recipe.stages):
+        trainer.one_step(batches)
+    parameters = trainer.task.modules.named_parameters()
+    unused = {n for n, p in parameters if p.requires_grad and p.grad is None}
+    assert all("patch_wise_id_bank" in name for name in unused)
+    assert bool(unused) == has_unused(trainer.task) == hold

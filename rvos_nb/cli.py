@@ -22,7 +22,7 @@ from . import ENVIRONMENT, TOO_LATE, __version__
 from .commands import stages, tools  # noqa: F401 - their commands are added to `app`
 from .commands.app import add_command, app, join_values
 from .core import Assumption, Problem, find_shipped, make_printable
-from .signals import Stopped, stop_on_sigterm
+from .signals import Stopped, StoppedLooking, stop_on_sigterm
 from .stage import StageFailed
 
 # %% ../nbs/09g_cli.ipynb #1657ea05
@@ -158,10 +158,13 @@ def show_warning(message, category, filename, lineno, file=None, line=None):
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
-def end_early(code: int):
-    "Say what becomes of a command that was ended from outside, and end with this exit code."
+def end_early(code: int, looked: bool = False):
+    """Say what becomes of a command that was ended from outside, and end with this exit code;
+    `looked`: it makes nothing."""
     how = "Ctrl-C" if code == INTERRUPTED else "SIGTERM"
     kept = "what is done is kept, and the same command goes on from there"
+    if looked:
+        kept = "nothing was made"
     print(f"rvos: ended by {how}; {kept}", file=sys.stderr)
     sys.exit(code)
 
@@ -188,7 +191,7 @@ def main(argv: Sequence[str] | None = None):
         print(f"rvos: {found}; expected a file or a folder; choose another", file=sys.stderr)
         sys.exit(1)
     except Stopped as e:
-        end_early(e.code)
+        end_early(e.code, isinstance(e, StoppedLooking))
     except SystemExit as e:
         if e.code != INTERRUPTED:
             raise

@@ -31,6 +31,7 @@ from rvos_nb.models.text import (
     small_text_config,
 )
 from rvos_nb.models.video_swin import SwinBlock, VideoSwin, fit_window, make_window_plan
+from rvos_nb.train.trainer import recompute_layers
 from rvos_nb.verify.cases import compare, image, load_case, load_filled, published_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "referformer"
@@ -174,12 +175,20 @@ def test_video_swin_loads_with_and_without_index_and_trains():
     make_window_plan.cache_clear()
     with torch.inference_mode():
         net(x)  # what it keeps must serve training too
-    for net.checkpointing in (False, True):
+    for again in (False, True):
+        if again:
+            recompute_layers(net)
         net.zero_grad()
         sum(level.square().mean() for level in net.train()(x)).backward()
         grads.append([p.grad.clone() for p in net.parameters()])
     assert all(g.isfinite().all() for g in grads[0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("name", ["swin_t_p4w7", "video_swin_t_p4w7"])
+def test_recomputing_is_no_option_of_a_backbone(name):
+    with pytest.raises(Problem, match=r"checkpointing.*expected some of .*drop"):
+        build_backbone(name, checkpointing=True)
 
 
 def published_way(block, x):

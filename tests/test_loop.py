@@ -206,3 +206,28 @@ def test_another_recipe_in_the_folder_is_told_by_what_differs(tmp_path):
     assert said.count(" there, ") == 2 and len(said) < 300 + len(str(tmp_path))
     assert "--no-resume" in said and "force" not in said
     train("train-toy", tmp_path, given={"tuning.lr": 1e-3}, resume=False).check()
+
+
+def gather_beside(step):
+    "What several processes gather, of which another one stands at this step."
+    return lambda own: torch.cat([own.new_tensor([step]), own])
+
+
+def test_machines_without_a_shared_folder_are_refused(tmp_path, monkeypatch):
+    "Of two machines the first finds the checkpoint that it wrote, the second an empty folder."
+    train("train-toy", tmp_path / "first", minutes=0).check()
+    (tmp_path / "second").mkdir()
+    for folder, here, elsewhere in (("first", 1, 0), ("second", 0, 1)):
+        trainer = Trainer(read_recipe("train-toy"))
+        monkeypatch.setattr(trainer.accelerator, "gather", gather_beside(elsewhere))
+        with pytest.raises(Problem, match="let all machines write to one shared folder") as e:
+            steps.load_newest(trainer, tmp_path / folder)
+        assert f"step {here} here, another elsewhere" in str(e.value)
+
+
+def test_machines_with_a_shared_folder_go_on(tmp_path, monkeypatch):
+    train("train-toy", tmp_path, minutes=0).check()
+    trainer = Trainer(read_recipe("train-toy"))
+    monkeypatch.setattr(trainer.accelerator, "gather", gather_beside(1))
+    steps.load_newest(trainer, tmp_path)
+    assert trainer.step == 1

@@ -2,6 +2,8 @@
 each of them run, stopped and resumed on a narrow model."""
 
 import json
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,9 +294,43 @@ def test_the_command_says_what_would_be_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         main(["train", "--dry", "train-toy", "-p", "seed", "7", "--steps", "20"])
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
     assert not e.value.code and "seed 7; nothing is trained" in said and "12 steps" in said
     assert not list(tmp_path.iterdir())
+    told = told.splitlines()
+    first = ["reading the recipe", "looking for the data", "building the model, without weights"]
+    assert told[:3] == [f"{line} ..." for line in first]
+    assert told[3] == "rehearsing a step, as it stands ..." and len(told) > 4
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_plan_that_is_ended_says_that_nothing_was_made(number, code, monkeypatch, capsys):
+    from rvos_nb.cli import main
+    from rvos_nb.train import plan
+
+    monkeypatch.setattr(plan, "list_ways", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as e:
+        main(["train", "--dry", "train-toy"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == code and last.startswith("rvos: ended by ")
+    assert last.endswith("; nothing was made")
+
+
+def test_a_group_that_matches_nothing_is_seen_in_the_plan():
+    from rvos_nb.train import plan
+
+    groups = {"backbon.0": 0.5, "transformer": 0.5}
+    given = {"tuning.groups": groups, "tuning.no_decay": ["norm", "layernrm"]}
+    recipe = read_recipe("train-toy", given)
+    rows = plan.list_groups(plan.sketch_modules(recipe), recipe.tuning)
+    empty = {row.name: row.describe() for row in rows if not row.tensors}
+    assert empty == dict.fromkeys(["backbon.0", "layernrm (no_decay)"], "matches nothing")
+    memory = plan.MemoryEstimate(1, 1, 1, 1, 1)
+    lines = [*plan.Plan(recipe, [], [], rows, [plan.Way("", memory)], []).list_lines()]
+    (line,) = (line for line in lines if "backbon.0" in line)
+    assert " 0 tensors" in line and line.endswith("matches nothing")
+    published = read_recipe("train-uninext-ytvos")
+    assert [g.name for g in plan.list_unmatched(plan.sketch_modules(published), published.tuning)]
 
 
 def test_a_batch_too_large_says_what_fits(tmp_path, monkeypatch):
@@ -380,3 +416,57 @@ def test_a_misspelt_name_is_refused_before_a_folder_is_made(recipe, given, meant
 
 def test_settings_that_a_recipe_leaves_out_can_be_given():
     assert read_recipe("train-toy", {"lora.rank": 4}).lora.rank == 4
+
+
+SWIN = {"backbone": "swin_t_p4w7", "backbone_options": {}}
+CONVNEXT = {"backbone": "convnext_large"}
+CONVNEXT["backbone_options"] = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+
+
+@pytest.mark.parametrize(
+    "family, model, unused",
+    [
+        ("referformer", {}, []),
+        ("referformer", SWIN, []),
+        ("soc", {}, []),
+        ("wavecl", {}, []),
+        ("mutr", {}, ["text_encoder.pooler.dense.bias", "text_encoder.pooler.dense.weight"]),
+        ("uninext", {}, []),
+        ("uninext", SWIN, ["backbone.0.body.norm0.bias", "backbone.0.body.norm0.weight"]),
+        ("uninext", CONVNEXT, ["backbone.0.norm_layers.0.bias", "backbone.0.norm_layers.0.weight"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seen", [True, False], ids=["an object", "none"])
+def test_parameters_without_a_gradient_are_known(family, model, unused, seen):
+    "Several processes wait for the gradient of every other one."
+    from rvos_nb.data.clips import Stream
+    from rvos_nb.train.trainer import Trainer, has_unused
+
+    stage = {"steps": 1, "frames": 2, "clips": 1, "size": [32, 64]}
+    settings = {"name": "toy", "family": family, "model": NARROW | OWN.get(family, {}) | model}
+    trainer = Trainer(read_recipe(settings | {"stages": [stage]}))
+    ((part, batch),) = Stream("refer", 0, trainer.recipe.stages)[0]
+    if not seen:
+        empty = {name: 0 * getattr(batch, name) for name in ("masks", "boxes", "valid")}
+        batch = replace(batch, **{k: x.astype(getattr(batch, k).dtype) for k, x in empty.items()})
+    trainer.one_step([(part, batch)])
+    trained = {n: p for n, p in trainer.task.modules.named_parameters() if p.requires_grad}
+    found = sorted(n.removeprefix("model.") for n, p in trained.items() if p.grad is None)
+    assert found == unused and has_unused(trainer.task) == bool(unused)
+
+
+@pytest.mark.parametrize("hold", [True, False], ids=["held", "free"])
+def test_the_bank_of_identities_that_are_held_gets_no_gradient(hold):
+    from rvos_nb.data.clips import Stream
+    from rvos_nb.train.trainer import Trainer, has_unused
+
+    stage = {"steps": 2, "frames": 3, "clips": 1, "size": [32, 48], "levels": {"medium": 1}}
+    given = {"stages": [stage], "loss.hold_identities": hold, "loss.own": 0.5}
+    trainer = Trainer(read_recipe("train-aot-tiny", given))
+    for batches in Stream("sequence", 0, trainer.recipe.stages):
+        trainer.one_step(batches)
+    parameters = trainer.task.modules.named_parameters()
+    unused = {n for n, p in parameters if p.requires_grad and p.grad is None}
+    assert all("patch_wise_id_bank" in name for name in unused)
+    assert bool(unused) == has_unused(trainer.task) == hold

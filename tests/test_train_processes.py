@@ -105,4 +105,37 @@ def test_a_killed_process_ends_the_run_and_it_goes_on(tmp_path):
     again = launch([*command, "--minutes", "0"], 2)
     said, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors[-3000:]
+    assert "find_unused_parameters" not in errors  # asked for only where there are some
     assert f"stopped after {reached + 1} of" in said
+
+
+ALONE = """
+import os, sys
+from pathlib import Path
+from rvos_nb.core import Problem
+from rvos_nb.train.recipe import read_recipe
+from rvos_nb.train.trainer import Trainer, load_newest, save_newest
+
+trainer = Trainer(read_recipe("train-toy"))
+own = Path(sys.argv[1]) / os.environ["RANK"]
+if trainer.accelerator.is_main_process:
+    trainer.step = 3
+    save_newest(trainer, own, 1)
+    trainer.step = 0
+try:
+    load_newest(trainer, own)
+    print("WENT ON")
+except Problem as p:
+    print("REFUSED", p)
+trainer.accelerator.end_training()
+"""
+
+
+def test_processes_that_see_different_folders_are_refused(tmp_path):
+    "Each as on a machine of its own; all of them end."
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    out, errors = launch([str(script), str(tmp_path)], 2).communicate(timeout=120)
+    assert out.count("REFUSED") == 2 and "WENT ON" not in out, errors[-3000:]
+    assert "step 3 here, another elsewhere" in out and "step 0 here, another elsewhere" in out
+    assert out.count("let all machines write to one shared folder") == 2

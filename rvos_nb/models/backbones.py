@@ -260,7 +260,7 @@ def build_backbone(
     try:
         return kind(**fixed | options)
     except TypeError as e:
-        known = [option for option in signature(kind).parameters if option not in fixed]
+        known = list(signature(kind).parameters)
         strange = [option for option in options if option not in known]
         near = name_nearest(strange[0], known) if strange else ""
         raise Problem(

@@ -104,6 +104,7 @@ class MUTR(ReferFormer):
     time."""
 
     join = "sum"
+    unused_parts = ("text_encoder.pooler",)  # only words are read
 
     def __init__(
         self,

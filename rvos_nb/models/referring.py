@@ -256,6 +256,7 @@ class SentenceModel(OnHub, Referring, nn.Module):
     reads_sentences = True
     precision = torch.float32  # of matrices and convolutions in `see` and `refer`
     kind = "logit"  # of its answers, see `Candidates`
+    unused_parts = ()  # parts of the names of parameters that may get no gradient from a loss
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,6 @@ class Swin(SwinStages):
         window: int = 7,  # rows and columns of a window
         stages: int = 4,  # 3: without the last one, as the encoders of AOT
         drop: float = 0.2,  # stochastic depth of the last block; 0 at the first
-        checkpointing: bool = False,  # recompute activations in the backward pass
     ):
         if not 1 <= stages <= 4 or window < 2:
             raise Problem(
@@ -33,7 +32,7 @@ class Swin(SwinStages):
                 "1 to 4 stages and a window of at least 2",
                 "correct the configuration",
             )
-        super().__init__(variant, stages, (1, window, window), False, drop, checkpointing)
+        super().__init__(variant, stages, (1, window, window), False, drop)
         for i, c in enumerate(self.channels):
             self.add_module(f"norm{i}", nn.LayerNorm(c))  # published name
             if i < stages - 1:

@@ -331,6 +331,8 @@ class UNINEXTSteps(SentenceModel):
 class UNINEXT(UNINEXTSteps):
     "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
 
+    unused_parts = ("body.norm0", "norm_layers.0")  # the finest level of a backbone is not taken
+
     @property
     def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`
         return [MASK_CHANNELS, self.config.hidden_dim]

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from ..core import Problem
@@ -387,7 +386,6 @@ class SwinStages(nn.Module):
         window: Size,  # a full window
         video: bool,  # windows shrink and the patch weight has a time axis
         drop: float,  # stochastic depth of the last block
-        checkpointing: bool,  # recompute activations in the backward pass
     ):
         super().__init__()
         if variant not in SWIN_VARIANTS:
@@ -397,7 +395,7 @@ class SwinStages(nn.Module):
                 "one of " + ", ".join(SWIN_VARIANTS),
                 "correct the configuration",
             )
-        v, self.checkpointing = SWIN_VARIANTS[variant], checkpointing
+        v = SWIN_VARIANTS[variant]
         self.channels = [v.embed * 2**i for i in range(stages)]
         self.strides = [4 * 2**i for i in range(stages)]
         rates = iter(torch.linspace(0, drop, sum(v.depths[:stages]), device="cpu").tolist())
@@ -428,11 +426,7 @@ class SwinStages(nn.Module):
     ) -> Tensor:  # (B, T, h, w, C)
         "All blocks of a stage."
         for block in self.layers[i]["blocks"]:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.checkpointing and self.training
-                else block(x)
-            )
+            x = block(x)
         return x
 
 # %% ../../nbs/02d_models.video_swin.ipynb #1579e162
@@ -444,9 +438,8 @@ class VideoSwin(SwinStages):
         self,
         variant: str = "tiny",  # a key of `SWIN_VARIANTS`
         drop: float = 0.2,  # stochastic depth of the last block; 0 at the first
-        checkpointing: bool = False,  # recompute activations in the backward pass
     ):
-        super().__init__(variant, 4, (8, 7, 7), True, drop, checkpointing)
+        super().__init__(variant, 4, (8, 7, 7), True, drop)
         self.downsamples = nn.ModuleList(PatchMerging(c) for c in self.channels[:3])
         self.reset_parameters()
 

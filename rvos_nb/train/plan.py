@@ -6,9 +6,10 @@
 __all__ = ['SHAPES', 'REHEARSALS', 'AUTOCAST', 'SourceCount', 'count_source', 'count_clips', 'list_sources', 'largest_size',
            'count_steps', 'describe_stage', 'sketch_settings', 'sketch_referring', 'sketch_propagator',
            'rehearse_sentences', 'rehearse_sequence', 'sketch_modules', 'ParameterGroup', 'list_groups',
-           'fill_with_fakes', 'LiveBytes', 'rehearse_step', 'forget_tables', 'measure_peak', 'show_bytes',
-           'MemoryEstimate', 'estimate_memory', 'Way', 'set_stages', 'shrink_stage', 'list_changes', 'list_ways',
-           'choose_way', 'explain_shortage', 'Plan', 'list_remarks', 'without_start', 'make_plan']
+           'list_unmatched', 'fill_with_fakes', 'LiveBytes', 'rehearse_step', 'forget_tables', 'measure_peak',
+           'show_bytes', 'MemoryEstimate', 'estimate_memory', 'Way', 'set_stages', 'shrink_stage', 'list_changes',
+           'tell_nobody', 'list_ways', 'choose_way', 'explain_shortage', 'Plan', 'list_remarks', 'without_start',
+           'make_plan']
 
 # %% ../../nbs/04l_train.plan.ipynb #792252fe
 import math
@@ -210,6 +211,14 @@ class ParameterGroup:
     rate: float  # before any drop
     decay: float  # weight decay
 
+    def describe(self) -> str:
+        "How the parameters learn, if they do."
+        if not self.tensors:
+            return "matches nothing"
+        if self.name == "frozen":
+            return "not trained"
+        return f"rate {self.rate:.3g}, decay {self.decay:.3g}"
+
 
 def list_groups(modules: nn.Module, tuning) -> list[ParameterGroup]:
     "The groups of a recipe, as its optimizer has them, and what is frozen."
@@ -221,9 +230,22 @@ def list_groups(modules: nn.Module, tuning) -> list[ParameterGroup]:
         if not parameter.requires_grad:
             key = "frozen", 0.0, 0.0
         found.setdefault(key, []).append(parameter.numel())
-    return [
+    rows = [
         ParameterGroup(part, len(sizes), sum(sizes), rate, decay)
         for (part, rate, decay), sizes in found.items()
+    ]
+    return rows + list_unmatched(modules, tuning)
+
+
+def list_unmatched(modules: nn.Module, tuning) -> list[ParameterGroup]:
+    "Rows without parameters, for parts of `groups` and `no_decay` that no name contains."
+    names = [name for name, _ in modules.named_parameters()]
+    asked = [(part, part, factor) for part, factor in tuning.groups.items()]
+    asked += [(f"{part} (no_decay)", part, 1.0) for part in tuning.no_decay]
+    return [
+        ParameterGroup(title, 0, 0, tuning.lr * factor, 0.0)
+        for title, part, factor in asked
+        if not any(part in name for name in names)
     ]
 
 # %% ../../nbs/04l_train.plan.ipynb #2a330e84
@@ -404,10 +426,18 @@ def list_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:  # settings, t
         yield " ".join(told), smaller
 
 
-def list_ways(recipe: Recipe) -> list[Way]:
+def tell_nobody(line: str):
+    "What is done with a line about progress where nobody asked for it."
+
+
+def list_ways(
+    recipe: Recipe,
+    tell: Callable[[str], None] = tell_nobody,  # is called with a line before each rehearsal
+) -> list[Way]:
     "How much each saving leaves, the recipe as it stands first; without those that save nothing."
     ways = []
     for told, changed in list_changes(recipe):
+        tell(f"rehearsing a step, {told or 'as it stands'}")
         memory = estimate_memory(changed)
         if not ways or memory.total < ways[-1].memory.total:
             ways.append(Way(told, memory))
@@ -473,10 +503,7 @@ class Plan:
         yield f"  schedule {r.tuning.schedule}, {told}; gradients clipped at {r.tuning.clip:g}"
         yield "parameters"
         for g in self.groups:
-            rate = (
-                "not trained" if g.name == "frozen" else f"rate {g.rate:.3g}, decay {g.decay:.3g}"
-            )
-            yield f"  {g.name:24} {g.tensors:4} tensors {g.numbers / 1e6:8.2f} M  {rate}"
+            yield f"  {g.name:24} {g.tensors:4} tensors {g.numbers / 1e6:8.2f} M  {g.describe()}"
         yield "memory of one part, estimated"
         memory = self.ways[0].memory
         for name, size in (vars(memory) | {"together": memory.total}).items():
@@ -523,15 +550,15 @@ def without_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 def make_plan(
     recipe: Recipe,
+    tell: Callable[[str], None] = tell_nobody,  # is called with a line before each slow part
 ) -> Plan:
     """What a recipe would do here. Needs neither data nor weights; raises `Problem` where the
     recipe itself is wrong."""
     recipe, remarks = without_start(recipe)
-    return Plan(
-        recipe,
-        [row for stage in recipe.stages for row in list_sources(recipe, stage)],
-        [describe_stage(stage) for stage in place_stages(recipe)],
-        list_groups(sketch_modules(recipe), recipe.tuning),
-        list_ways(recipe),
-        [*remarks, *list_remarks(recipe)],
-    )
+    tell("looking for the data")
+    sources = [row for stage in recipe.stages for row in list_sources(recipe, stage)]
+    stages = [describe_stage(stage) for stage in place_stages(recipe)]
+    tell("building the model, without weights")
+    groups = list_groups(sketch_modules(recipe), recipe.tuning)
+    ways = list_ways(recipe, tell)
+    return Plan(recipe, sources, stages, groups, ways, [*remarks, *list_remarks(recipe)])

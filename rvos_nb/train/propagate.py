@@ -103,6 +103,11 @@ class Propagate:
         cls.gather_options(recipe)
         read_model_config(recipe)
 
+    @property
+    def unused_parts(self) -> tuple[str, ...]:
+        "Parts of the names of parameters that may get no gradient."
+        return ("patch_wise_id_bank",) if self.options["hold_identities"] else ()
+
     def answer(self, batch: SequenceBatch, own: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
         "Logits (B, N+1, H, W) of every frame, labels (T, B, H, W), numbers of objects (B,)."
         labels = torch.from_numpy(batch.labels).to(self.device)

@@ -345,6 +345,11 @@ class Refer:
         make_criterion(recipe, gather_options(recipe))
         check_model(recipe)
 
+    @property
+    def unused_parts(self) -> tuple[str, ...]:
+        "Parts of the names of parameters that may get no gradient."
+        return self.model.unused_parts
+
     def answer(self, batch: ReferBatch, aux: bool = True) -> dict:
         "What the model says of a batch, see `answer_sentences`."
         padding, sizes = find_padding(batch.frames, batch.sizes), None

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['named_errors', 'make_folder', 'replace_file', 'replace_folder', 'holds_results', 'sweep_temporary', 'sweep_beside',
-           'write_bytes', 'write_json', 'read_json', 'find_files']
+           'write_bytes', 'write_json', 'read_json', 'digest_file', 'find_files']
 
 # %% ../nbs/00a_files.ipynb #3426ac36
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -202,6 +203,23 @@ def read_json(
         found = f"text that is not JSON ({e})"
         remedy = "write or download the file again"
     raise Problem(path, found, "a JSON file", remedy)
+
+# %% ../nbs/00a_files.ipynb #113c95c5
+def digest_file(
+    path,  # a file
+) -> str:
+    """A digest of a file: of all its bytes, or of its size and 64 pieces of 16 kB where it is
+    larger than these."""
+    size = Path(path).stat().st_size
+    piece = 1 << 14
+    with open(path, "rb") as f:
+        if size <= 64 * piece:
+            return hashlib.sha256(f.read()).hexdigest()[:16]
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(64):
+            f.seek(i * (size - piece) // 63)
+            digest.update(f.read(piece))
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/00a_files.ipynb #aa0c7d0e
 def _is_file(entry: os.DirEntry) -> bool:

@@ -25,9 +25,9 @@ from typing_extensions import TypedDict
 
 from .core import find_shipped, resolve
 from .data.pictures import PICTURE_SUFFIXES
-from .files import holds_results
+from .files import digest_file, holds_results
 from .schema import ROW, check_schema, read_checked
-from .stage import digest_file, fingerprint, fingerprints, read_record
+from .stage import fingerprint, fingerprints, read_record
 from .workflow import Stage, stages_read, why_skipped
 
 # %% ../nbs/09b_run_state.ipynb #b02fe40b

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPLACE', 'SOURCE_LINE', 'SECOND', 'StageFailed', 'BatchFailed', 'Report', 'locked', 'locked_file', 'RunRecord',
-           'read_record', 'digest_file', 'fingerprint', 'name_inputs', 'write_with_record', 'fingerprints',
-           'list_differences', 'clear', 'Sources', 'SourceLog', 'StageWork', 'Execution', 'ModelPlace', 'model_name',
-           'run_stage']
+           'read_record', 'fingerprint', 'name_inputs', 'write_with_record', 'fingerprints', 'clear', 'Sources',
+           'SourceLog', 'StageWork', 'Execution', 'ModelPlace', 'model_name', 'run_stage']
 
 # %% ../nbs/00e_stage.ipynb #6e5c3caf
 import hashlib
@@ -16,7 +15,7 @@ import os
 import shutil
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ from typing_extensions import TypedDict
 
 from rvos_nb.core import (
     Problem,
-    abbreviate,
     find_shipped,
     make_printable,
     natural_key,
@@ -36,6 +34,7 @@ from rvos_nb.core import (
     resolve,
 )
 from rvos_nb.files import (
+    digest_file,
     make_folder,
     named_errors,
     sweep_beside,
@@ -43,7 +42,7 @@ from rvos_nb.files import (
     write_json,
 )
 from .options import option
-from .schema import ROW, check_schema, read_checked
+from .schema import ROW, check_schema, describe_differences, read_checked
 from .units import check_executor, map_units
 
 # %% ../nbs/00e_stage.ipynb #713ab131
@@ -174,23 +173,6 @@ def read_record(
 def _digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def digest_file(
-    path,  # a file
-) -> str:
-    """A digest of a file: of all its bytes, or of its size and 64 pieces of 16 kB where it is
-    larger than these."""
-    size = Path(path).stat().st_size
-    piece = 1 << 14
-    with open(path, "rb") as f:
-        if size <= 64 * piece:
-            return hashlib.sha256(f.read()).hexdigest()[:16]
-        digest = hashlib.sha256(str(size).encode())
-        for i in range(64):
-            f.seek(i * (size - piece) // 63)
-            digest.update(f.read(piece))
-    return digest.hexdigest()[:16]
-
 # %% ../nbs/00e_stage.ipynb #25b8e990
 def _parts(path: Path) -> dict[str, str]:
     "The digest of every VIDEO/EXP, or file above that, of a folder without `run.json`."
@@ -281,39 +263,6 @@ def fingerprints(
             prints[k] = old["inputs"][k]
     return prints, trees
 
-# %% ../nbs/00e_stage.ipynb #7c5d3187
-def list_differences(
-    there,  # a part of a record, of JSON
-    asked,  # the same part of another one
-    name: str,  # of that part
-) -> Iterator[str]:  # 'tuning.lr: 0.0008 there, 0.001 asked'
-    "What differs between two records: whole values, within mappings and lists of mappings."
-    both = there, asked
-    if all(isinstance(part, dict) for part in both):
-        for key in sorted({*there, *asked}):
-            if there.get(key) != asked.get(key) or (key in there) != (key in asked):
-                yield from list_differences(there.get(key), asked.get(key), f"{name}.{key}")
-    elif _are_alike(*both):
-        for i, (x, y) in enumerate(zip(*both)):
-            if x != y:
-                yield from list_differences(x, y, f"{name}.{i}")
-    else:
-        yield f"{name}: {abbreviate(there)} there, {abbreviate(asked)} asked"
-
-
-def _are_alike(there, asked) -> bool:
-    "Whether these are two lists of as many mappings."
-    if not (isinstance(there, list) and isinstance(asked, list)) or len(there) != len(asked):
-        return False
-    return all(isinstance(part, dict) for part in there + asked)
-
-
-def _name_differences(other: Mapping[str, tuple]) -> str:
-    "The first eight of the settings that differ, and how many more there are."
-    each = [line for name, (a, b) in other.items() for line in list_differences(a, b, name)]
-    more = f" and {len(each) - 8} more" if len(each) > 8 else ""
-    return ", ".join(each[:8]) + more
-
 # %% ../nbs/00e_stage.ipynb #4a7ef8fe
 REPLACE = "force to replace what is there"
 
@@ -356,7 +305,7 @@ def _refuse_other(
     if old.get("stage") != stage:
         what = f"results of stage {old.get('stage')!r}"
     elif other:
-        what = f"results of other parameters ({_name_differences(other)})"
+        what = f"results of other parameters ({describe_differences(other)})"
     else:
         each = [
             f"{k} has changed since" if a and b else f"{k} is {'new' if b else 'gone'}"

@@ -120,6 +120,7 @@ FAMILY = register(
         task="rvos_nb.train.refer:Refer",
         recipes=(
             "train-referformer-tiny",
+            "train-referformer-video-swin-tiny",
             "train-referformer-refcoco",
             "train-referformer-ytvos",
             "train-referformer-ytvos-scratch",

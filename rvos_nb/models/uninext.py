@@ -589,8 +589,6 @@ def uninext_options(
     )
     heads, enc_points, dec_points = split_heads(products, options.get("nheads", 8))
     backbone, found = recognise_backbone(shapes, "backbone.0.body.")
-    table = shapes["transformer.tgt_embed.weight"]
-    fusion = "transformer.encoder.vl_layers.0.b_attn.attn.v_proj.weight"
     return {
         "backbone": backbone,
         "backbone_options": found | BODY_OPTIONS.get(backbone, {}),
@@ -598,13 +596,13 @@ def uninext_options(
         "num_feature_levels": levels,
         "enc_layers": count_modules(shapes, encoder),
         "dec_layers": count_modules(shapes, decoder),
-        "hidden_dim": table[1],
+        "hidden_dim": shapes["transformer.tgt_embed.weight"][1],
         "dim_feedforward": shapes[encoder + "0.linear1.weight"][0],
         "nheads": heads,
         "enc_n_points": enc_points,
         "dec_n_points": dec_points,
-        "num_queries": table[0],
-        "fusion_dim": shapes[fusion][0],
+        "num_queries": shapes["transformer.tgt_embed.weight"][0],
+        "fusion_dim": shapes["transformer.encoder.vl_layers.0.b_attn.attn.v_proj.weight"][0],
         "embed_layers": count_modules(shapes, "reid_embed_head.0.layers."),
     }
 
@@ -622,7 +620,7 @@ FAMILY = register(
         drops=DROPS,
         task="rvos_nb.train.refer:Refer",
         criterion="rvos_nb.train.assignment:AssignmentCriterion",
-        recipes=("train-uninext-ytvos", "train-uninext-toy"),
+        recipes=("train-uninext-ytvos", "train-uninext-tiny", "train-uninext-toy"),
         runners="rvos_nb.verify.uninext:RUNNERS",
     )
 )

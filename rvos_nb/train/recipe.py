@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Count', 'Seed', 'Minutes', 'UNDECIDED', 'VALIDATION', 'SOURCES', 'MAPPINGS', 'check_number',
-           'check_names', 'check_drops', 'check_drop_epochs', 'Tuning', 'Lora', 'Watch', 'Recipe', 'recipe_identity',
-           'same_recipe', 'refuse_unknown', 'build_checked', 'find_folders', 'place_stages', 'rescale', 'place_drops',
-           'read_loss_options', 'list_recipes', 'recipe_mapping', 'trainable_families', 'step_into',
-           'override_settings', 'build_stage', 'take_family', 'check_reading', 'check_data', 'read_recipe']
+           'check_names', 'check_drops', 'check_drop_epochs', 'Tuning', 'Lora', 'Watch', 'Recipe', 'name_folder',
+           'recipe_identity', 'same_recipe', 'refuse_unknown', 'build_checked', 'find_folders', 'place_stages',
+           'rescale', 'place_drops', 'read_loss_options', 'list_recipes', 'recipe_mapping', 'trainable_families',
+           'step_into', 'override_settings', 'build_stage', 'take_family', 'check_reading', 'check_data', 'read_recipe']
 
 # %% ../../nbs/04d_train.recipe.ipynb #8eadda8f
 import copy
@@ -207,6 +207,12 @@ class Recipe:
 UNDECIDED = ("data", "save_minutes", "keep", "recompute")  # what the weights do not depend on
 
 
+def name_folder(path: str) -> str:
+    "What a folder of weights is called: the run's name where it is the `model` of a training."
+    folder = Path(path)
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def recipe_identity(recipe: Recipe) -> dict:
     """All of a recipe that decides its weights, but where files lie: a folder may move between two
     runs, and a model's card names none."""
@@ -215,7 +221,7 @@ def recipe_identity(recipe: Recipe) -> dict:
         del decided["lora"]
     named = ("start", "text", "trunk") if recipe.trunk else ("start", "text")
     decided.pop("trunk")
-    return decided | {name: Path(getattr(recipe, name)).name for name in named}
+    return decided | {name: name_folder(getattr(recipe, name)) for name in named}
 
 
 def same_recipe(recipe: Recipe) -> str:  # equal for equal recipes

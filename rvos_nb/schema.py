@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['build_adapter', 'DEEPEST', 'ROW', 'MOST_BITS', 'NO_YAML', 'name_nearest', 'explain_fault', 'check_schema', 'as_row',
-           'check_depth', 'read_checked', 'PlainLoader', 'read_yaml']
+           'check_depth', 'read_checked', 'PlainLoader', 'read_yaml', 'list_differences', 'tell_differences']
 
 # %% ../nbs/00b_schema.ipynb #e9ae4b72
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 import yaml
@@ -152,3 +152,36 @@ def read_yaml(
         raise Problem(
             where, f"text that is not YAML ({found})", "YAML", "correct the line"
         ) from None
+
+# %% ../nbs/00b_schema.ipynb #7c5d3187
+def list_differences(
+    there,  # a part of a record, of JSON
+    asked,  # the same part of another one
+    name: str,  # of that part
+) -> Iterator[str]:  # 'tuning.lr: 0.0008 there, 0.001 asked'
+    "What differs between two records: whole values, within mappings and lists of mappings."
+    both = there, asked
+    if all(isinstance(part, dict) for part in both):
+        for key in sorted({*there, *asked}):
+            if there.get(key) != asked.get(key) or (key in there) != (key in asked):
+                yield from list_differences(there.get(key), asked.get(key), f"{name}.{key}")
+    elif _are_alike(*both):
+        for i, (x, y) in enumerate(zip(*both)):
+            if x != y:
+                yield from list_differences(x, y, f"{name}.{i}")
+    else:
+        yield f"{name}: {abbreviate(there)} there, {abbreviate(asked)} asked"
+
+
+def _are_alike(there, asked) -> bool:
+    "Whether these are two lists of as many mappings."
+    if not (isinstance(there, list) and isinstance(asked, list)) or len(there) != len(asked):
+        return False
+    return all(isinstance(part, dict) for part in there + asked)
+
+
+def tell_differences(other: Mapping[str, tuple]) -> str:
+    "The first eight of the settings that differ (name -> there, asked), and how many more."
+    each = [line for name, (a, b) in other.items() for line in list_differences(a, b, name)]
+    more = f" and {len(each) - 8} more" if len(each) > 8 else ""
+    return ", ".join(each[:8]) + more

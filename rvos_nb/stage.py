@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPLACE', 'SOURCE_LINE', 'SECOND', 'StageFailed', 'BatchFailed', 'Report', 'locked', 'locked_file', 'RunRecord',
-           'read_record', 'digest_file', 'fingerprint', 'name_inputs', 'write_with_record', 'fingerprints',
-           'list_differences', 'clear', 'Sources', 'SourceLog', 'StageWork', 'Execution', 'ModelPlace', 'model_name',
-           'run_stage']
+           'read_record', 'digest_file', 'fingerprint', 'name_inputs', 'write_with_record', 'fingerprints', 'clear',
+           'Sources', 'SourceLog', 'StageWork', 'Execution', 'ModelPlace', 'model_name', 'run_stage']
 
 # %% ../nbs/00e_stage.ipynb #6e5c3caf
 import hashlib
@@ -16,7 +15,7 @@ import os
 import shutil
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ from typing_extensions import TypedDict
 
 from rvos_nb.core import (
     Problem,
-    abbreviate,
     find_shipped,
     make_printable,
     natural_key,
@@ -43,7 +41,7 @@ from rvos_nb.files import (
     write_json,
 )
 from .options import option
-from .schema import ROW, check_schema, read_checked
+from .schema import ROW, check_schema, read_checked, tell_differences
 from .units import check_executor, map_units
 
 # %% ../nbs/00e_stage.ipynb #713ab131
@@ -281,39 +279,6 @@ def fingerprints(
             prints[k] = old["inputs"][k]
     return prints, trees
 
-# %% ../nbs/00e_stage.ipynb #7c5d3187
-def list_differences(
-    there,  # a part of a record, of JSON
-    asked,  # the same part of another one
-    name: str,  # of that part
-) -> Iterator[str]:  # 'tuning.lr: 0.0008 there, 0.001 asked'
-    "What differs between two records: whole values, within mappings and lists of mappings."
-    both = there, asked
-    if all(isinstance(part, dict) for part in both):
-        for key in sorted({*there, *asked}):
-            if there.get(key) != asked.get(key) or (key in there) != (key in asked):
-                yield from list_differences(there.get(key), asked.get(key), f"{name}.{key}")
-    elif _are_alike(*both):
-        for i, (x, y) in enumerate(zip(*both)):
-            if x != y:
-                yield from list_differences(x, y, f"{name}.{i}")
-    else:
-        yield f"{name}: {abbreviate(there)} there, {abbreviate(asked)} asked"
-
-
-def _are_alike(there, asked) -> bool:
-    "Whether these are two lists of as many mappings."
-    if not (isinstance(there, list) and isinstance(asked, list)) or len(there) != len(asked):
-        return False
-    return all(isinstance(part, dict) for part in there + asked)
-
-
-def _name_differences(other: Mapping[str, tuple]) -> str:
-    "The first eight of the settings that differ, and how many more there are."
-    each = [line for name, (a, b) in other.items() for line in list_differences(a, b, name)]
-    more = f" and {len(each) - 8} more" if len(each) > 8 else ""
-    return ", ".join(each[:8]) + more
-
 # %% ../nbs/00e_stage.ipynb #4a7ef8fe
 REPLACE = "force to replace what is there"
 
@@ -328,16 +293,10 @@ def clear(
 
 
 def _refuse_other(
-    out: Path,
-    stage: str,
-    params: dict,
-    inputs: dict[str, str],
-    force: bool,
-    old: dict,
-    anew: str = REPLACE,  # how to ask for a new start in the folder
+    out: Path, stage: str, params: dict, inputs: dict, force: bool, old: dict, anew: str = REPLACE
 ):
     """Raise where `out` holds results of another stage, of other parameters or from other inputs
-    (`old`: its `run.json`); with `force`, remove them."""
+    (`old`: its `run.json`); with `force`, remove them. `anew`: how that is asked for."""
     if not old:
         return
 
@@ -356,19 +315,15 @@ def _refuse_other(
     if old.get("stage") != stage:
         what = f"results of stage {old.get('stage')!r}"
     elif other:
-        what = f"results of other parameters ({_name_differences(other)})"
+        what = f"results of other parameters ({tell_differences(other)})"
     else:
         each = [
             f"{k} has changed since" if a and b else f"{k} is {'new' if b else 'gone'}"
             for k, (a, b) in moved.items()
         ]
         what = f"results made from other inputs ({', '.join(each)})"
-    raise Problem(
-        out,
-        what,
-        f"an empty folder or the same {stage} run",
-        f"choose another output folder, or {anew}",
-    )
+    expected = f"an empty folder or the same {stage} run"
+    raise Problem(out, what, expected, f"choose another output folder, or {anew}")
 
 # %% ../nbs/00e_stage.ipynb #a039129f
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_adapter', 'DEEPEST', 'ROW', 'MOST_BITS', 'NO_YAML', 'name_nearest', 'explain_fault', 'check_schema', 'as_row',
-           'check_depth', 'read_checked', 'PlainLoader', 'read_yaml', 'list_differences', 'describe_differences']
+           'check_depth', 'read_checked', 'PlainLoader', 'read_yaml', 'list_differences', 'tell_differences']
 
 # %% ../nbs/00b_schema.ipynb #e9ae4b72
 import difflib
@@ -180,8 +180,8 @@ def _are_alike(there, asked) -> bool:
     return all(isinstance(part, dict) for part in there + asked)
 
 
-def describe_differences(other: Mapping[str, tuple]) -> str:
-    "The first eight of the settings that differ, and how many more there are."
+def tell_differences(other: Mapping[str, tuple]) -> str:
+    "The first eight of the settings that differ (name -> there, asked), and how many more."
     each = [line for name, (a, b) in other.items() for line in list_differences(a, b, name)]
     more = f" and {len(each) - 8} more" if len(each) > 8 else ""
     return ", ".join(each[:8]) + more

@@ -42,7 +42,7 @@ from rvos_nb.files import (
     write_json,
 )
 from .options import option
-from .schema import ROW, check_schema, describe_differences, read_checked
+from .schema import ROW, check_schema, read_checked, tell_differences
 from .units import check_executor, map_units
 
 # %% ../nbs/00e_stage.ipynb #713ab131
@@ -277,16 +277,10 @@ def clear(
 
 
 def _refuse_other(
-    out: Path,
-    stage: str,
-    params: dict,
-    inputs: dict[str, str],
-    force: bool,
-    old: dict,
-    anew: str = REPLACE,  # how to ask for a new start in the folder
+    out: Path, stage: str, params: dict, inputs: dict, force: bool, old: dict, anew: str = REPLACE
 ):
     """Raise where `out` holds results of another stage, of other parameters or from other inputs
-    (`old`: its `run.json`); with `force`, remove them."""
+    (`old`: its `run.json`); with `force`, remove them. `anew`: how that is asked for."""
     if not old:
         return
 
@@ -305,19 +299,15 @@ def _refuse_other(
     if old.get("stage") != stage:
         what = f"results of stage {old.get('stage')!r}"
     elif other:
-        what = f"results of other parameters ({describe_differences(other)})"
+        what = f"results of other parameters ({tell_differences(other)})"
     else:
         each = [
             f"{k} has changed since" if a and b else f"{k} is {'new' if b else 'gone'}"
             for k, (a, b) in moved.items()
         ]
         what = f"results made from other inputs ({', '.join(each)})"
-    raise Problem(
-        out,
-        what,
-        f"an empty folder or the same {stage} run",
-        f"choose another output folder, or {anew}",
-    )
+    expected = f"an empty folder or the same {stage} run"
+    raise Problem(out, what, expected, f"choose another output folder, or {anew}")
 
 # %% ../nbs/00e_stage.ipynb #a039129f
 @dataclass(frozen=True)

@@ -178,9 +178,8 @@ def turn_inputs(
 ) -> Tensor:  # (..., n): the first layer reads features, then x, y
     "The controller's numbers in the order of `dynamic_mask_head`."
     inputs = MASK_CHANNELS + 2
-    first, rest = numbers.split(
-        [MASK_CHANNELS * inputs, numbers.shape[-1] - MASK_CHANNELS * inputs], -1
-    )
+    count = MASK_CHANNELS * inputs
+    first, rest = numbers[..., :count], numbers[..., count:]
     first = first.unflatten(-1, (MASK_CHANNELS, inputs))
     first = torch.cat([first[..., 2:], first[..., :2]], -1).flatten(-2)
     return torch.cat([first, rest], -1)
@@ -245,6 +244,7 @@ class UNINEXTSteps(SentenceModel):
 
     kind = "probability"
     pad_multiple = 32  # of the sides of a frame
+    unused_parts = ("body.norm0", "norm_layers.0")  # the finest level of a backbone is not taken
 
     def __init__(
         self,
@@ -330,8 +330,6 @@ class UNINEXTSteps(SentenceModel):
 # %% ../../nbs/03k_models.uninext.ipynb #a7c1d208
 class UNINEXT(UNINEXTSteps):
     "Yan et al. 2023, §3, for referring: `see` and `refer` answer, each frame on its own."
-
-    unused_parts = ("body.norm0", "norm_layers.0")  # the finest level of a backbone is not taken
 
     @property
     def pixel_channels(self) -> list[int]:  # of the answered `pixel_maps`

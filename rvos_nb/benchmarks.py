@@ -161,9 +161,9 @@ def demo_figures(
     ran = [o for o in ends if o.state != "skipped"]
     figures = []
     for o in ran:
-        figures.append(Figure(f"demo.{o.name}.seconds", o.seconds, 360, "s"))
+        figures.append(Figure(f"demo.{o.name}.seconds", o.seconds, 300, "s"))
         figures.append(Figure(f"demo.{o.name}.memory", o.memory / 2**20, 2048, "MB"))
-    return [*figures, Figure("demo.seconds", sum(o.seconds for o in ran), 360, "s")]
+    return [*figures, Figure("demo.seconds", sum(o.seconds for o in ran), 300, "s")]
 
 
 def demo() -> list[Figure]:
@@ -237,6 +237,7 @@ def scores(
 BENCHMARKS = {
     "demo": "rvos_nb.benchmarks:demo",
     "scores": "rvos_nb.benchmarks:scores",
+    "ladder": "rvos_nb.bench.ladder:figures",
     "referformer": "rvos_nb.bench.referformer:figures",
     "families": "rvos_nb.bench.families:figures",
     "train": "rvos_nb.bench.train:figures",

@@ -914,10 +914,10 @@ def test_the_published_rules():
     "recipe, words",
     [
         ({"name": "x", "extends": "lsvos2032"}, "no such file"),
-        ({"name": "x", "extends": "demo", "stages": [{"nam": "fuse"}]}, "key 'nam'"),
+        ({"name": "x", "extends": "demo", "stages": [{"nam": "final"}]}, "key 'nam'"),
         ({"name": "x", "extends": "demo", "extra": 1}, "key 'extra'"),
         (
-            {"name": "x", "extends": "demo", "stages": [{"name": "fuse", "function": "a:b"}]},
+            {"name": "x", "extends": "demo", "stages": [{"name": "final", "function": "a:b"}]},
             "either 'notebook' or 'function'",
         ),
     ],

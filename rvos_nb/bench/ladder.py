@@ -179,7 +179,7 @@ def gain_of_all(table: Mapping, level: str) -> np.ndarray:  # (S,) points of eac
     steps = list_steps(table, level)
     return steps["final"] - steps["best member"]
 
-# %% ../../nbs/10h_bench.ladder.ipynb #d55d325e
+# %% ../../nbs/10h_bench.ladder.ipynb #20ef431d
 def write_cell(values: Sequence[float], sign: str = "") -> str:
     "'91.2 ± 0.6': the mean, and half of the spread; with `sign` '+' gains have one."
     return f"{np.mean(values):{sign}.1f} ± {np.ptp(values) / 2:.1f}"
@@ -196,7 +196,7 @@ def pad_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tabulate_ladder(table: Mapping) -> str:  # two tables of Markdown
-    "The steps on each level; then every member alone, propagated, and its worth."
+    "The steps on each level; then every member alone, and its worth."
     levels = table["levels"]
     steps = {level: list_steps(table, level) for level in levels}
     rows = [["step", "by", *levels]]
@@ -205,12 +205,10 @@ def tabulate_ladder(table: Mapping) -> str:  # two tables of Markdown
     gains = [write_cell(gain_of_all(table, level), "+") for level in levels]
     rows.append(["final above best member", "", *gains])
     members = [["member", "model", "of it", *levels]]
-    for m, refined in REFINED.items():
-        alone, after = table["runs"][f"predict-{m}"], table["runs"][refined]
+    for m in REFINED:
+        alone, worth = table["runs"][f"predict-{m}"], table["worth"][m]
         values = [write_cell(alone[x]) for x in levels]
         members.append([m, table["models"][m], "alone", *values])
-        members.append(["", "", "propagated", *(write_cell(after[x]) for x in levels)])
-        worth = table["worth"][m]
         members.append(["", "", "worth", *(write_cell(worth[x], "+") for x in levels)])
     whole = [write_cell(table["fusion of all"][x]) for x in levels]
     members.append(["all five", "", "fused", *whole])

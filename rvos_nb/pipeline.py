@@ -207,6 +207,7 @@ def run_part(
             JUPYTER_PREFER_ENV_PATH="1",
             PYDEVD_DISABLE_FILE_VALIDATION="1",
         )
+        sockets = {"transport": "ipc", "ip": str(Path(runtime, "kernel"))}
         papermill.execute_notebook(
             nb,
             str(output),
@@ -216,7 +217,7 @@ def run_part(
             start_timeout=300,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
-            config=Config(KernelManager={"transport": "tcp" if sys.platform == "win32" else "ipc"}),
+            config=Config(KernelManager={} if sys.platform == "win32" else sockets),
         )
 
 # %% ../nbs/09c_pipeline.ipynb #da114f97

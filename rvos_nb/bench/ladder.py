@@ -214,7 +214,7 @@ def tabulate_ladder(table: Mapping) -> str:  # two tables of Markdown
     members.append(["all five", "", "fused", *whole])
     return f"{pad_table(rows)}\n\n{pad_table(members)}"
 
-# %% ../../nbs/10h_bench.ladder.ipynb #71018ecd
+# %% ../../nbs/10h_bench.ladder.ipynb #432b67c0
 LOOKS = {
     "easy": ("#0072B2", "o"),
     "medium": ("#D55E00", "s"),
@@ -261,7 +261,7 @@ def draw_steps(ax, table: Mapping):
     ax.set_ylabel("J&F, %", fontsize=size)
     ax.set_title("after each stage; dotted: the best member alone", fontsize=9)
 
-
+# %% ../../nbs/10h_bench.ladder.ipynb #35714a14
 def draw_worth(ax, table: Mapping):
     "What the fusion of all members loses without each, a marker for each level."
     names = list(REFINED)

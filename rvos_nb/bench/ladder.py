@@ -30,8 +30,8 @@ from ..study import leave_one_out
 from ..units import map_units
 from ..workflow import load_workflow
 
-# %% ../../nbs/10h_bench.ladder.ipynb #4e4eda69
-VIDEOS, FRAMES = 12, 12  # of a data set; two cores then need less than a quarter of an hour
+# %% ../../nbs/10h_bench.ladder.ipynb #053b6a2d
+VIDEOS, FRAMES = 10, 12  # of a data set; two cores then need less than a quarter of an hour
 DATA_SEEDS = (11, 12, 13)
 CHEAP = {"scales": [1.0], "flip": False}  # of both propagators
 REFINED = {

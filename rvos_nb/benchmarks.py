@@ -160,9 +160,9 @@ def demo_figures(
     ran = [o for o in ends if o.state != "skipped"]
     figures = []
     for o in ran:
-        figures.append(Figure(f"demo.{o.name}.seconds", o.seconds, 360, "s"))
+        figures.append(Figure(f"demo.{o.name}.seconds", o.seconds, 300, "s"))
         figures.append(Figure(f"demo.{o.name}.memory", o.memory / 2**20, 2048, "MB"))
-    return [*figures, Figure("demo.seconds", sum(o.seconds for o in ran), 360, "s")]
+    return [*figures, Figure("demo.seconds", sum(o.seconds for o in ran), 300, "s")]
 
 
 def demo() -> list[Figure]:
@@ -180,6 +180,7 @@ def demo() -> list[Figure]:
 BENCHMARKS = {
     "demo": "rvos_nb.benchmarks:demo",
     "scores": "rvos_nb.bench.scores:figures",
+    "ladder": "rvos_nb.bench.ladder:figures",
     "referformer": "rvos_nb.bench.referformer:figures",
     "families": "rvos_nb.bench.families:figures",
     "train": "rvos_nb.bench.train:figures",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORANGE', 'WHITE', 'DARK', 'SIZE_BOUNDS', 'STYLE', 'draw_panel', 'draw_label', 'compare_runs', 'pick_evenly',
-           'write_overlays', 'expression_sheet', 'score_charts', 'plot_by_size', 'loss_charts', 'write_report',
-           'sample_sheet', 'sample_charts', 'write_samples_report']
+           'write_overlays', 'expression_sheet', 'result_sheet', 'score_charts', 'plot_by_size', 'loss_charts',
+           'write_report', 'sample_sheet', 'sample_charts', 'write_samples_report']
 
 # %% ../nbs/08a_explore.ipynb #f0904a2d
 import base64
@@ -216,6 +216,27 @@ def expression_sheet(
         ]
     sides = [np.rot90(cv2.resize(draw_label(name, height, 12), (height, 22))) for name in rows]
     return np.vstack([np.hstack([side, *panels]) for side, panels in zip(sides, rows.values())])
+
+# %% ../nbs/08a_explore.ipynb #4f21ab02
+def result_sheet(
+    data: Dataset,
+    expressions: Sequence[Expression],
+    tree: Results,
+    columns: int = 4,  # frames, evenly spread
+    height: int = 120,  # of a panel, in pixels
+) -> np.ndarray:  # (h, w, 3) uint8
+    "Rows: what a run takes a sentence to mean, below the sentence. Columns: frames in time."
+    rows, size = [], _panel_size(data.videos[expressions[0].video], height)
+    for e in expressions:
+        video = data.videos[e.video]
+        names = pick_evenly(video.frames, columns)
+        panels = []
+        for name, frame in zip(names, read_video(video, names=names)):
+            mask = _mask_or_none(tree, video, e, name, frame.shape[:2])
+            panels.append(draw_panel(frame, mask, None, size))
+        picture = np.hstack(panels)
+        rows += [draw_label(f"“{e.text}”", picture.shape[1], 14), picture]
+    return np.vstack(rows)
 
 # %% ../nbs/08a_explore.ipynb #9fc6c571
 def score_charts(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Scores', 'find_missing', 'is_made', 'why_no_model', 'WorkflowFaults', 'check_given', 'check_stage', 'fill_stage',
            'plan_workflow', 'run_part', 'run_child', 'end_process', 'Outcome', 'read_reason', 'run_stage_process',
-           'take_member', 'score_runs', 'remove_results', 'do_stage', 'link_masks', 'run_workflow', 'summarise_scores']
+           'run_stage_here', 'take_member', 'score_runs', 'remove_results', 'do_stage', 'link_masks', 'run_workflow',
+           'summarise_scores']
 
 # %% ../nbs/09c_pipeline.ipynb #d6ed4928
 import contextlib
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,6 +207,7 @@ def run_part(
             JUPYTER_PREFER_ENV_PATH="1",
             PYDEVD_DISABLE_FILE_VALIDATION="1",
         )
+        sockets = {"transport": "ipc", "ip": str(Path(runtime, "kernel"))}
         papermill.execute_notebook(
             nb,
             str(output),
@@ -215,7 +217,7 @@ def run_part(
             start_timeout=300,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
-            config=Config(KernelManager={"transport": "tcp" if sys.platform == "win32" else "ipc"}),
+            config=Config(KernelManager={} if sys.platform == "win32" else sockets),
         )
 
 # %% ../nbs/09c_pipeline.ipynb #da114f97
@@ -344,6 +346,30 @@ def run_stage_process(
         return Outcome(stage.name, "done", **took)
     return Outcome(stage.name, *read_reason(executed, log), **took)
 
+# %% ../nbs/09c_pipeline.ipynb #5b0e7c12
+def run_stage_here(
+    stage: Stage,  # filled in
+    folder: Path,  # as of `run_stage_process`; nothing is put there
+    threads: int = 0,  # likewise; the process has as many as it has
+) -> Outcome:
+    """`run_stage_process` without a process, where starting one takes longer than the stage. What
+    the stage raises is raised."""
+    start = time.monotonic()
+    if stage.function:
+        made = find_function(stage.function)(**stage.parameters)
+        if isinstance(made, Report):
+            made.check()
+    else:
+        notebook = json.loads(find_notebook(stage.notebook).read_text(encoding="utf-8"))
+        parameters, *cells = take_stage_cells(notebook)
+        names = {}
+        exec("".join(parameters["source"]), names)
+        names |= stage.parameters
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    return Outcome(stage.name, "done", seconds=time.monotonic() - start)
+
 # %% ../nbs/09c_pipeline.ipynb #f889c1b7
 def take_member(
     data_dir,
@@ -398,14 +424,20 @@ def remove_results(stage: Stage):
                 clear(m)
 
 
-def do_stage(stage: Stage, root: Path, view: StageState, threads: int) -> Outcome:
+def do_stage(
+    stage: Stage,
+    root: Path,
+    view: StageState,
+    threads: int,
+    run_stage: Callable | None = None,  # as of `run_workflow`
+) -> Outcome:
     "Run one stage that has something to do, and keep the record."
     path = root / "_run" / f"{stage.name}.json"
     if view.starts_anew:
         remove_results(stage)
     record = start_record(stage, root)
     write_json(path, record)
-    ended = run_stage_process(stage, root / "_run", threads)
+    ended = (run_stage or run_stage_process)(stage, root / "_run", threads)
     forget_measures()
     write_json(path, end_record(record, stage, root, ended.state))
     return ended
@@ -429,6 +461,7 @@ def run_workflow(
     parameters: dict | None = None,  # replace the recipe's
     only=None,  # names of the stages to run; None: all
     dry: bool = False,  # only check, and print the plan
+    run_stage: Callable | None = None,  # `run_stage_here`; None: `run_stage_process`
 ) -> list[Outcome]:
     """Run what a recipe's stages have to do, one after another. Executed notebooks, logs and
     records go to `OUT/_run`, OUT being the recipe's parameter `out`. Raises `Problem` before
@@ -457,7 +490,7 @@ def run_workflow(
             else:
                 if view.state == "stale":
                     print(f"again ({view.why})", end=" ", flush=True)
-                o = do_stage(s, root, view, recipe.threads)
+                o = do_stage(s, root, view, recipe.threads, run_stage)
                 print(f"{o.state} in {o.seconds:.0f} s", flush=True)
             ends.append(o)
             link_masks(s)

@@ -28,11 +28,11 @@ from rvos_nb.files import read_json, write_json
 from rvos_nb.keyframe import as_json, choose_key_frames, from_json
 from rvos_nb.models import mutr, referformer, soc, uninext, zoo
 from rvos_nb.models.text import make_tokenizer
-from rvos_nb.pipeline import WorkflowFaults, plan_workflow, run_workflow
+from rvos_nb.pipeline import WorkflowFaults, plan_workflow, run_stage_here, run_workflow
 from rvos_nb.propagate import propagate
 from rvos_nb.run_state import inspect_stage
 from rvos_nb.stage import StageFailed
-from rvos_nb.workflow import find_function, find_notebook, load_workflow, take_stage_cells
+from rvos_nb.workflow import load_workflow
 
 
 def tree(folder, *without):
@@ -263,22 +263,6 @@ def save_random(member, folder, seed=0):
     zoo.save(make(configure(len(tokenizer)), tokenizer).eval(), folder, {"steps": 0})
 
 
-def run_here(stage, folder, threads=0):
-    "`run_stage_process` without a process: imports and kernels would take most of the time."
-    start = time.monotonic()
-    if stage.function:
-        find_function(stage.function)(**stage.parameters)
-    else:
-        names = {}
-        parameters, *run = take_stage_cells(read_json(find_notebook(stage.notebook)))
-        exec("".join(parameters["source"]), names)
-        names |= stage.parameters
-        for cell in run:
-            if cell["cell_type"] == "code":
-                exec("".join(cell["source"]), names)
-    return pipeline.Outcome(stage.name, "done", seconds=time.monotonic() - start)
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     "The winners' whole graph, each member a random model of the family that it had."
@@ -288,9 +272,7 @@ def mixed(tmp_path_factory):
     given = {name: str(root / name) for name in ("data", "out", *MEMBERS)}
     given |= {"videos": 1, "frames": 3, "scales": [1.0], "flip": False}
     given |= {"mutr_key_frames": "mask_score"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run_stage_process", run_here)
-        return given, run_workflow("lsvos2023-tiny", given)
+    return given, run_workflow("lsvos2023-tiny", given, run_stage=run_stage_here)
 
 
 def test_members_of_several_families(mixed):
@@ -706,7 +688,7 @@ AFTER_DATA = {
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(pipeline, "run_stage_process", run_here)
+    monkeypatch.setattr(pipeline, "run_stage_process", run_stage_here)
 
 
 @pytest.mark.parametrize("change, rows", AFTER_DATA.items())
@@ -932,10 +914,10 @@ def test_the_published_rules():
     "recipe, words",
     [
         ({"name": "x", "extends": "lsvos2032"}, "no such file"),
-        ({"name": "x", "extends": "demo", "stages": [{"nam": "fuse"}]}, "key 'nam'"),
+        ({"name": "x", "extends": "demo", "stages": [{"nam": "final"}]}, "key 'nam'"),
         ({"name": "x", "extends": "demo", "extra": 1}, "key 'extra'"),
         (
-            {"name": "x", "extends": "demo", "stages": [{"name": "fuse", "function": "a:b"}]},
+            {"name": "x", "extends": "demo", "stages": [{"name": "final", "function": "a:b"}]},
             "either 'notebook' or 'function'",
         ),
     ],

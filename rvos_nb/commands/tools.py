@@ -215,11 +215,11 @@ def run_command(
 
 @add_command("demo")
 def demo_command(parameter: PARAMETERS = None):
-    """See it work: the whole chain on a small benchmark.
+    """See it work: the graph that won in 2023, on a small benchmark.
 
-    Makes a synthetic data set, predicts with two members, chooses key frames, propagates, fuses,
-    scores every stage and draws the result: a few minutes on two cores. Your own data:
-    rvos run demo -p data PATH.
+    Makes a synthetic data set, predicts with five members of four families, chooses key frames,
+    propagates with AOT and DeAOT, fuses twice, scores every stage and draws the result: a few
+    minutes on two cores. Your own data: rvos run demo -p data PATH.
 
     \b
     rvos demo
@@ -430,8 +430,8 @@ def bench_command(
     name: Annotated[
         str,
         typer.Argument(
-            help="Which benchmark: demo, scores, referformer, families, train, propagate, metrics, "
-            "fuse or deform_attn."
+            help="Which benchmark: demo, scores, ladder, referformer, families, train, propagate, "
+            "metrics, fuse or deform_attn."
         ),
     ],
 ):

@@ -66,6 +66,11 @@ def test_same_bytes(saved, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (saved[1] / name).read_bytes()
 
 
+def test_whoever_reads_the_options_reads_the_weights(saved):
+    modes = {p.name: p.stat().st_mode for p in saved[1].iterdir() if p.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_box_heads_are_stored_once(saved):
     stored = safetensors.torch.load_file(saved[1] / "model.safetensors")
     assert "bbox_embed.0.layers.0.weight" in stored and not any(

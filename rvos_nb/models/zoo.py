@@ -232,7 +232,10 @@ def write_files(
     write_json(Path(folder) / "config.json", about | {"config": config})
     kept = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     with replace_file(Path(folder) / "model.safetensors") as tmp:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         safetensors.torch.save_file(kept, tmp)
+        tmp.chmod(mode)  # that of any new file: safetensors lets only its owner read
     if tokenizer is not None:
         tokenizer.save_pretrained(Path(folder) / "tokenizer")
 

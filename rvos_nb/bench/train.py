@@ -132,7 +132,7 @@ def train_tiny(
     steps: int = 200,
 ) -> Trainer:
     "The tiny ReferFormer after some steps of its recipe."
-    recipe = read_recipe("train-referformer-tiny", {"precision": precision})
+    recipe = read_recipe("train-referformer-tiny-pre", {"precision": precision})
     trainer = Trainer(rescale(recipe, steps))
     for batches in draw_batches(Stream("refer", recipe.seed, trainer.recipe.stages), 0):
         trainer.one_step(batches)

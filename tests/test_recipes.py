@@ -275,6 +275,29 @@ def test_a_plan_needs_neither_data_nor_weights(name, monkeypatch):
     assert "MISSING" in str(made) and f"{memory.total / 1e6:.1f} MB" in str(made)
 
 
+@pytest.mark.parametrize(
+    "recipe, given, said",
+    [
+        ("train-toy", {"start": "aot-tiny"}, "aot-tiny: found a aot"),
+        ("train-toy", {"trunk": "aot-tiny"}, "reads no sentences"),
+        ("train-toy", {"trunk": "aot-tiny", "start": "referformer-tiny"}, "one of the two"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses_what_it_could_not_begin_at(recipe, given, said):
+    from rvos_nb.train.plan import make_plan
+
+    with pytest.raises(Problem, match=said):
+        make_plan(read_recipe(recipe, given))
+
+
+def test_a_plan_names_the_file_that_a_backbone_begins_at():
+    from rvos_nb.train.plan import list_remarks
+
+    (remark,) = list_remarks(read_recipe("train-toy", {"start": "swin.pth"}))
+    assert "swin.pth, which must lie here" in remark
+
+
 def test_a_plan_counts_data_that_are_there(trees):
     from rvos_nb.train.plan import describe_stage, list_sources
     from rvos_nb.train.recipe import place_stages

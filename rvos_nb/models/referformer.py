@@ -119,6 +119,7 @@ FAMILY = register(
         architectures=partial(name_architecture, "referformer"),
         task="rvos_nb.train.refer:Refer",
         recipes=(
+            "train-referformer-tiny-pre",
             "train-referformer-tiny",
             "train-referformer-video-swin-tiny",
             "train-referformer-refcoco",

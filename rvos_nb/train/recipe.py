@@ -216,7 +216,7 @@ class Recipe:
     save_minutes: Minutes = 3.0  # time between two checkpoints
     keep: Count = 2  # checkpoints that stay, the newest
 
-
+# %% ../../nbs/04d_train.recipe.ipynb #5c1e77a1
 UNDECIDED = ("data", "save_minutes", "keep", "recompute")  # what the weights do not depend on
 
 

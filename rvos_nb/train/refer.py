@@ -243,7 +243,7 @@ def require_start(recipe: Recipe):
     if recipe.trunk:
         require_trunk(recipe.trunk)
 
-
+# %% ../../nbs/04f_train.refer.ipynb #7d40be21
 def is_setting(form: type, name: str, value) -> bool:
     "Whether a configuration has a setting of this name, which may have this value."
     try:

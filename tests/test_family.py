@@ -34,7 +34,7 @@ from rvos_nb.models.referring import Candidates, Referring
 from rvos_nb.predict import predict
 from rvos_nb.stage import StageFailed
 from rvos_nb.train.loop import train
-from rvos_nb.train.recipe import recipe_mapping
+from rvos_nb.train.recipe import read_loss_options, recipe_mapping
 from rvos_nb.verify.cases import fill, judge
 
 # The family: a pixel's colour times the mean of its sentence's word vectors
@@ -75,11 +75,16 @@ class Toy(OnHub, Referring, nn.Module):
 
 class ToyTask:
     kind = "refer"
+    unused_parts = ()
 
     def __init__(self, recipe, device: str):
         family = find_family(recipe.family)
         self.model = family.model(zoo.read_config(family.config, recipe.model, "recipe, model"))
         self.modules = nn.ModuleDict({"model": self.model}).to(device)
+
+    @staticmethod
+    def check_settings(recipe):
+        read_loss_options(recipe)
 
     def count(self, batch):
         return torch.tensor(len(batch))

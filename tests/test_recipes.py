@@ -275,6 +275,29 @@ def test_a_plan_needs_neither_data_nor_weights(name, monkeypatch):
     assert "MISSING" in str(made) and f"{memory.total / 1e6:.1f} MB" in str(made)
 
 
+@pytest.mark.parametrize(
+    "recipe, given, said",
+    [
+        ("train-toy", {"start": "aot-tiny"}, "aot-tiny: found a aot"),
+        ("train-toy", {"trunk": "aot-tiny"}, "reads no sentences"),
+        ("train-toy", {"trunk": "aot-tiny", "start": "referformer-tiny"}, "one of the two"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses_what_it_could_not_begin_at(recipe, given, said):
+    from rvos_nb.train.plan import make_plan
+
+    with pytest.raises(Problem, match=said):
+        make_plan(read_recipe(recipe, given))
+
+
+def test_a_plan_names_the_file_that_a_backbone_begins_at():
+    from rvos_nb.train.plan import list_remarks
+
+    (remark,) = list_remarks(read_recipe("train-toy", {"start": "swin.pth"}))
+    assert "swin.pth, which must lie here" in remark
+
+
 def test_a_plan_counts_data_that_are_there(trees):
     from rvos_nb.train.plan import describe_stage, list_sources
     from rvos_nb.train.recipe import place_stages
@@ -395,6 +418,10 @@ def test_what_is_wrong_is_named_before_the_first_step(given, said, trees, tmp_pa
         ("train-toy", {"stages.0.source": "refshape"}, "refshapes"),
         ("train-toy", {"family": "referformr"}, "referformer"),
         ("train-toy", {"modl.hidden_dim": 32}, "model"),
+        ("train-toy", {"stages.0.levels": {"eazy": 1}}, "easy"),
+        ("train-toy", {"stages.0.kinds": {"motions": 1}}, "motion"),
+        ("train-toy", {"precision": "bf61"}, "bf16"),
+        ("train-tyo", {}, "train-toy"),
         ("train-soc-ytvos", {"data.ytvo": "x"}, "ytvos"),
         ("train-soc-ytvos", {"ytvo": "x"}, "ytvos"),
         ("train-soc-ytvos", {"stages.0.sources": [{"folder": "ytvos", "spilt": "x"}]}, "split"),
@@ -412,6 +439,79 @@ def test_a_misspelt_name_is_refused_before_a_folder_is_made(recipe, given, meant
     with pytest.raises(Problem, match=rf"did you mean '{meant}'\?"):
         train(recipe, tmp_path / "out", given=given, device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+CLIPS = {"source": "clips", "sources": [{"folder": "x"}]}
+STILL = {"stages.0.frames": 1, "stages.1.frames": 1}
+
+
+@pytest.mark.parametrize(
+    "recipe, given, said",
+    [
+        ("train-toy", {"loss.motion": 1.0} | STILL, "loss, motion.*one frame.*set it to 0"),
+        ("train-toy", {"loss.motion": 1.0, "stages": [CLIPS]}, "loss, motion.*clips of data"),
+        ("finetune-own", {"loss.motion": 1.0, "start": "referformer-tiny"}, "loss, motion"),
+        ("train-toy", {"watch.data": "x"}, "watch, data.*leave it out"),
+        ("train-toy", {"watch.size": [33, 48]}, "watch, size.*divisible by 8"),
+        ("train-toy", {"tuning.warmup": 200}, "tuning, warmup.*from 0 to 1"),
+        ("train-toy", {"tuning.ema": 1.5}, "tuning, ema.*from 0 to 1"),
+        ("train-toy", {"tuning.schedule": "step", "tuning.drop_epochs": [1]}, "use drops"),
+        ("train-toy", {"name": "../x"}, "train-toy, name.*one plain path component"),
+        ("train-toy", {"stages.0.span": "long"}, "span: found 'long'; expected a whole number"),
+        ("train-toy", {"stages.0.resize": 64}, "resize: found 64; expected height and width"),
+        ("train-toy", {"stages.0.size": [64, 96], "stages.0.resize": [64, 64]}, "resize.*64, 96"),
+        ("train-toy", {"stages.0.kinds": {"motion": 1}}, "no scene of .'easy'. offers.*appearance"),
+        ("train-toy", {"stages.0.kinds": {"appearance": True}}, "kinds"),
+        ("train-toy", {"loss.weights.ce": 1}, "no loss.weights in the recipe.*all settings"),
+        ("train-aot-tiny", {"trunk": "referformer-tiny"}, "trunk.*leave it out"),
+        ("train-aot-tiny", {"text": "roberta-base"}, "text.*leave it out"),
+        ("train-aot-tiny", {"stages.0.resize": [96, 144]}, "stage 1, resize.*leave it out"),
+        ("train-aot-tiny", {"stages.1.one_frame": True}, "stage 2, one_frame.*leave it out"),
+    ],
+    ids=str,
+)
+def test_what_cannot_have_its_effect_is_refused_before_a_folder_is_made(
+    recipe, given, said, tmp_path
+):
+    from rvos_nb.train.loop import train
+
+    with pytest.raises(Problem, match=said) as e:
+        train(recipe, tmp_path / "out", given=given, device="cpu")
+    assert all(word in str(e.value) for word in ("found", "expected"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "trunk, said",
+    [
+        ("runs/nowhere", "runs/nowhere: found no checkpoint"),
+        ("aot-tiny", "aot-tiny: found a aot, which reads no sentences"),
+        ("swin.pth", "swin.pth: found a file of weights.*-p start FILE"),
+    ],
+)
+def test_a_trunk_that_cannot_be_one_is_named(trunk, said):
+    from rvos_nb.train.refer import build_referring
+
+    with pytest.raises(Problem, match=said):
+        build_referring(read_recipe("train-toy", {"trunk": trunk}))
+
+
+def test_settings_of_a_trunk_that_its_heir_cannot_have_are_left_behind():
+    "The tiny ReferFormer has no longest side; a UNINEXT must have one."
+    from rvos_nb.train.refer import gather_settings
+
+    settings = gather_settings(read_recipe("train-uninext-toy", {"trunk": "referformer-tiny"}))
+    assert "long_side" not in settings and settings["text"]["model_type"] == "bert"
+
+
+def test_a_picture_leaves_the_heads_of_motion_without_a_gradient():
+    from rvos_nb.train.trainer import Trainer, has_unused
+
+    motion = {"loss.motion": 1.0}
+    mixed = Trainer(read_recipe("train-toy", motion))
+    clips = Trainer(read_recipe("train-toy", motion | {"stages.0.frames": 2}))
+    assert "motion.heads" in mixed.task.unused_parts and has_unused(mixed.task)
+    assert "motion.heads" not in clips.task.unused_parts
 
 
 def test_settings_that_a_recipe_leaves_out_can_be_given():

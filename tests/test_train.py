@@ -729,12 +729,20 @@ def test_bad_recipe_file(tmp_path):
             read_recipe(recipe)
 
 
-@pytest.mark.parametrize("name", ["train-referformer-tiny", "train-aot-tiny", "train-deaot-tiny"])
-def test_shipped_recipes_build(name):
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        ("train-referformer-tiny-pre", {}),
+        ("train-referformer-tiny", {"start": "referformer-tiny"}),  # in place of the first training
+        ("train-aot-tiny", {}),
+        ("train-deaot-tiny", {}),
+    ],
+)
+def test_shipped_recipes_build(name, given):
     from rvos_nb.train.loop import Trainer
     from rvos_nb.train.recipe import read_recipe
 
-    trainer = Trainer(read_recipe(name))
+    trainer = Trainer(read_recipe(name, given))
     assert 3e5 < sum(p.numel() for p in trainer.task.model.parameters()) < 2e6
 
 

@@ -41,7 +41,7 @@ from ..models.video_swin import make_window_plan
 from .losses import PixelLoss
 from .propagate import read_model_config
 from .recipe import Recipe, find_folders, place_stages
-from .refer import find_model, gather_settings
+from .refer import find_model, gather_settings, require_start
 from .schedule import decay_of, freeze_parts
 from .trainer import recompute_layers
 from ..vos.memory import forward_sequence
@@ -153,7 +153,10 @@ def sketch_settings(recipe: Recipe) -> dict:  # of the family's configuration
 
 
 def sketch_referring(recipe: Recipe) -> nn.ModuleDict:
-    "A referring model, and the pixel loss where it has a weight."
+    """A referring model, and the pixel loss where it has a weight. Raises `Problem` for a start or
+    trunk that it cannot begin at."""
+    if recipe.start or recipe.trunk:
+        require_start(recipe)
     family = find_family(recipe.family)
     config = zoo.read_config(family.config, sketch_settings(recipe), "recipe, model")
     modules = nn.ModuleDict({"model": family.model(config)})
@@ -529,6 +532,8 @@ def list_remarks(recipe: Recipe) -> Iterator[str]:
             if recipe.text
             else ("no start: all weights are from scratch")
         )
+    if recipe.start and not is_checkpoint(recipe.start):
+        yield f"the backbone begins at {recipe.start}, which must lie here when it is trained"
     if recipe.text:
         yield f"the text encoder begins at {recipe.text}, which must lie here when it is trained"
     elif not is_checkpoint(recipe.start) and "text_encoder" in recipe.tuning.frozen:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Count', 'Seed', 'Minutes', 'UNDECIDED', 'VALIDATION', 'SOURCES', 'MAPPINGS', 'check_number',
-           'check_names', 'check_drops', 'check_drop_epochs', 'Tuning', 'Lora', 'Watch', 'Recipe', 'name_folder',
-           'recipe_identity', 'same_recipe', 'refuse_unknown', 'build_checked', 'find_folders', 'place_stages',
-           'rescale', 'place_drops', 'read_loss_options', 'list_recipes', 'recipe_mapping', 'trainable_families',
-           'step_into', 'override_settings', 'build_stage', 'take_family', 'check_reading', 'check_data', 'read_recipe']
+           'check_share', 'check_names', 'check_drops', 'check_drop_epochs', 'Tuning', 'Lora', 'Watch', 'Recipe',
+           'name_folder', 'recipe_identity', 'same_recipe', 'refuse_unknown', 'build_checked', 'find_folders',
+           'place_stages', 'rescale', 'place_drops', 'read_loss_options', 'list_recipes', 'recipe_mapping',
+           'trainable_families', 'step_into', 'refuse_parameter', 'override_settings', 'build_stage', 'take_family',
+           'check_reading', 'check_watch', 'check_data', 'read_recipe']
 
 # %% ../../nbs/04d_train.recipe.ipynb #8eadda8f
 import copy
@@ -20,7 +21,7 @@ from typing import Annotated, Literal, get_type_hints
 
 from pydantic import Field
 
-from ..core import Problem, find_shipped, resolve
+from ..core import Problem, check_id, find_shipped, resolve
 from ..data.clips import SceneStage
 from ..data.sequences import FilmStage, StillStage
 from ..data.training import ClipStage
@@ -42,6 +43,16 @@ def check_number(
             "a number from 0 on",
             "write it with a dot, such as 1.0e-3, since YAML takes 1e-3 for a text",
         )
+
+
+def check_share(
+    setting: str,  # under tuning
+    value: float,
+):
+    "Raise `Problem` for a number above 1."
+    if value > 1:
+        where, expected = f"recipe, tuning, {setting}", "a number from 0 to 1"
+        raise Problem(where, repr(value), expected, "correct the recipe")
 
 
 def check_names(
@@ -124,6 +135,8 @@ class Tuning:
             )
         for name in ("lr", "weight_decay", "warmup", "final", "gamma", "clip", "ema"):
             check_number(name, getattr(self, name))
+        for name in ("warmup", "ema"):
+            check_share(name, getattr(self, name))
         for name in ("no_decay", "frozen"):
             check_names(name, getattr(self, name))
         check_drops(self.drops, self.schedule)
@@ -198,12 +211,12 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     watch: Watch = field(default_factory=Watch)
     seed: Seed = 0
-    precision: str = "float32"  # or 'bf16' or 'fp16': what autocast computes in
+    precision: Literal["float32", "bf16", "fp16"] = "float32"  # what autocast computes in
     recompute: bool = False  # forget activations, and compute them again going backward
     save_minutes: Minutes = 3.0  # time between two checkpoints
     keep: Count = 2  # checkpoints that stay, the newest
 
-# %% ../../nbs/04d_train.recipe.ipynb #71273f00
+# %% ../../nbs/04d_train.recipe.ipynb #5c1e77a1
 UNDECIDED = ("data", "save_minutes", "keep", "recompute")  # what the weights do not depend on
 
 
@@ -363,11 +376,11 @@ def recipe_mapping(
     try:
         found = read_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        names = ", ".join(list_recipes())
+        names = list_recipes()
         raise Problem(
             recipe,
-            "no such recipe",
-            f"a YAML file, or one of {names}",
+            f"no such recipe{name_nearest(recipe, names)}",
+            f"a YAML file, or one of {', '.join(names)}",
             "correct the name or the path",
         ) from None
     except UnicodeDecodeError as e:
@@ -394,6 +407,21 @@ def step_into(node, part: str):
     return node.get(part) if isinstance(node, dict) else None
 
 
+def refuse_parameter(
+    name: str,  # as it was given
+    parts: Sequence[str],  # of the name
+    known: Sequence[str],  # first parts that there are
+) -> Problem:
+    "What is wrong with a name that leads nowhere."
+    where, expected = f"parameter {name}", ", ".join(known)
+    if parts[0] not in known:
+        found = f"no setting {parts[0]}{name_nearest(parts[0], known)} in the recipe"
+        return Problem(where, found, expected, "correct the name")
+    found = f"no {'.'.join(parts[:-1])} in the recipe with settings of its own"
+    remedy = "correct the name, or give all settings of that part at once: -p NAME '{…}'"
+    return Problem(where, found, "a setting below one that the recipe has", remedy)
+
+
 def override_settings(
     recipe: dict,
     given: Mapping,  # name -> value; 'a.b.0.c' leads into lists and mappings
@@ -410,10 +438,7 @@ def override_settings(
         for part in parts[:-1]:
             node = step_into(node, part)
         if not isinstance(node, dict) or parts[0] not in known:
-            found = "no such setting in the recipe"
-            if parts[0] not in known:
-                found = f"no setting {parts[0]}{name_nearest(parts[0], known)} in the recipe"
-            raise Problem(f"parameter {name}", found, ", ".join(known), "correct the name")
+            raise refuse_parameter(name, parts, known)
         node[parts[-1]] = value
     return recipe
 
@@ -452,6 +477,19 @@ def check_reading(recipe: Recipe, where: str):
         raise Problem(where, found, "a referring model", "name another start, or another family")
 
 
+def check_watch(recipe: Recipe, where: str):
+    "Raise `Problem` where the quick validation is asked for what it cannot do."
+    watch, clips = recipe.watch, isinstance(recipe.stages[-1], ClipStage)
+    if watch.data and not clips:
+        found = f"{watch.data!r}, where the last stage does not train on clips of data sets"
+        expected = "no data set: such a training is watched on scenes, or on its own sequences"
+        raise Problem(f"{where}, watch, data", found, expected, "leave it out")
+    sides = list(watch.size)
+    if isinstance(recipe.stages[-1], SceneStage) and any(s < 32 or s % 8 for s in sides):
+        expected = "height and width of at least 32, divisible by 8"
+        raise Problem(f"{where}, watch, size", str(sides), expected, "correct the recipe")
+
+
 def check_data(recipe: Recipe, where: str):
     "Raise `Problem` for a name under `data` that nothing draws from."
     names = [recipe.watch.data]
@@ -488,7 +526,10 @@ def read_recipe(
     if not isinstance(watch, Watch):
         watch = build_checked(Watch, watch, f"{where}, watch")
     r = replace(r, stages=stages, tuning=tuning, lora=lora, watch=watch)
+    check_id(r.name, f"{where}, name")
     check_reading(r, where)
     check_data(r, where)
+    check_watch(r, where)
+    place_drops(r)
     find_object(find_family(r.family).task).check_settings(r)  # a later chapter
     return r

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['normalise_clips', 'find_padding', 'answer_sentences', 'to_float32', 'clip_scores', 'mean_scores', 'check_weights',
-           'gather_options', 'make_criterion', 'find_model', 'find_words', 'require_start', 'gather_settings',
-           'build_referring', 'begin_settings', 'check_model', 'watch_scenes', 'watch_clips', 'charge_pixels', 'Refer']
+           'gather_options', 'check_motion', 'make_criterion', 'find_model', 'find_words', 'require_trunk',
+           'require_start', 'is_setting', 'gather_settings', 'build_referring', 'begin_settings', 'check_model',
+           'watch_scenes', 'watch_clips', 'charge_pixels', 'Refer']
 
 # %% ../../nbs/04f_train.refer.ipynb #b1d7d88d
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -172,6 +174,18 @@ def gather_options(recipe: Recipe) -> dict:  # weights, pixel, motion, and those
     return options
 
 
+def check_motion(recipe: Recipe, weight: float):
+    "Raise `Problem` for a weight of the loss on motion where clips have no motions."
+    found = ""
+    if any(isinstance(stage, ClipStage) for stage in recipe.stages):
+        found = f"{weight}, with clips of data sets, which do not know how their objects move"
+    elif all(stage.frames == 1 for stage in recipe.stages):
+        found = f"{weight}, with clips of one frame, in which nothing moves"
+    if weight and found:
+        expected = "stages of RefShapes alone, one of them with two frames or more"
+        raise Problem("recipe, loss, motion", found, expected, "set it to 0, or leave it out")
+
+
 def make_criterion(
     recipe: Recipe,
     options: dict,  # of `gather_options`
@@ -197,6 +211,17 @@ def find_words(recipe: Recipe):  # a Hugging Face tokenizer
     return make_tokenizer(scenes.WORDS)
 
 
+def require_trunk(trunk: str):
+    "Raise `Problem` for a trunk that is missing, a file, or of a family that reads no sentences."
+    if not is_checkpoint(trunk):
+        remedy = "name its folder; weights of a backbone alone are a start: -p start FILE"
+        raise Problem(trunk, "a file of weights", "a trained model of any family", remedy)
+    family = zoo.read_card(zoo.find(trunk))["family"]
+    if not find_family(family).model.reads_sentences:
+        found, expected = f"a {family}, which reads no sentences", "a referring model"
+        raise Problem(trunk, found, expected, "name another trunk")
+
+
 def require_start(recipe: Recipe):
     """Raise `Problem` where a fine-tuning does not say what it goes on from, and for a start that
     is missing or of another family."""
@@ -215,6 +240,17 @@ def require_start(recipe: Recipe):
             found, expected = f"a {family}", f"a {recipe.family}, as the recipe trains"
             remedy = "name another start, or another recipe; or take its shared parts: -p trunk"
             raise Problem(recipe.start, found, expected, remedy)
+    if recipe.trunk:
+        require_trunk(recipe.trunk)
+
+# %% ../../nbs/04f_train.refer.ipynb #7d40be21
+def is_setting(form: type, name: str, value) -> bool:
+    "Whether a configuration has a setting of this name, which may have this value."
+    try:
+        check_schema(get_type_hints(form)[name], value, name)
+    except (KeyError, Problem):
+        return False
+    return True
 
 
 def gather_settings(recipe: Recipe) -> dict:  # of the family's configuration
@@ -223,8 +259,9 @@ def gather_settings(recipe: Recipe) -> dict:  # of the family's configuration
     settings = copy.deepcopy(dict(recipe.model))
     if model := find_model(recipe):
         given = zoo.read_card(zoo.find(model))["config"]
-        known = {f.name for f in fields(find_family(recipe.family).config)}
-        settings = {k: v for k, v in given.items() if recipe.start or k in known} | settings
+        form = find_family(recipe.family).config
+        kept = {k: v for k, v in given.items() if recipe.start or is_setting(form, k, v)}
+        settings = kept | settings
     return settings
 
 
@@ -342,13 +379,16 @@ class Refer:
     @staticmethod
     def check_settings(recipe: Recipe):
         "Raise `Problem` for options of loss or model that there are not."
-        make_criterion(recipe, gather_options(recipe))
+        options = gather_options(recipe)
+        make_criterion(recipe, options)
+        check_motion(recipe, options["motion"])
         check_model(recipe)
 
     @property
     def unused_parts(self) -> tuple[str, ...]:
         "Parts of the names of parameters that may get no gradient."
-        return self.model.unused_parts
+        still = any(stage.frames == 1 for stage in self.stages)  # what has no motion to learn
+        return (*self.model.unused_parts, *(("motion.heads",) if still else ()))
 
     def answer(self, batch: ReferBatch, aux: bool = True) -> dict:
         "What the model says of a batch, see `answer_sentences`."

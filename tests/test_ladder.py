@@ -73,7 +73,7 @@ def test_the_best_member_is_the_same_for_all_seeds(table):
 def test_the_text(table):
     text = tabulate_ladder(table)
     assert "| best member                 | predict " in text and "55.0 ± 1.0" in text
-    assert "+11.0 ± 0.0" in text and "referformer-video-swin-tiny" in text
+    assert "+11.0 ± 0.0" in text and "referformer-tiny" in text
     assert len({len(line) for line in text.split("\n\n")[0].splitlines()}) == 1
     assert write_cell([1.0, 4.0], "+") == "+2.5 ± 1.5"
     assert pad_table([["a", "b"], ["long", ""]]).splitlines()[1] == "| ---- | - |"

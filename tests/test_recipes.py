@@ -441,7 +441,7 @@ def test_a_misspelt_name_is_refused_before_a_folder_is_made(recipe, given, meant
     assert not (tmp_path / "out").exists()
 
 
-CLIPS = {"source": "clips", "sources": [{"folder": "x"}]}
+CLIP_STAGE = {"source": "clips", "sources": [{"folder": "x"}]}
 STILL = {"stages.0.frames": 1, "stages.1.frames": 1}
 
 
@@ -449,7 +449,7 @@ STILL = {"stages.0.frames": 1, "stages.1.frames": 1}
     "recipe, given, said",
     [
         ("train-toy", {"loss.motion": 1.0} | STILL, "loss, motion.*one frame.*set it to 0"),
-        ("train-toy", {"loss.motion": 1.0, "stages": [CLIPS]}, "loss, motion.*clips of data"),
+        ("train-toy", {"loss.motion": 1.0, "stages": [CLIP_STAGE]}, "loss, motion.*clips of data"),
         ("finetune-own", {"loss.motion": 1.0, "start": "referformer-tiny"}, "loss, motion"),
         ("train-toy", {"watch.data": "x"}, "watch, data.*leave it out"),
         ("train-toy", {"watch.size": [33, 48]}, "watch, size.*divisible by 8"),

@@ -362,7 +362,7 @@ def test_a_referring_model_begins_where_its_recipe_says(tmp_path):
     body = (
         Trainer(
             read_recipe(
-                "train-referformer-tiny",
+                "train-referformer-tiny-pre",
                 {"start": str(tmp_path / "resnet50.pth"), "model.backbone": "resnet50"},
             ),
         )
@@ -372,7 +372,7 @@ def test_a_referring_model_begins_where_its_recipe_says(tmp_path):
     assert torch.equal(body.layer3[5].conv2.weight, file.layer3[5].conv2.weight)
     with pytest.raises(Problem, match="missing"):
         torch.save({"fc.weight": torch.ones(2)}, tmp_path / "other.pth")
-        Trainer(read_recipe("train-referformer-tiny", {"start": str(tmp_path / "other.pth")}))
+        Trainer(read_recipe("train-referformer-tiny-pre", {"start": str(tmp_path / "other.pth")}))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -347,7 +347,7 @@ def test_a_family_lists_only_its_own_shipped_models():
     assert "aot-tiny" in zoo.list_shipped() and "referformer-tiny" in zoo.list_shipped()
     aot = zoo.list_shipped("aot")
     assert " aot-tiny" in aot and "deaot-tiny" not in aot and "referformer" not in aot
-    assert zoo.list_shipped("soc") == ""
+    assert zoo.list_shipped("sam2") == ""
 
 
 def test_every_published_variant_has_a_row():

@@ -293,7 +293,10 @@ def test_goes_on_from_a_start_and_resumes(lora, data, tmp_path):
     assert [*start.state_dict()] == [*trained.state_dict()]
     moved = {n for n, p in start.state_dict().items() if (p != trained.state_dict()[n]).any()}
     if lora["rank"]:
-        layers = ("text_encoder.encoder.layer.0.attention.self.query.weight", "class_embed.0.weight")
+        layers = (
+            "text_encoder.encoder.layer.0.attention.self.query.weight",
+            "class_embed.0.weight",
+        )
         assert {*layers} <= moved and not any("backbone" in n or "norm" in n for n in moved)
     else:
         assert any("backbone" in n for n in moved) and not any("text_enc" in n for n in moved)

@@ -22,7 +22,7 @@ from ..data.video import read_video
 from ..evaluate import evaluate
 from ..files import write_bytes, write_json
 from ..metrics import j_and_f
-from ..models import zoo
+from ..models import catalogue, zoo
 from ..models.family import all_facts, find_family
 from ..predict import predict
 from ..propagation import walk
@@ -133,7 +133,7 @@ def describe_checkpoint(
         f"# {folder.name}",
         "",
         f"{all_facts()[about['family']].title}, with the backbone `{backbone}`; "
-        f"{zoo.count_parameters(folder) / 1e6:.2f} million parameters.",
+        f"{catalogue.count_parameters(folder) / 1e6:.2f} million parameters.",
         "",
         f"Made by `rvos train {recipe['name']} --out DIR`: seed {card['seed']}, "
         f"{card['steps']} steps, {card['minutes']:.0f} minutes on {card['hardware']}, "

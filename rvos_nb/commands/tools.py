@@ -232,10 +232,10 @@ def models_command(
     to use one: "convert" needs the file from its authors' page and `rvos convert`. Nothing is
     downloaded unless a command is told to.
     """
-    from rvos_nb.models import zoo
+    from rvos_nb.models import catalogue
 
-    published = zoo.list_published(zoo.published_models(family))
-    print(*filter(None, [zoo.list_shipped(family), published]), sep="\n\n")
+    published = catalogue.list_published(catalogue.published_models(family))
+    print(*filter(None, [catalogue.list_shipped(family), published]), sep="\n\n")
     print("params: millions; +CFBI: J&F after propagation by CFBI")
 
 # %% ../../nbs/09f_commands.tools.ipynb #86405fd6

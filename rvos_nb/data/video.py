@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_STRETCHED', 'TICK', 'FILM_FORMATS', 'LONE_PICTURE_SUFFIXES', 'ONE_PACKET_A_FRAME', 'Video', 'Expression',
-           'frame_path', 'frame_files', 'read_video', 'write_video', 'is_picture', 'open_film', 'FilmReading',
-           'FilmIndex', 'index_film', 'count_frames', 'open_clip', 'frame_rate', 'frame_times']
+           'frame_path', 'frame_files', 'map_ahead', 'read_video', 'write_video', 'is_picture', 'open_film',
+           'FilmReading', 'FilmIndex', 'index_film', 'count_frames', 'open_clip', 'frame_rate', 'frame_times']
 
 # %% ../../nbs/01b_data.video.ipynb #8eebb34e
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,17 +71,21 @@ def frame_files(
     return [frame_path(video, name) for name in video.frames]
 
 # %% ../../nbs/01b_data.video.ipynb #d913f393
-def _decode_ahead(paths: Iterable[Path], ahead: int) -> Iterator[tuple[Path, np.ndarray]]:
-    "Pictures in order; `ahead` of them are being decoded while one is used."
+def map_ahead(
+    function: Callable,
+    items: Iterable,
+    ahead: int = 4,  # how many are worked on while one is used
+) -> Iterator[tuple]:  # (item, what the function makes of it), in order
+    "A function over items in up to four threads; no more than `ahead` results are held."
     pending = deque()
     with ThreadPoolExecutor(max(1, min(ahead, 4))) as pool:
-        for path in paths:
-            pending.append((path, pool.submit(read_frame, path)))
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
             if len(pending) > ahead:
-                path, frame = pending.popleft()
-                yield path, frame.result()
-        for path, frame in pending:
-            yield path, frame.result()
+                item, made = pending.popleft()
+                yield item, made.result()
+        for item, made in pending:
+            yield item, made.result()
 
 
 def _open_frames(
@@ -90,7 +94,7 @@ def _open_frames(
     "Frames of a folder, of a video file, or of one picture."
     folder = Path(video.folder)
     if not folder.is_file():
-        yield from _decode_ahead((frame_path(video, name) for name in names), ahead)
+        yield from map_ahead(read_frame, (frame_path(video, name) for name in names), ahead)
     elif is_picture(folder):
         yield from ((folder, read_frame(folder)) for _ in names)
     else:

@@ -16,8 +16,8 @@ from .data.masks import choose_colours
 from .files import write_bytes
 
 # %% ../nbs/08c_player.ipynb #728f9c59
-MOST_PICTURES = 200  # about ten megabytes
-PICTURE_SIDE = 960  # pixels of the longer side
+MOST_PICTURES = 150  # about ten megabytes
+PICTURE_SIDE = 800  # pixels of the longer side
 
 
 @dataclass(frozen=True)

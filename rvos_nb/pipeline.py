@@ -313,7 +313,7 @@ def read_reason(executed: Path, log: Path) -> tuple[str, str]:
         ["the last lines of its log:", *("  " + line for line in lines[-12:])]
     )
 
-# %% ../nbs/09c_pipeline.ipynb #c4082bee
+# %% ../nbs/09c_pipeline.ipynb #ba24e932
 def read_progress(log: Path) -> str:
     "What a stage said last of its progress; '' where it said nothing."
     with open(log, "rb") as f:
@@ -342,7 +342,7 @@ def wait_for(process: subprocess.Popen, log: Path, head: str = ""):
         print(f"\r\x1b[K{head}" if live else "\n   ", end=" ", flush=True)
     return status, usage
 
-
+# %% ../nbs/09c_pipeline.ipynb #c4082bee
 def run_stage_process(
     stage: Stage,  # filled in
     folder: Path,  # where STAGE.ipynb and STAGE.log go

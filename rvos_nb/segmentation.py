@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROPAGATOR', 'PIECE', 'check_pictures', 'bring_clip', 'leave_broken', 'check_texts', 'ClipOptions', 'Journal',
-           'draw_answers', 'Asking', 'FillIn', 'ClipWork', 'check_out', 'segment']
+           'draw_answers', 'Asking', 'FillIn', 'ClipWork', 'load_models', 'find_keys', 'carry_on', 'gather_findings',
+           'do_clip', 'check_out', 'segment']
 
 # %% ../nbs/08e_segmentation.ipynb #d513d9b5
 import hashlib
@@ -109,7 +110,7 @@ def leave_broken(
         assume(path, found, "this frame is left out")
     return replace(clip, frames=tuple(kept))
 
-
+# %% ../nbs/08e_segmentation.ipynb #0a0e21a7
 def check_texts(
     sentences,  # one, or several
 ) -> list[str]:  # each once, in order
@@ -355,79 +356,81 @@ class ClipWork:
         same = made.get("work") == self.journal.work
         return same and made["options"]["fps"] == self.wish.fps
 
-    def load_models(self, device: str) -> list:
-        "The models; says beforehand what a reader should know of them."
-        carries = self.wish.propagate or (PROPAGATOR if self.wish.every > 1 else "")
-        for model in (*self.models, carries):
-            note_small_model(model)
-        online, speed = self.place.online, self.how.speed()
-        loaded = [load_referring(m, device, online, **speed) for m in self.models]
-        for name, model in zip(self.models, loaded):
-            for text in self.texts:
-                model.check_sentence(text)
-            if words := unknown_words(model, self.texts):
-                found = f"words that it has never met: {', '.join(words)}"
-                assume(model_name(name), found, "what it finds for them may mean nothing")
-        return loaded
+# %% ../nbs/08e_segmentation.ipynb #b9e021fb
+def load_models(work: ClipWork, device: str) -> list:
+    "The models. Raises `Problem` for a sentence that one of them cannot read."
+    carries = work.wish.propagate or (PROPAGATOR if work.wish.every > 1 else "")
+    for model in (*work.models, carries):
+        note_small_model(model)
+    online, speed = work.place.online, work.how.speed()
+    loaded = [load_referring(m, device, online, **speed) for m in work.models]
+    for name, model in zip(work.models, loaded):
+        for text in work.texts:
+            model.check_sentence(text)
+        if words := unknown_words(model, work.texts):
+            found = f"words that it has never met: {', '.join(words)}"
+            assume(model_name(name), found, "what it finds for them may mean nothing")
+    return loaded
 
-    def find_keys(self, scores: np.ndarray) -> list[int]:  # E
-        "The surest frame of each sentence that has a mask."
-        frames = self.clip.frames[:: self.wish.every]
 
-        def drawn(e):
-            return lambda t: is_drawn(self.asked / str(e) / f"{frames[t]}.png")
+def find_keys(work: ClipWork, scores: np.ndarray) -> list[int]:  # E
+    "The surest asked frame of each sentence that has a mask."
+    frames = work.clip.frames[:: work.wish.every]
 
-        return [key_frame_nonempty(own, drawn(e)) for e, own in enumerate(scores)]
+    def drawn(e):
+        return lambda t: is_drawn(work.asked / str(e) / f"{frames[t]}.png")
 
-    def carry_on(self, keys: list[int], device: str):
-        "Masks of all frames, where a propagator makes them."
-        name = self.wish.propagate or PROPAGATOR
-        propagator = make_propagator(name, device=device, online=self.place.online)
-        if self.wish.every > 1:
-            fill = FillIn(self.clip, self.wish.every, self.asked, self.masks)
-            return fill.run(propagator, len(self.texts))
-        at_once = 8 if propagator.fork() is not None else 1
-        left = [e for e in range(len(keys)) if not (self.masks / str(e)).is_dir()]
-        for i in range(0, len(left), at_once):
-            with ExitStack() as stack:
-                sentences = [
-                    SentenceMasks(
-                        keys[e],
-                        self.asked / str(e),
-                        stack.enter_context(replace_folder(self.masks / str(e))),
-                    )
-                    for e in left[i : i + at_once]
-                ]
-                propagate_sentences(propagator, self.clip, sentences, bar="propagate")
+    return [key_frame_nonempty(own, drawn(e)) for e, own in enumerate(scores)]
 
-    def run(self) -> ClipResult:
-        "All that is not done yet."
-        device = choose_device(self.place.device)
-        models = self.load_models(device)
-        if self.journal.fresh:
-            for folder in (self.masks, self.out / "predicted" / self.clip.id):
-                shutil.rmtree(folder, ignore_errors=True)
-        every, count = self.wish.every, len(self.clip.frames)
-        few = replace(self.clip, frames=self.clip.frames[::every])
-        scores = Asking(few, self.texts, models, self.how, self.asked, self.journal).run()
-        keys = self.find_keys(scores)
-        del models
-        if self.asked != self.masks:
-            self.carry_on(keys, device)
-        size = next(read_video(replace(few, frames=few.frames[:1]))).shape[:2]
-        files = {
-            s: [self.masks / str(e) / f"{name}.png" for name in self.clip.frames]
-            for e, s in enumerate(self.texts)
-        }
-        found = Findings(
-            self.clip,
-            self.texts,
-            {s: ClipMasks(paths, size) for s, paths in files.items()},
-            {s: np.repeat(own, every)[:count] for s, own in zip(self.texts, scores)},
-            {s: k * every for s, k in zip(self.texts, keys)},
-            self.made() | {"work": self.journal.work},
-        )
-        return write_findings(found, self.out, self.wish.fps)
+
+def carry_on(work: ClipWork, keys: list[int], device: str):
+    "Masks of all frames, where a propagator makes them; sentences that are done are left."
+    name = work.wish.propagate or PROPAGATOR
+    propagator = make_propagator(name, device=device, online=work.place.online)
+    if work.wish.every > 1:
+        fill = FillIn(work.clip, work.wish.every, work.asked, work.masks)
+        return fill.run(propagator, len(work.texts))
+    at_once = 8 if propagator.fork() is not None else 1
+    left = [e for e in range(len(keys)) if not (work.masks / str(e)).is_dir()]
+    for i in range(0, len(left), at_once):
+        with ExitStack() as stack:
+            sentences = []
+            for e in left[i : i + at_once]:
+                folder = stack.enter_context(replace_folder(work.masks / str(e)))
+                sentences.append(SentenceMasks(keys[e], work.asked / str(e), folder))
+            propagate_sentences(propagator, work.clip, sentences, bar="propagate")
+
+# %% ../nbs/08e_segmentation.ipynb #21c6f4bf
+def gather_findings(work: ClipWork, scores: np.ndarray, keys: list[int]) -> Findings:
+    "What is to be written down, of the frames that were asked about and all others."
+    names, every = work.clip.frames, work.wish.every
+    first = replace(work.clip, frames=names[:1])
+    size = next(read_video(first)).shape[:2]
+    trees = [work.masks / str(e) for e in range(len(work.texts))]
+    return Findings(
+        work.clip,
+        work.texts,
+        {s: ClipMasks([t / f"{n}.png" for n in names], size) for s, t in zip(work.texts, trees)},
+        {s: np.repeat(own, every)[: len(names)] for s, own in zip(work.texts, scores)},
+        {s: k * every for s, k in zip(work.texts, keys)},
+        work.made() | {"work": work.journal.work},
+    )
+
+
+def do_clip(work: ClipWork) -> ClipResult:
+    "All that is not done yet."
+    device = choose_device(work.place.device)
+    models = load_models(work, device)
+    if work.journal.fresh:
+        for folder in (work.masks, work.out / "predicted" / work.clip.id):
+            shutil.rmtree(folder, ignore_errors=True)
+    few = replace(work.clip, frames=work.clip.frames[:: work.wish.every])
+    scores = Asking(few, work.texts, models, work.how, work.asked, work.journal).run()
+    keys = find_keys(work, scores)
+    del models
+    if work.asked != work.masks:
+        carry_on(work, keys, device)
+    return write_findings(gather_findings(work, scores, keys), work.out, work.wish.fps)
 
 # %% ../nbs/08e_segmentation.ipynb #84004ecf
 def check_out(out: Path):
@@ -457,5 +460,5 @@ def segment(
     with locked(folder):
         work = ClipWork(clip, texts, folder, how, wish, place, [model, *members])
         if not work.is_finished():
-            work.run()
+            do_clip(work)
     return open_result(folder, held)

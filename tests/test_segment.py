@@ -3,6 +3,7 @@ of it, what is said beforehand, how it goes on, and whatever may be wrong with w
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -219,6 +220,40 @@ def test_the_page_holds_everything(result):
     )
     assert all(f"“{s}”" in page for s in SENTENCES) and 'type="range"' in page
     assert len(json.loads(page.split('"pictures": ')[1].split("], ")[0] + "]")) == 12
+
+
+PAGE = """
+const listeners = {};
+function element() {return {attributes: {}, dataset: {}, parts: {}, lists: {}, value: '0',
+  setAttribute(name, value) {this.attributes[name] = value},
+  querySelector(q) {return this.parts[q] || (this.parts[q] = element())},
+  querySelectorAll(q) {return this.lists[q] || []},
+  getBoundingClientRect() {return {left: 0, width: 1000}}}}
+const root = element(), key = element(), lines = [element(), element()];
+root.ownerDocument = {addEventListener(name, call) {listeners[name] = call}};
+root.lists = {li: lines, a: [key]};
+key.dataset.frame = '3';
+globalThis.document = {currentScript: {previousElementSibling: root}};
+SCRIPT
+const quiet = {preventDefault() {}, target: null}, said = () => root.parts.output.textContent;
+const seen = [];
+root.parts.input.value = '2'; root.parts.input.oninput(); seen.push(said());
+listeners.keydown({...quiet, key: 'ArrowRight'}); seen.push(said());
+root.parts.svg.onpointerdown({clientX: 1000}); seen.push(said());
+key.onclick(quiet); seen.push(said(), lines[1].parts.b.textContent);
+console.log(seen.join(';'));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node, to run the page's script")
+def test_the_slider_the_keys_and_the_curve_choose_the_frame(result):
+    page = (result.folder / "page.html").read_text(encoding="utf-8")
+    script = page.split("<script>")[1].split("</script>")[0]
+    program = PAGE.replace("SCRIPT", script)
+    done = subprocess.run(["node", "-"], input=program, capture_output=True, text=True)
+    score = result.scores[SENTENCES[1]][3]
+    frames = [f"frame {t} of 12" for t in (2, 3, 11, 3)]
+    assert done.stdout.strip().split(";") == [*frames, f"{score:.2f}"], done.stderr
 
 
 # What is said, and when

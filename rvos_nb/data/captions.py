@@ -96,7 +96,8 @@ def _draw_box(
     shown = [*captions]
     if len(shown) > rows:
         shown = [*shown[: rows - 1], f"… and {len(shown) - rows + 1} more"]
-    shown = [cut_text(text, width - 2 * row - 8, letters) for text in shown]
+    room = width - 2 * row - 8 if width < 400 else width * 3 // 5  # a wide picture stays visible
+    shown = [cut_text(text, room, letters) for text in shown]
     longest = max(_font(letters).getlength(text) for text in shown)
     box = Image.new("RGB", (min(width, int(longest) + row + 14), min(height, row * len(shown) + 4)))
     draw = ImageDraw.Draw(box)

@@ -556,7 +556,7 @@ def choose_colours(n: int) -> np.ndarray:  # (n, 3) float, 0..255
     return np.minimum(colours * 1.6 + 40, 255)
 
 
-STRIPE = 6  # pixels
+STRIPE = 6  # pixels; more in a large picture
 
 
 def divide_pixels(
@@ -567,7 +567,8 @@ def divide_pixels(
         return masks
     order = masks.cumsum(0, dtype=np.uint8)  # which of the masks of a pixel this one is, from 1 on
     height, width = masks.shape[1:]
-    stripes = np.add.outer(np.arange(height), np.arange(width)) // STRIPE
+    broad = max(STRIPE, min(height, width) // 60)
+    stripes = np.add.outer(np.arange(height), np.arange(width)) // broad
     turn = stripes % np.maximum(order[-1], 1) + 1
     return masks & (order == turn)
 

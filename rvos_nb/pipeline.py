@@ -182,7 +182,6 @@ def plan_workflow(
     for anything that cannot work."""
     workflow = recipe if isinstance(recipe, Workflow) else load_workflow(recipe)
     given, where = {**workflow.parameters, **(parameters or {})}, f"recipe {workflow.name}"
-    given |= find_split(given, parameters or {})
     empty = [k for k, v in given.items() if v is None]
     told = {k: v for k, v in given.items() if k not in empty} if dry else given
     faults = check_given(workflow, told, only or ())

@@ -17,3 +17,21 @@ TOO_LATE = [name for name in ENVIRONMENT if "torch" in sys.modules and name not 
 
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+LAZY = {
+    "segment": "rvos_nb.segmentation",
+    "open_result": "rvos_nb.clip_result",
+    "ClipResult": "rvos_nb.clip_result",
+}  # what is imported from the package itself -> its module, which is loaded only then
+
+
+def __getattr__(name: str):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

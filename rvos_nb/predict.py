@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['LARGEST_COUNT', 'bytes_of', 'check_counts', 'AskOptions', 'PredictOptions', 'cut_clips', 'read_ahead', 'open_clips',
            'check_answer', 'ask_clips', 'join_answers', 'ask_video', 'load_referring', 'write_masks', 'PredictWork',
-           'keep_readable', 'predict', 'predict_clip', 'unknown_words']
+           'keep_readable', 'predict', 'unknown_words']
 
 # %% ../nbs/05b_predict.ipynb #34455b51
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, overlay
-from .data.video import Video, frame_files, frame_rate, frame_times, read_video, write_video
+from .data.video import Video, frame_files, read_video
 from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
@@ -34,7 +33,6 @@ from rvos_nb.stage import (
     Report,
     Sources,
     StageWork,
-    locked,
     model_name,
     name_inputs,
     run_stage,
@@ -352,73 +350,14 @@ def predict(
     )
     return run_stage(work, execution)
 
-# %% ../nbs/05b_predict.ipynb #3421dea5
-@dataclass
-class _Painter:
-    "Writes the masks of a frame and paints them in."
-
-    folder: Path  # holds a folder for each sentence
-    clip: Video
-    threshold: float
-
-    def paint(self, frame: np.ndarray, name: str, logits: np.ndarray, answer: dict) -> np.ndarray:
-        "One frame (H, W, 3) with its masks, of logits (E, h, w)."
-        masks = draw_masks(logits, answer["size"], answer["kind"], self.threshold)
-        for e, mask in enumerate(masks):
-            path = self.folder / str(e) / f"{check_id(name, self.clip.id)}.png"
-            path.write_bytes(encode_mask(mask))
-        return overlay(frame, masks)
-
-    def paint_clips(self, parts: Iterable[tuple[np.ndarray, dict]], pool) -> Iterator[np.ndarray]:
-        "All frames of the clip, painted, in order."
-        names = iter(self.clip.frames)
-        for frames, answer in read_ahead(parts):
-            painting: deque[Future] = deque()
-            for frame, logits in zip(frames, answer["logits"].swapaxes(0, 1)):
-                painting.append(pool.submit(self.paint, frame, next(names), logits, answer))
-                if len(painting) > 4:
-                    yield painting.popleft().result()
-            while painting:
-                yield painting.popleft().result()
-
-# %% ../nbs/05b_predict.ipynb #19281683
-def predict_clip(
-    clip: Video,  # see `open_clip`
-    texts: list[str],  # E sentences
-    out_dir,  # overlay.mp4, Annotations/CLIP/0…/FRAME.png
-    model,  # a name of the zoo, a checkpoint folder, or a model
-    fps: float = 0,  # of the overlay; 0: the clip's own
-    **options,  # of `PredictOptions`; clip_length: 36 by default
-) -> Path:  # the overlay
-    """Segment one clip for each sentence; returns the path of the video with the masks painted in.
-    Raises `Problem` for an empty sentence or a wrong number."""
-    [how] = read_options(options, PredictOptions)
-    how = replace(how, clip_length=min(how.clip_length or 36, len(clip.frames)))
-    out, texts = Path(out_dir), list(texts)
-    if not texts or not all(t.strip() for t in texts):
-        raise Problem(
-            "sentence", "an empty sentence", 'words such as "the dog"', "write what to look for"
-        )
-    check_counts(fps=fps)
-    model = load_referring(model, **how.speed())
-    clips = open_clips(model, clip, len(texts), how)
-    parts = ask_clips(model, clips, texts, how.short_side)
-    masks = out / "Annotations" / clip.id
-    with ThreadPoolExecutor(4) as pool, locked(out), replace_folder(masks) as folder:
-        for e in range(len(texts)):
-            (folder / str(e)).mkdir()
-        painted = _Painter(folder, clip, how.threshold).paint_clips(parts, pool)
-        times = () if fps else frame_times(clip)
-        write_video(out / "overlay.mp4", painted, fps or frame_rate(clip), times)
-    return out / "overlay.mp4"
-
 # %% ../nbs/05b_predict.ipynb #d3f052bb
 def unknown_words(
     model: Referring,
     texts: list[str],
 ) -> list[str]:  # none for RoBERTa, which spells what it does not know
     "The words of the sentences that the model has never met, as far as its tokenizer can tell."
-    words, tokenizer = dict.fromkeys(" ".join(texts).split()), model.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer is None:
         return []
+    words = dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", " ".join(texts)))
     return [w for w in words if tokenizer.unk_token_id in tokenizer(w)["input_ids"]]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, choose_device
+from .core import Problem, check_id, choose_device, progress
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
@@ -113,6 +113,7 @@ def propagate_sentences(
     sentences: Sequence[SentenceMasks],
     direction: str = "both",
     restart: bool = True,
+    bar: str = "",  # what the bar of a sweep is called; '': there is none
 ):
     """Masks of all sentences, in two sweeps over the video. Raises `Problem` for a frame or mask
     that is missing or of another size."""
@@ -125,8 +126,10 @@ def propagate_sentences(
     starts = [s.k for s, _ in moving]
     with FileWriter(16) as writer:
         for going, times in _sweeps(len(names), starts, direction):
-            frames = read_video(video, names=[names[t] for t in times])
-            for i, t, labels in walk_tracks([tracks[i] for i in going], zip(times, frames)):
+            frames = zip(times, read_video(video, names=[names[t] for t in times]))
+            if bar:
+                frames = progress(frames, bar, len(times))
+            for i, t, labels in walk_tracks([tracks[i] for i in going], frames):
                 s = moving[going[i]][0]
                 if t != s.k:
                     writer.write(s.folder / f"{names[t]}.png", encode_mask(labels > 0))

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Problem, check_id, choose_device
+from .core import Problem, check_id, choose_device, progress
+from .data.captions import draw_legend
 from .data.masks import encode_labels, overlay, read_labels, read_object_ids
 from .data.pictures import PICTURE_SUFFIXES
-from .data.video import Video, frame_rate, frame_times, read_video, write_video
+from .data.sound import write_like
+from .data.video import Video, map_ahead, read_video, write_video
 from .data.vos import AnnotatedVideo, find_vos_videos, read_given_masks
 from .files import find_files, replace_folder
 from .models import zoo
+from .models.catalogue import note_small_model
 from .models.family import FAMILIES, find_object
 from .options import option, read_options
 from rvos_nb.stage import (
@@ -175,6 +178,7 @@ class _LabelWalk:
     clip: Video
     track: Track
     ids: ObjectIds
+    bar: str = ""  # what the bar of a sweep is called; '': there is none
 
     def entries(self) -> dict[int, int]:
         "In which frame each object is given first."
@@ -183,8 +187,10 @@ class _LabelWalk:
         return {i: min(t for t, m in masks.items() if (m == i).any()) for i in objects}
 
     def sweep(self, times: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        frames = read_video(self.clip, names=[self.clip.frames[t] for t in times])
-        for _, t, labels in walk_tracks([self.track], zip(times, frames)):
+        frames = zip(times, read_video(self.clip, names=[self.clip.frames[t] for t in times]))
+        if self.bar:
+            frames = progress(frames, self.bar, len(times))
+        for _, t, labels in walk_tracks([self.track], frames):
             yield t, labels
 
     def run(self, direction: str, read) -> Iterator[tuple[int, np.ndarray]]:
@@ -243,6 +249,7 @@ def propagate_labels(
     given: Mapping[int, np.ndarray],  # position -> (H, W) uint8 ids; 255 is unknown
     folder: Path,  # where FRAME.png (palette) go: an existing, still temporary folder
     how: Propagation = Propagation(),
+    bar: str = "",  # what the bar of a sweep is called; '': there is none
 ) -> list[int]:  # the ids
     """Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or
     of another size."""
@@ -258,7 +265,7 @@ def propagate_labels(
                 f"{size[0]}x{size[1]}, as the frames",
                 "make the mask again at the size of the frames",
             )
-    label_walk = _LabelWalk(clip, Track(propagator, narrow, how.restart), ids)
+    label_walk = _LabelWalk(clip, Track(propagator, narrow, how.restart), ids, bar)
     reached = set()
     with FileWriter(16) as writer:
 
@@ -274,6 +281,20 @@ def propagate_labels(
     return ids.ids[1:]
 
 # %% ../nbs/05d_propagation.ipynb #30e68474
+def _paint_labels(clip: Video, folder: Path, ids: Sequence[int]) -> Iterator[np.ndarray]:
+    "The frames with the objects of their label maps and a legend."
+    captions = [f"object {i}" for i in ids]
+
+    def paint(named):
+        name, frame = named
+        here = read_labels(folder / f"{name}.png")
+        return draw_legend(overlay(frame, np.stack([here == i for i in ids])), captions)
+
+    painted = map_ahead(paint, zip(clip.frames, read_video(clip)))
+    for _, picture in progress(painted, "overlay", len(clip.frames)):
+        yield picture
+
+
 def propagate_clip(
     clip: Video,  # see `open_clip`
     given: Mapping[int, object],  # position -> path of a mask, or (H, W) uint8 ids
@@ -295,19 +316,15 @@ def propagate_clip(
     labels = {
         t: m if isinstance(m, np.ndarray) else read_start_mask(m, size) for t, m in given.items()
     }
-    propagator = make_propagator(model, how, choose_device(place.device), place.online)
+    device = choose_device(place.device)
+    note_small_model(model)
+    propagator = make_propagator(model, how, device, place.online)
     with (
         locked(out),
         replace_folder(out / "Annotations" / check_id(clip.id, clip.folder)) as folder,
     ):
-        ids = propagate_labels(propagator, clip, labels, folder, how)
-
-        def painted():
-            for name, frame in zip(names, read_video(clip)):
-                here = read_labels(folder / f"{name}.png")
-                yield overlay(frame, np.stack([here == i for i in ids]))
-
-        write_video(out / "overlay.mp4", painted(), frame_rate(clip), frame_times(clip))
+        ids = propagate_labels(propagator, clip, labels, folder, how, "propagate")
+        write_like(out / "overlay.mp4", _paint_labels(clip, folder, ids), clip)
     return out / "overlay.mp4"
 
 # %% ../nbs/05d_propagation.ipynb #913da1ff

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPE_KEYS', 'CONDITIONS', 'Stage', 'Workflow', 'check_keys', 'RecipeForm', 'StageForm', 'find_recipe',
-           'read_mapping', 'extend_mapping', 'extend_stages', 'load_workflow', 'list_workflows', 'fill_parameters',
-           'find_notebook', 'find_parameters_cell', 'take_stage_cells', 'notebook_parameters', 'find_function',
-           'check_parameters', 'check_fusion', 'has_masks', 'why_skipped', 'stages_read', 'find_order_faults']
+           'read_mapping', 'extend_mapping', 'extend_stages', 'load_workflow', 'list_workflows', 'read_comment',
+           'fill_parameters', 'find_notebook', 'find_parameters_cell', 'take_stage_cells', 'notebook_parameters',
+           'find_function', 'check_parameters', 'check_fusion', 'has_masks', 'why_skipped', 'stages_read',
+           'find_order_faults']
 
 # %% ../nbs/09a_workflow.ipynb #4812894e
 import ast
@@ -257,6 +258,17 @@ def list_workflows() -> list[str]:
         for p in find_shipped("recipes").glob("*.yaml")
         if not p.stem.startswith(("train-", "finetune-"))
     )
+
+
+def read_comment(
+    workflow: Workflow,
+    parameter: str,
+) -> str:  # '' where there is none
+    "What the file of a recipe that ships says behind a parameter."
+    path = find_shipped("recipes", f"{workflow.name}.yaml")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(rf"(?m)^  {re.escape(parameter)}:[^#\n]*# *(.+)$", text)
+    return found[1].strip() if found else ""
 
 # %% ../nbs/09a_workflow.ipynb #8a23fedf
 def fill_parameters(

@@ -24,9 +24,9 @@ from rvos_nb.data.sequences import find_films, find_pairs, read_pair
 from rvos_nb.data.video import frame_rate, frame_times, open_clip, read_video, write_video
 from rvos_nb.evaluate import evaluate, evaluate_vos
 from rvos_nb.files import write_json
-from rvos_nb.predict import predict_clip
 from rvos_nb.propagation import propagate_clip, propagate_vos, read_start_mask
 from rvos_nb.results import decode_mask
+from rvos_nb.segmentation import segment
 
 TRIALS = Path(__file__).with_name("trials")
 H, W = 96, 128
@@ -101,7 +101,7 @@ def test_a_trimmed_film_has_the_frames_that_decode():
 def test_masks_and_overlay_of_a_turned_film(tmp_path):
     from test_protocols import Bright
 
-    predict_clip(open_clip(TRIALS / "phone.mp4"), ["it"], tmp_path, Bright())
+    segment(open_clip(TRIALS / "phone.mp4"), ["it"], Bright(), tmp_path)
     with Image.open(tmp_path / "Annotations/phone/0/00000.png") as im:
         assert im.size == (128, 96)
     assert next(read_video(open_clip(tmp_path / "overlay.mp4"))).shape == (96, 128, 3)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from rvos_nb.core import Problem
-from rvos_nb.models import zoo
+from rvos_nb.models import catalogue, zoo
 from rvos_nb.models.convert import convert, recognise
 from rvos_nb.models.family import adopt_tensors, find_family
 from rvos_nb.models.files import read_pickle, read_published, split_published
@@ -316,7 +316,7 @@ def test_golden_key_lists_are_recognised(path):
     tensors, options = split_published({"model": tensors_of(case)}).tensors, case.meta["config"]
     if path.parent.name in ("referformer", "soc", "mutr", "wavecl"):
         found = recognise(tensors)
-        assert found.variant in zoo.published() and not found.notes
+        assert found.variant in catalogue.published() and not found.notes
         backbone = options["backbone"].replace("-", "_").removesuffix("_p4w7")
         assert found.config["backbone"].removesuffix("_p4w7") == backbone
         assert path.parent.name in ("soc", "wavecl") or {
@@ -352,7 +352,10 @@ def test_nine_backbones(backbone):
     with torch.device("meta"):
         found = recognise(dict(ReferFormer(config).state_dict()))
     name = "referformer-" + backbone.removesuffix("_p4w7").replace("_", "-")
-    assert found.variant == name in zoo.published() and ReferFormerConfig(**found.config) == config
+    assert (
+        found.variant == name in catalogue.published()
+        and ReferFormerConfig(**found.config) == config
+    )
 
 
 @pytest.mark.parametrize("family", ["aot", "deaot"])

@@ -18,7 +18,7 @@ from rvos_nb.data.datasets import open_dataset
 from rvos_nb.evaluate import evaluate
 from rvos_nb.keyframe import choose_key_frames
 from rvos_nb.metrics import j_and_f
-from rvos_nb.models import zoo
+from rvos_nb.models import catalogue, zoo
 from rvos_nb.models.convert import convert, recognise
 from rvos_nb.models.family import find_family
 from rvos_nb.models.mutr import MUTR, tiny_mutr
@@ -290,7 +290,7 @@ WAVECL_RECIPES = {  # backbone, classes, sides of a frame in evaluation
 
 def test_models_of_the_published_recipes_of_wavecl():
     "What its tables of configurations and recipes say, from the tensors and the name."
-    names = [row["name"] for row in zoo.published_models("wavecl")]
+    names = [row["name"] for row in catalogue.published_models("wavecl")]
     assert sorted(names) == sorted(WAVECL_RECIPES)
     for name, (backbone, classes, *sides) in WAVECL_RECIPES.items():
         with torch.device("meta"):

@@ -92,6 +92,15 @@ def test_prose_comes_before_imports(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, **name)
+def test_bars_start_at_zero(path):
+    "A bar's length is its value; an axis cut off below makes small differences look large."
+    for c in code_cells(path):
+        if re.search(r"\.barh?\(", source(c)) and '"log"' not in source(c):
+            cut = re.findall(r"[xy]lim\(?=?\(?\s*(?:0\.0*[1-9]|[1-9])", source(c))
+            assert not cut, source(c)[:200]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, **name)
 def test_import_cells_only_import(path):
     "Building the pages runs exported cells and every cell that imports, nothing else."
     for c in code_cells(path):

@@ -14,7 +14,7 @@ import torch
 from helpers import SIZE, TREES, write_davis, write_refcoco
 from PIL import Image
 
-from rvos_nb import candidates, predict
+from rvos_nb import candidates, clip_result, predict, segmentation
 from rvos_nb.cli import main
 from rvos_nb.core import Problem
 from rvos_nb.data.datasets import LAYOUT_OPENERS, open_dataset
@@ -668,26 +668,32 @@ def test_a_long_clip_streams(tmp_path, monkeypatch):
     write_video(
         tmp_path / "long.mp4", (np.full((32, 48, 3), 5 * t % 256, np.uint8) for t in range(60)), 10
     )
-    decoded, painted, gap, real = [], [], [], predict.read_video
 
-    def counted(video):
-        for f in real(video):
-            decoded.append(1)
-            yield f
+    def watch(reader, user, act):
+        "How many frames were decoded beyond those that something was done to, at each act."
+        read, do, decoded, ahead = reader.read_video, getattr(user, act), [], []
 
-    def noted(frame, masks):
-        painted.append(1)
-        gap.append(len(decoded) - len(painted))
-        return frame
+        def counted(video):
+            for frame in read(video):
+                decoded.append(1)
+                yield frame
 
-    monkeypatch.setattr(predict, "read_video", counted)
-    monkeypatch.setattr(predict, "overlay", noted)
-    predict.predict_clip(
-        open_clip(tmp_path / "long.mp4"), ["it"], tmp_path / "out", Bright(), clip_length=6
-    )
-    assert len(decoded) == len(painted) == 60 and max(gap) <= 3 * 6, (
-        "no more than the clips that are painted, answered and decoded"
-    )
+        def noted(*args):
+            ahead.append(len(decoded) - len(ahead))
+            return do(*args)
+
+        monkeypatch.setattr(reader, "read_video", counted)
+        monkeypatch.setattr(user, act, noted)
+        return decoded, ahead
+
+    asked = watch(predict, segmentation, "encode_mask")
+    painted = watch(clip_result, clip_result, "overlay")
+    clip = open_clip(tmp_path / "long.mp4")
+    segmentation.segment(clip, ["it"], Bright(), tmp_path / "out", clip_length=6)
+    for decoded, ahead in (asked, painted):
+        assert len(decoded) == len(ahead) == 60 and max(ahead) <= 3 * 6, (
+            "no more than the clips that are written, answered and decoded"
+        )
     assert len(list((tmp_path / "out/Annotations/long/0").iterdir())) == 60
 
 
@@ -695,8 +701,8 @@ def test_a_clip_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", np.zeros((12, 32, 48, 3), np.uint8))
     monkeypatch.setattr(Bright, "refer", lambda self, seen, texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        predict.predict_clip(
-            open_clip(tmp_path / "clip.mp4"), ["it"], tmp_path / "out", Bright(), clip_length=6
+        segmentation.segment(
+            open_clip(tmp_path / "clip.mp4"), ["it"], Bright(), tmp_path / "out", clip_length=6
         )
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 

@@ -20,8 +20,9 @@ from rvos_nb.data import refshapes
 from rvos_nb.data.video import open_clip
 from rvos_nb.evaluate import evaluate
 from rvos_nb.keyframe import choose_key_frames
-from rvos_nb.predict import predict, predict_clip
+from rvos_nb.predict import predict
 from rvos_nb.propagate import propagate
+from rvos_nb.segmentation import segment
 from rvos_nb.stage import StageFailed
 
 
@@ -162,7 +163,7 @@ def test_a_full_disk_keeps_what_is_done(data, tmp_path, monkeypatch):
 def test_an_empty_sentence_for_a_clip(clean, tmp_path):
     clip = open_clip(first_frame(clean).parent)
     with pytest.raises(Problem, match="empty sentence"):
-        predict_clip(clip, [" "], tmp_path, model=None)
+        segment(clip, [" "], None, tmp_path)
 
 
 def test_a_video_without_a_usable_sentence_fails_once(data, tmp_path):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from rvos_nb.core import Problem, find_shipped
-from rvos_nb.models import zoo
+from rvos_nb.models import catalogue, zoo
 from rvos_nb.models.family import find_family
 from rvos_nb.models.referformer import ReferFormer, tiny_config
 from rvos_nb.models.text import make_tokenizer
@@ -344,15 +344,15 @@ def test_a_model_of_somebody_else(cache, tmp_path):
 
 
 def test_a_family_lists_only_its_own_shipped_models():
-    assert "aot-tiny" in zoo.list_shipped() and "referformer-tiny" in zoo.list_shipped()
-    aot = zoo.list_shipped("aot")
+    assert "aot-tiny" in catalogue.list_shipped() and "referformer-tiny" in catalogue.list_shipped()
+    aot = catalogue.list_shipped("aot")
     assert " aot-tiny" in aot and "deaot-tiny" not in aot and "referformer" not in aot
-    assert zoo.list_shipped("sam2") == ""
+    assert catalogue.list_shipped("sam2") == ""
 
 
 def test_every_published_variant_has_a_row():
-    rows = {r["name"]: r for r in zoo.published_models()}
-    assert [r["name"] for r in zoo.shipped_models()] == sorted(
+    rows = {r["name"]: r for r in catalogue.published_models()}
+    assert [r["name"] for r in catalogue.shipped_models()] == sorted(
         p.parent.name for p in find_shipped("checkpoints").glob("*/config.json")
     )
     for family in ("aot", "deaot"):
@@ -391,7 +391,7 @@ def test_every_published_variant_has_a_row():
     ],
 )
 def test_parameters_are_those_of_the_table(name):
-    row = zoo.published()[name]
+    row = catalogue.published()[name]
     family = find_family(row["family"])
     with torch.device("meta"):
         config = zoo.variants(family.name).get(name) or family.config(backbone=row["backbone"])
@@ -406,7 +406,7 @@ def test_parameters_are_those_of_the_table(name):
 
 
 def test_listing_of_one_family():
-    text = zoo.list_published(zoo.published_models("AOT"))
+    text = catalogue.list_published(catalogue.published_models("AOT"))
     assert "r50-aotl" in text and "deaott" not in text and "BSD-3-Clause" in text
     with pytest.raises(Problem, match=r"one of .*mutr"):
-        zoo.published_models("yolo")
+        catalogue.published_models("yolo")

@@ -23,7 +23,7 @@ from ..data.video import read_video
 from ..evaluate import evaluate
 from ..files import write_bytes, write_json
 from ..metrics import j_and_f
-from ..models import zoo
+from ..models import catalogue, zoo
 from ..models.family import all_facts, find_family
 from ..predict import predict
 from ..propagation import walk
@@ -134,7 +134,7 @@ def describe_checkpoint(
         f"# {folder.name}",
         "",
         f"{all_facts()[about['family']].title}, with the backbone `{backbone}`; "
-        f"{zoo.count_parameters(folder) / 1e6:.2f} million parameters.",
+        f"{catalogue.count_parameters(folder) / 1e6:.2f} million parameters.",
         "",
         f"Made by `rvos train {recipe['name']} --out DIR`: seed {card['seed']}, "
         f"{card['steps']} steps, {card['minutes']:.0f} minutes on {card['hardware']}, "
@@ -166,7 +166,7 @@ def tabulate_checkpoints() -> Iterator[str]:  # lines
     "A table of all checkpoints that ship; `motion` is of sentences about motion in `medium`."
     yield f"| {' | '.join(PAGE_COLUMNS)} |"
     yield "|---" * len(PAGE_COLUMNS) + "|"
-    for row in zoo.shipped_models():
+    for row in catalogue.shipped_models():
         card = zoo.read_card(find_shipped("checkpoints", row["name"]))["card"]
         scores = [row["scores"].get(level) for level in LEVEL_SETTINGS]
         motion = card.get("jf_by_kind", {}).get("medium", {}).get("motion")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALSO_CALLED', 'RECORDS', 'app', 'DATA', 'RUN', 'OUT', 'SPLIT', 'FORCE', 'PARAMETERS', 'LISTS', 'NUMBER', 'value_type',
            'describe_option', 'typer_parameter', 'read_numbers', 'find_options', 'own_parameters', 'as_command',
-           'LazyOptions', 'choose_debug', 'add_command', 'absolute', 'model_or_folder', 'recipe_or_file', 'join_values',
-           'read_parameters', 'end_stage']
+           'LazyOptions', 'print_version', 'choose_debug', 'add_command', 'absolute', 'model_or_folder',
+           'recipe_or_file', 'join_values', 'read_parameters', 'end_stage']
 
 # %% ../../nbs/09d_commands.app.ipynb #9f60dcf4
 import importlib
@@ -20,6 +20,7 @@ from typing import Annotated, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..core import Problem, abbreviate
 from ..options import Option, describe_options
 from ..schema import read_yaml
@@ -151,10 +152,23 @@ app = typer.Typer(
 )
 
 
+def print_version(wanted: bool):
+    "Say which version this is, and end."
+    if wanted:
+        print(f"rvos_nb {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def choose_debug(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the full traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is.", callback=print_version, is_eager=True
+        ),
     ] = False,
 ):
     "The switch that every command has; `cli.main` reads it."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINUTES', 'STEPS', 'RESUME', 'DEVICE', 'WORKERS', 'DRY', 'SKIP', 'TRACKERS', 'data_app', 'tell_progress',
-           'print_plan', 'train_command', 'view_command', 'given_parameters', 'run_and_summarise', 'print_workflows',
-           'run_command', 'demo_command', 'models_command', 'PredictionsOptions', 'convert_command', 'check_command',
-           'prepare_command', 'verify_command', 'bench_command']
+           'print_plan', 'train_command', 'view_command', 'given_parameters', 'choose_split', 'run_and_summarise',
+           'print_workflows', 'run_command', 'demo_command', 'models_command', 'PredictionsOptions', 'convert_command',
+           'check_command', 'prepare_command', 'verify_command', 'bench_command']
 
 # %% ../../nbs/09f_commands.tools.ipynb #f064b316
 import importlib
@@ -154,6 +154,14 @@ def given_parameters(recipe: str, pairs: Sequence[str] | None) -> dict:
     return read_parameters(pairs, load_workflow(recipe).paths)
 
 
+def choose_split(recipe: str, given: dict) -> dict:
+    "The split that a data set has, where the recipe's usual one is not there and none was asked."
+    from rvos_nb.pipeline import find_split
+    from rvos_nb.workflow import load_workflow
+
+    return find_split({**load_workflow(recipe).parameters, **given}, given)
+
+
 def run_and_summarise(recipe: str, given: dict, only: Sequence[str] | None, dry: bool):
     "Run a recipe and print what it came to. Raises `StageFailed` after the summary."
     from rvos_nb import pipeline
@@ -210,7 +218,7 @@ def run_command(
     if isinstance(data, str) and data and not absolute(data).exists():
         remedy = "check the path; `rvos demo` makes a synthetic one"
         raise Problem(absolute(data), "no such folder", "a data set", remedy)
-    run_and_summarise(recipe, given, only or None, dry)
+    run_and_summarise(recipe, given | choose_split(recipe, given), only or None, dry)
 
 
 @add_command("demo")
@@ -243,10 +251,10 @@ def models_command(
     to use one: "convert" needs the file from its authors' page and `rvos convert`. Nothing is
     downloaded unless a command is told to.
     """
-    from rvos_nb.models import zoo
+    from rvos_nb.models import catalogue
 
-    published = zoo.list_published(zoo.published_models(family))
-    print(*filter(None, [zoo.list_shipped(family), published]), sep="\n\n")
+    published = catalogue.list_published(catalogue.published_models(family))
+    print(*filter(None, [catalogue.list_shipped(family), published]), sep="\n\n")
     print("params: millions; +CFBI: J&F after propagation by CFBI")
 
 # %% ../../nbs/09f_commands.tools.ipynb #86405fd6

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PNG_SIGNATURE', 'GREY_HEADER', 'FAST_ZLIB', 'SOFT', 'CUT', 'FEW', 'NOT_BLACK', 'CUT_OUT', 'LOSSY', 'PALETTE', 'ADLER',
-           'interpret_mask', 'interpret_labels', 'read_mask', 'read_labels', 'name_white', 'read_object_ids',
+           'STRIPE', 'interpret_mask', 'interpret_labels', 'read_mask', 'read_labels', 'name_white', 'read_object_ids',
            'encode_mask', 'write_mask', 'encode_labels', 'write_labels', 'write_tree', 'rle_encode', 'rle_decode',
-           'mask_box', 'count_pixels', 'overlay']
+           'mask_box', 'count_pixels', 'choose_colours', 'divide_pixels', 'overlay']
 
 # %% ../../nbs/01a_data.masks.ipynb #4d3410fe
 import io
@@ -549,30 +549,51 @@ def count_pixels(
     return int(number.sum()) if number.min() >= 0 else -1
 
 # %% ../../nbs/01a_data.masks.ipynb #69bfced2
-def _choose_colours(n: int) -> np.ndarray:  # (n, 3) float, 0..255
+def choose_colours(n: int) -> np.ndarray:  # (n, 3) float, 0..255
     "The DAVIS colours from id 1 on, brightened."
     ids = np.arange(n) % 255 + 1
     colours = np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)[ids]
     return np.minimum(colours * 1.6 + 40, 255)
 
 
+STRIPE = 6  # pixels; more in a large picture
+
+
+def divide_pixels(
+    masks: np.ndarray,  # (N, H, W) bool
+) -> np.ndarray:  # (N, H, W) bool, no pixel twice
+    "Each mask; a pixel of several goes to one of them, so that they alternate in stripes."
+    if len(masks) < 2:
+        return masks
+    order = masks.cumsum(0, dtype=np.uint8)  # which of the masks of a pixel this one is, from 1 on
+    height, width = masks.shape[1:]
+    broad = max(STRIPE, min(height, width) // 60)
+    stripes = np.add.outer(np.arange(height), np.arange(width)) // broad
+    turn = stripes % np.maximum(order[-1], 1) + 1
+    return masks & (order == turn)
+
+
 def overlay(
     frame: np.ndarray,  # (H, W, 3) uint8 RGB
-    masks,  # (N, H, W) bool; later masks lie on top
+    masks,  # (N, H, W) bool; where several cover a pixel, their colours alternate in stripes
     colors=None,  # (N, 3) 0..255; the DAVIS colours from id 1 on, brightened, by default
     alpha: float = 0.5,  # strength of the tint
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """The frame with every mask tinted and outlined. Raises ValueError where a mask has another
-    size."""
+    """The frame with every mask tinted and outlined, so that none hides another. Raises ValueError
+    where a mask has another size."""
     out = np.array(frame)
     masks = np.asarray(masks, bool).reshape(-1, *np.shape(masks)[-2:])
     if masks.shape[1:] != out.shape[:2]:
         raise ValueError(f"masks: expected (N, {out.shape[0]}, {out.shape[1]}), got {masks.shape}")
-    if colors is None:
-        colors = _choose_colours(len(masks))
+    colors = choose_colours(len(masks)) if colors is None else colors
+    colors = np.asarray(colors, float).reshape(-1, 3)
+    outlines = np.zeros(masks.shape, np.uint8)
     width = 1 if min(out.shape[:2]) < 200 else 2
-    for mask, color in zip(masks, np.asarray(colors, float).reshape(-1, 3)):
-        out[mask] = (out[mask] * (1 - alpha) + color * alpha).astype(np.uint8)
+    for mask, outline in zip(masks, outlines):
         edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(out, edges, -1, tuple(int(v) for v in color), width)
+        cv2.drawContours(outline, edges, -1, 1, width)
+    for mask, color in zip(divide_pixels(masks), colors):
+        out[mask] = (out[mask] * (1 - alpha) + color * alpha).astype(np.uint8)
+    for outline, color in zip(divide_pixels(outlines > 0), colors):
+        out[outline] = color.astype(np.uint8)
     return out

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_STRETCHED', 'TICK', 'FILM_FORMATS', 'LONE_PICTURE_SUFFIXES', 'ONE_PACKET_A_FRAME', 'Video', 'Expression',
-           'frame_path', 'frame_files', 'read_video', 'write_video', 'is_picture', 'FilmReading', 'FilmIndex',
-           'index_film', 'count_frames', 'open_clip', 'frame_rate', 'frame_times']
+           'frame_path', 'frame_files', 'map_ahead', 'read_video', 'write_video', 'is_picture', 'open_film',
+           'FilmReading', 'FilmIndex', 'index_film', 'count_frames', 'open_clip', 'frame_rate', 'frame_times']
 
 # %% ../../nbs/01b_data.video.ipynb #8eebb34e
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,17 +71,21 @@ def frame_files(
     return [frame_path(video, name) for name in video.frames]
 
 # %% ../../nbs/01b_data.video.ipynb #d913f393
-def _decode_ahead(paths: Iterable[Path], ahead: int) -> Iterator[tuple[Path, np.ndarray]]:
-    "Pictures in order; `ahead` of them are being decoded while one is used."
+def map_ahead(
+    function: Callable,
+    items: Iterable,
+    ahead: int = 4,  # how many are worked on while one is used
+) -> Iterator[tuple]:  # (item, what the function makes of it), in order
+    "A function over items in up to four threads; no more than `ahead` results are held."
     pending = deque()
     with ThreadPoolExecutor(max(1, min(ahead, 4))) as pool:
-        for path in paths:
-            pending.append((path, pool.submit(read_frame, path)))
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
             if len(pending) > ahead:
-                path, frame = pending.popleft()
-                yield path, frame.result()
-        for path, frame in pending:
-            yield path, frame.result()
+                item, made = pending.popleft()
+                yield item, made.result()
+        for item, made in pending:
+            yield item, made.result()
 
 
 def _open_frames(
@@ -90,7 +94,7 @@ def _open_frames(
     "Frames of a folder, of a video file, or of one picture."
     folder = Path(video.folder)
     if not folder.is_file():
-        yield from _decode_ahead((frame_path(video, name) for name in names), ahead)
+        yield from map_ahead(read_frame, (frame_path(video, name) for name in names), ahead)
     elif is_picture(folder):
         yield from ((folder, read_frame(folder)) for _ in names)
     else:
@@ -165,7 +169,11 @@ def write_video(
     "Encode the frames, whole file or none. Raises ValueError where there are no frames."
     import av
 
-    with replace_file(path) as tmp, av.open(str(tmp), "w", format="mp4") as box:
+    options = {"movflags": "+faststart"}  # the index first
+    with (
+        replace_file(path) as tmp,
+        av.open(str(tmp), "w", format="mp4", options=options) as box,
+    ):
         stream = None
         for t, array in enumerate(map(_pad_even, frames)):
             if stream is None:
@@ -222,7 +230,7 @@ def _name_film_fault(path, error: Exception) -> Problem:
 
 
 @contextmanager
-def _open_film(path):
+def open_film(path):
     """An open video file and its first picture stream; `Problem` naming the file where it cannot be
     decoded."""
     import av
@@ -335,7 +343,7 @@ def _tell_pixel_shape(path, stream):
 
 def _index_packets(path) -> FilmIndex | None:
     "By the packets; None where they cannot be believed."
-    with _open_film(path) as (box, stream):
+    with open_film(path) as (box, stream):
         if box.format.name not in ONE_PACKET_A_FRAME or stream.codec_context.name == "vp8":
             return None
         packets = [p for p in box.demux(stream) if p.size]
@@ -367,7 +375,7 @@ def _check_one_size(path, sizes: dict[tuple[int, int], int]):
 def _index_by_decoding(path) -> FilmIndex:
     "By decoding all. Raises `Problem` where no frame can be decoded, or frames have two sizes."
     reading, times, sizes = FilmReading(), [], {}
-    with _open_film(path) as (box, stream):
+    with open_film(path) as (box, stream):
         for frame in _decode_stream(box, stream, reading):
             sizes.setdefault((frame.height, frame.width), len(times))
             times.append(frame.pts)
@@ -416,7 +424,7 @@ def _decode_from(path, first: int, index: FilmIndex) -> Iterator[tuple]:
     position = {t: i for i, t in enumerate(index.times)}
     if not index.can_seek or first not in range(len(position)):
         return
-    with _open_film(path) as (box, stream):
+    with open_film(path) as (box, stream):
         box.seek(index.times[first], stream=stream)
         for n, frame in enumerate(_decode_stream(box, stream)):
             at = position.get(frame.pts)
@@ -438,7 +446,7 @@ def _decode_all(path, index: FilmIndex) -> Iterator[tuple]:
             assume(path, gap, "it is damaged; in its place stands the one before it")
         return [(i, before) for i in range(following, end)]
 
-    with _open_film(path) as (box, stream):
+    with open_film(path) as (box, stream):
         for frame in _decode_stream(box, stream):
             at = position.get(frame.pts, following)
             if at < following:  # damage has confused the order: its place is taken
@@ -542,7 +550,7 @@ def frame_rate(
     path = Path(video.folder)
     if not path.is_file() or is_picture(path):
         return Fraction(default)
-    with _open_film(path) as (_, stream):
+    with open_film(path) as (_, stream):
         return Fraction(stream.average_rate or default)
 
 

@@ -38,7 +38,7 @@ form{display:flex;flex-wrap:wrap;gap:.6rem 1rem;align-items:end;padding:.7rem;ma
 background:var(--raised);border-radius:8px;position:sticky;top:0;z-index:1}
 form label{display:grid;gap:.15rem;font-size:13px;color:var(--soft)}
 form label>*{color:var(--ink);font-size:15px}
-#text{width:17rem}form input[type=range]{width:8rem;height:2.1rem}
+#text{width:15rem}form input[type=range]{width:7rem;height:2.1rem}
 #videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr));gap:1rem}
 article{background:var(--raised);border-radius:8px;overflow:hidden;
 content-visibility:auto;contain-intrinsic-size:auto 300px}
@@ -74,7 +74,7 @@ canvas{display:block;width:100%;background:#18191b;border-radius:6px}
 cursor:pointer}
 #curves polyline{fill:none;stroke-width:1.6}
 #curves line{stroke:var(--soft)}#curves .now{stroke:var(--ink);stroke-width:1.5}
-#curves .key{stroke-dasharray:4 3}
+#curves .key{stroke-dasharray:4 3}#curves text{font-size:10px;fill:var(--soft)}
 #runs label{display:inline-flex;gap:.35rem;align-items:center}
 #runs i{width:1.1em;height:.35em;border-radius:2px;background:var(--c)}
 #runs i.truth{background:var(--ink)}
@@ -183,7 +183,8 @@ function filterVideos() {
   const total = data.videos.reduce((n, v) => n + v.sentences.length, 0);
   count.textContent = `${shown.length} of ${data.videos.length} videos, ` +
     `${sentences} of ${total} sentences`;
-  document.getElementById("range").textContent = `${from} to ${to}`;
+  document.getElementById("from").textContent = from;
+  document.getElementById("to").textContent = to;
 }
 """
 
@@ -339,6 +340,8 @@ function drawCurves() {
   const y = v => height - 4 - (height - 8) * v / 100;
   box.setAttribute("viewBox", `0 0 ${width} ${height}`);
   box.replaceChildren();
+  addTo(box, "text", {x: 3, y: 11}).textContent = "J&F 100";
+  addTo(box, "text", {x: 3, y: height - 4}).textContent = "0";
   for (const i of chosenRuns()) {
     const curve = sentence.curves[i], key = sentence.keys[i];
     if (key !== null)
@@ -497,9 +500,9 @@ def make_index_page(
         '<input id="text" type="search" autocomplete="off"></label>'
         '<label><span>Kind</span><select id="kind"><option value="*">all</option></select></label>'
         '<label class="scored"><span>J&amp;F of</span><select id="run"></select></label>'
-        '<label class="scored"><span>at least</span>'
+        '<label class="scored"><span>at least <output id="from"></output></span>'
         '<input id="low" type="range" min="0" max="100" value="0"></label>'
-        '<label class="scored"><span>at most, now <output id="range"></output></span>'
+        '<label class="scored"><span>at most <output id="to"></output></span>'
         '<input id="high" type="range" min="0" max="100" value="100"></label>'
         '<label class="scored"><span>Order</span><select id="order">'
         '<option value="worst">worst first</option><option value="best">best first</option>'

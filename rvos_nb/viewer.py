@@ -55,7 +55,7 @@ def find_runs(
 
 # %% ../nbs/08g_viewer.ipynb #789dd6ff
 LARGEST = 640  # the longer side of a picture in the report, at most
-TOLERANCE = 0.7  # pixels between a mask's edge and its outline
+TOLERANCE = 0.7  # pixels between a mask's edge and its outline, in a picture of that size
 
 
 def fit_size(size: tuple[int, int]) -> tuple[int, int]:  # (H, W) both
@@ -80,7 +80,8 @@ def trace_outline(
         shown = cv2.resize(shown, size[::-1], interpolation=cv2.INTER_AREA)
     pieces = (shown >= 0.5).astype(np.uint8)
     outlines, _ = cv2.findContours(pieces, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    short = [cv2.approxPolyDP(outline, TOLERANCE, True)[:, 0] for outline in outlines]
+    tolerance = TOLERANCE * max(size) / LARGEST  # a small picture is enlarged by the browser
+    short = [cv2.approxPolyDP(outline, tolerance, True)[:, 0] for outline in outlines]
     return "|".join(map(_write_steps, short))
 
 # %% ../nbs/08g_viewer.ipynb #1d03de6e

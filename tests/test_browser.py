@@ -1,0 +1,269 @@
+"""The report of a run in a real browser: Debian's chromium without a window, driven by playwright.
+Where one of them is missing the tests are skipped; `apt-get install chromium` and
+`pip install playwright` bring them."""
+
+import json
+import os
+import shutil
+import statistics
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from rvos_nb.data import refshapes
+from rvos_nb.data.datasets import open_dataset
+from rvos_nb.data.masks import write_mask, write_tree
+from rvos_nb.files import replace_folder
+from rvos_nb.viewer import find_runs, write_view
+
+pytestmark = pytest.mark.browser
+LOOKS = [(w, h, scheme) for w, h in ((1280, 900), (390, 844)) for scheme in ("light", "dark")]
+HOSTILE = "</script><img src=x onerror=\"document.title='taken over'\">"
+looks = pytest.mark.parametrize("look", LOOKS, ids=lambda look: f"{look[0]}-{look[2]}")
+
+
+def find_chromium():
+    names = (os.environ.get("RVOS_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    "Opens a file in a window of some look; in the end nothing may have gone wrong in it."
+    contexts, faults = [], []
+
+    def open_file(path, look=LOOKS[0], after=""):
+        width, height, scheme = look
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda m: m.type == "error" and faults.append(m.text))
+        page.on("pageerror", lambda e: faults.append(str(e)))
+        page.on("requestfailed", lambda r: faults.append(r.url))
+        page.goto(path.as_uri() + after)
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    "Three videos, two runs; a sentence that would be a script, and a video with an odd name."
+    root = tmp_path_factory.mktemp("report")
+    refshapes.write(root / "data", "valid", "easy", videos=3, seed=8, frames=6, size=(64, 96))
+    listing = root / "data/meta_expressions/valid/meta_expressions.json"
+    meta = json.loads(listing.read_text())
+    first, second = list(meta["videos"])[:2]
+    next(iter(meta["videos"][first]["expressions"].values()))["exp"] = HOSTILE
+    odd = "it's 50% #1?"
+    meta["videos"] = {odd if v == second else v: about for v, about in meta["videos"].items()}
+    listing.write_text(json.dumps(meta))
+    for kind in ("JPEGImages", "Annotations"):
+        (root / "data/valid" / kind / second).rename(root / "data/valid" / kind / odd)
+    data = open_dataset(root / "data", "valid")
+    for name, far in (("predict", 6), ("fuse", 2)):
+        for e in data:
+            moved = np.roll(data.masks(e), far + int(e.id), 2)
+            with replace_folder(root / "run" / name / "Annotations" / e.video / e.id) as folder:
+                write_tree(folder, data.videos[e.video].frames, moved)
+    (root / "run/predict/key_frame.json").write_text(
+        json.dumps({first: {"0": {"index_info": {"class_index": 3}}}})
+    )
+    return write_view(root / "data", find_runs(root / "run"), root / "view")
+
+
+def fits_the_width(page):
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def brightness(page):
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return np.mean([int(x) for x in color[4:-1].split(",")])
+
+
+# All videos
+
+
+@looks
+def test_the_page_of_all_videos(report, open_page, look):
+    page = open_page(report, look)
+    assert page.title() == "data" and page.locator("article").count() == 3
+    assert fits_the_width(page)
+    assert (brightness(page) < 80) == (look[2] == "dark")
+    page.wait_for_function(
+        "[...document.images].slice(0, 2).every(i => i.complete && i.naturalWidth > 0)"
+    )
+    total = int(page.inner_text("#count").split()[-2])
+    page.keyboard.press("/")
+    page.keyboard.type("ONERROR src")  # upper and lower case, any order
+    assert page.inner_text("#count") == f"1 of 3 videos, 1 of {total} sentences"
+    assert page.inner_text("article li a") == HOSTILE
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement === document.body")
+    page.click("#clear")
+    assert page.inner_text("#count") == f"3 of 3 videos, {total} of {total} sentences"
+
+
+def test_filters_by_score_kind_and_run(report, open_page):
+    page = open_page(report)
+    data = json.loads(page.inner_text("#data") or page.text_content("#data"))
+    sentences = [s for v in data["videos"] for s in v["sentences"]]
+
+    def shown():
+        return int(page.inner_text("#count").split()[4])
+
+    page.locator("#high").fill("60")
+    assert shown() == sum(s["scores"][1] <= 60 for s in sentences) < len(sentences)
+    page.select_option("#run", "0")
+    assert shown() == sum(s["scores"][0] <= 60 for s in sentences)
+    page.locator("#low").fill("70")  # the other bound moves along
+    assert page.input_value("#high") == "70"
+    page.locator("#high").fill("100")
+    kind = sentences[0]["kind"]
+    page.select_option("#kind", kind)
+    wanted = sum(s["scores"][0] >= 70 and s["kind"] == kind for s in sentences)
+    assert shown() == wanted
+    again = open_page(report, after=page.evaluate("location.hash"))
+    assert again.inner_text("#count") == page.inner_text("#count")
+
+
+def test_the_worst_come_first(report, open_page):
+    page = open_page(report)
+    means = [float(x) for x in page.locator("article h2 .score").all_inner_texts()]
+    assert means == sorted(means)
+    page.select_option("#order", "best")
+    means = [float(x) for x in page.locator("article h2 .score").all_inner_texts()]
+    assert means == sorted(means, reverse=True)
+
+
+# One video
+
+
+@looks
+def test_the_page_of_a_video(report, open_page, look):
+    page = open_page(report, look)
+    page.select_option("#order", "name")
+    page.click("article >> nth=1 >> a >> nth=0")  # the odd name
+    assert page.inner_text("h1") == "it's 50% #1?" and fits_the_width(page)
+    assert (brightness(page) < 80) == (look[2] == "dark")
+    pictures = []
+    for key, number in (("", 1), ("ArrowRight", 2), ("End", 6), ("ArrowLeft", 5), ("Home", 1)):
+        if key:
+            page.keyboard.press(key)
+        assert page.inner_text("#where").startswith(f"{number} of 6")
+        page.wait_for_timeout(150)  # the picture is loaded and drawn
+        pictures.append(page.locator("canvas").screenshot())
+    assert pictures[0] == pictures[4] and len(set(pictures)) == 4
+    page.click("text=next")
+    page.wait_for_function("document.querySelector('h1').textContent !== \"it's 50% #1?\"")
+    page.click("text=all videos")
+    assert page.locator("article").count() == 3
+
+
+def test_slider_curves_and_side_by_side(report, open_page):
+    page = open_page(next((report.parent / "videos").glob("easy-00000.html")))
+    assert page.inner_text("#sentence") == f"“{HOSTILE}”" and page.title() == "easy-00000"
+    page.locator("#frame").fill("4")
+    assert page.inner_text("#where").startswith("5 of 6")
+    page.check("#runs input[data-run='0']")
+    assert page.locator("#curves polyline").count() == 2
+    assert page.locator("#curves .key").count() == 1  # only `predict` chose key frames
+    box = page.locator("#curves").bounding_box()
+    page.mouse.click(box["x"] + 8 + (box["width"] - 16) * 3 / 5, box["y"] + 40)
+    assert page.inner_text("#where").startswith("4 of 6")
+    assert "key frame of predict" in page.inner_text("#scores")
+    page.check("#split")
+    assert page.locator("canvas").count() == 2
+    first, second = page.locator("canvas").all()
+    assert first.screenshot() != second.screenshot()
+
+
+def test_sentences_by_keys(report, open_page):
+    page = open_page(report.parent / "videos/easy-00002.html")
+    before = page.inner_text("#sentence")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#sentence") != before
+    place = page.evaluate("location.hash")
+    assert place == "#1"
+    count = page.locator("#sentences button").count()
+    page.keyboard.press("/")
+    page.keyboard.type("the")
+    assert page.locator("#sentences button").count() < count
+    page.keyboard.press("ArrowRight")  # moves the cursor in the words, not the clip
+    assert page.inner_text("#where").startswith("1 of")
+    page.keyboard.press("Escape")
+    page.keyboard.press(" ")
+    page.wait_for_function("!document.getElementById('where').textContent.startsWith('1 of')")
+    page.keyboard.press(" ")
+    assert page.inner_text("#play") == "Play"
+
+
+# Two hundred videos
+
+
+def write_many(root, videos=200, sentences=6, size=(24, 32)):
+    "A data set of two-frame videos, and a run of it."
+    listing, names, rng = {}, ["00000", "00001"], np.random.default_rng(0)
+    for v in (f"v{k:03d}" for k in range(videos)):
+        texts = [f"the {c} thing {k} of {v}" for k, c in enumerate(("red", "blue") * 3)]
+        about = {str(k): {"exp": text, "obj_id": "1"} for k, text in enumerate(texts[:sentences])}
+        listing[v] = {"frames": names, "expressions": about}
+        mask = np.zeros(size, bool)
+        mask[4:16, 6:20] = True
+        for name in names:
+            place = root / "data/valid"
+            for kind in ("JPEGImages", "Annotations"):
+                (place / kind / v).mkdir(parents=True, exist_ok=True)
+            picture = rng.integers(0, 255, (*size, 3), np.uint8)
+            cv2.imwrite(str(place / "JPEGImages" / v / f"{name}.jpg"), picture)
+            cv2.imwrite(str(place / "Annotations" / v / f"{name}.png"), mask.astype(np.uint8))
+            for k in about:
+                folder = root / "run/Annotations" / v / k
+                folder.mkdir(parents=True, exist_ok=True)
+                write_mask(folder / f"{name}.png", np.roll(mask, rng.integers(8), 1))
+    path = root / "data/meta_expressions/valid/meta_expressions.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"videos": listing}))
+
+
+FILTER = """async words => {
+  const text = document.getElementById("text"), start = performance.now();
+  text.value = words;
+  text.dispatchEvent(new Event("input"));
+  await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+  return performance.now() - start;
+}"""
+
+
+def test_two_hundred_videos_stay_responsive(browser, open_page, tmp_path):
+    write_many(tmp_path)
+    index = write_view(tmp_path / "data", {"run": tmp_path / "run"}, tmp_path / "view")
+    start = time.monotonic()
+    page = open_page(index)
+    page.wait_for_selector("article >> nth=199", state="attached")
+    first_view = time.monotonic() - start
+    assert page.inner_text("#count") == "200 of 200 videos, 1200 of 1200 sentences"
+    spans = [page.evaluate(FILTER, words) for words in ("red", "blue", "v1", "v17 blue", "")]
+    print(f"first view {first_view:.2f} s, filters {[round(s) for s in spans]} ms")
+    assert first_view < 2
+    assert statistics.median(spans) < 200

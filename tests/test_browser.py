@@ -14,7 +14,7 @@ import pytest
 
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
-from rvos_nb.data.masks import write_mask, write_tree
+from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
 from rvos_nb.files import replace_folder
 from rvos_nb.viewer import find_runs, write_view
 
@@ -224,23 +224,25 @@ def test_sentences_by_keys(report, open_page):
 def write_many(root, videos=200, sentences=6, size=(24, 32)):
     "A data set of two-frame videos, and a run of it."
     listing, names, rng = {}, ["00000", "00001"], np.random.default_rng(0)
+    mask = np.zeros(size, bool)
+    mask[4:16, 6:20] = True
+    truth = encode_labels(mask.astype(np.uint8))
+    moved = [encode_mask(np.roll(mask, far, 1)) for far in range(8)]
+    picture = cv2.imencode(".jpg", rng.integers(0, 255, (*size, 3), np.uint8))[1].tobytes()
     for v in (f"v{k:03d}" for k in range(videos)):
         texts = [f"the {c} thing {k} of {v}" for k, c in enumerate(("red", "blue") * 3)]
         about = {str(k): {"exp": text, "obj_id": "1"} for k, text in enumerate(texts[:sentences])}
         listing[v] = {"frames": names, "expressions": about}
-        mask = np.zeros(size, bool)
-        mask[4:16, 6:20] = True
-        for name in names:
-            place = root / "data/valid"
-            for kind in ("JPEGImages", "Annotations"):
-                (place / kind / v).mkdir(parents=True, exist_ok=True)
-            picture = rng.integers(0, 255, (*size, 3), np.uint8)
-            cv2.imwrite(str(place / "JPEGImages" / v / f"{name}.jpg"), picture)
-            cv2.imwrite(str(place / "Annotations" / v / f"{name}.png"), mask.astype(np.uint8))
-            for k in about:
-                folder = root / "run/Annotations" / v / k
-                folder.mkdir(parents=True, exist_ok=True)
-                write_mask(folder / f"{name}.png", np.roll(mask, rng.integers(8), 1))
+        folders = {
+            root / "data/valid/JPEGImages" / v: (".jpg", picture),
+            root / "data/valid/Annotations" / v: (".png", truth),
+        }
+        for k in about:
+            folders[root / "run/Annotations" / v / k] = (".png", moved[rng.integers(8)])
+        for folder, (suffix, content) in folders.items():
+            folder.mkdir(parents=True)
+            for name in names:
+                (folder / f"{name}{suffix}").write_bytes(content)
     path = root / "data/meta_expressions/valid/meta_expressions.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"videos": listing}))
@@ -255,15 +257,32 @@ FILTER = """async words => {
 }"""
 
 
-def test_two_hundred_videos_stay_responsive(browser, open_page, tmp_path):
+def test_two_hundred_videos_stay_responsive(browser, tmp_path):
+    """First view under 2 s, a filter under 0.2 s: of the processor, in the page's main thread,
+    since the tests of this machine share its cores. The time on the clock is printed."""
     write_many(tmp_path)
     index = write_view(tmp_path / "data", {"run": tmp_path / "run"}, tmp_path / "view")
+    context = browser.new_context()
+    page = context.new_page()
+    meter = context.new_cdp_session(page)
+    meter.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def spend():
+        found = meter.send("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in found if m["name"] == "TaskDuration")
+
     start = time.monotonic()
-    page = open_page(index)
+    page.goto(index.as_uri())
     page.wait_for_selector("article >> nth=199", state="attached")
-    first_view = time.monotonic() - start
+    first_view, clock = spend(), [time.monotonic() - start]
     assert page.inner_text("#count") == "200 of 200 videos, 1200 of 1200 sentences"
-    spans = [page.evaluate(FILTER, words) for words in ("red", "blue", "v1", "v17 blue", "")]
-    print(f"first view {first_view:.2f} s, filters {[round(s) for s in spans]} ms")
+    filters = []
+    for words in ("red", "blue", "v1", "v17 blue", ""):
+        before = spend()
+        clock.append(page.evaluate(FILTER, words) / 1000)
+        filters.append(spend() - before)
+    context.close()
+    print(f"first view {first_view:.2f} s, filters {[round(1000 * s) for s in filters]} ms")
+    print(f"on the clock {[round(s, 2) for s in clock]} s")
     assert first_view < 2
-    assert statistics.median(spans) < 200
+    assert statistics.median(filters) < 0.2

@@ -1,6 +1,6 @@
-"""The report of a run in a real browser: Debian's chromium without a window, driven by playwright.
-Where one of them is missing the tests are skipped; `apt-get install chromium` and
-`pip install playwright` bring them."""
+"""The report of a run in a real browser: chromium without a window, driven by playwright. Where one
+of them is missing the tests are skipped; `apt-get install chromium` (or `playwright install
+chromium`) and `pip install playwright` bring them."""
 
 import json
 import os
@@ -24,18 +24,19 @@ HOSTILE = "</script><img src=x onerror=\"document.title='taken over'\">"
 looks = pytest.mark.parametrize("look", LOOKS, ids=lambda look: f"{look[0]}-{look[2]}")
 
 
-def find_chromium():
-    names = (os.environ.get("RVOS_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+def find_chromium(own):
+    "The one that was named, the one that playwright fetched (its path), or the system's."
+    names = (os.environ.get("RVOS_CHROMIUM"), own, "chromium", "chromium-browser", "google-chrome")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no chromium: apt-get install chromium")
     with api.sync_playwright() as playwright:
+        chromium = find_chromium(playwright.chromium.executable_path)
+        if chromium is None:
+            pytest.skip("no chromium: apt-get install chromium")
         started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield started
         started.close()

@@ -334,6 +334,7 @@ class RunExplorer(ipywidgets.VBox):
         self.frame.max = self.player.max = len(data.videos[video].frames) - 1
         self.frame.value = 0
         self.sentence.options = [(f"{e.id}: {e.text}", e.id) for e in data.expressions[video]]
+        self.sentence.value = data.expressions[video][0].id
         self.draw()
 
     def masks(self) -> dict[str, np.ndarray | None]:  # run -> (H, W) bool

@@ -5,8 +5,14 @@ chromium`) and `pip install playwright` bring them."""
 import json
 import os
 import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +23,9 @@ from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
 from rvos_nb.files import replace_folder
 from rvos_nb.viewer import find_runs, write_view
+from rvos_nb.workflow import find_notebook
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.browser
 LOOKS = [(w, h, scheme) for w, h in ((1280, 900), (390, 844)) for scheme in ("light", "dark")]
 HOSTILE = "</script><img src=x onerror=\"document.title='taken over'\">"
@@ -287,3 +295,101 @@ def test_two_hundred_videos_stay_responsive(browser, tmp_path):
     print(f"on the clock {[round(s, 2) for s in clock]} s")
     assert first_view < 2
     assert statistics.median(filters) < 0.2
+
+
+# JupyterLab
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A server of JupyterLab over a copy of the chapters; its address."
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns("_*", ".*"))
+    tracker = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text('{"windowingMode": "none"}')  # every output is in the page
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={folder / 'nbs'}",
+        "--IdentityProvider.token=",
+        "--ServerApp.password=",
+    ]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+    }
+    with open(folder / "log", "w") as log:
+        argv = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(argv, env=env, cwd=folder, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        if server.poll() is not None:
+            pytest.fail((folder / "log").read_text()[-2000:])
+        with suppress(OSError), urllib.request.urlopen(f"{address}/api", timeout=5):
+            break
+        time.sleep(0.5)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+RUN_ALL = """async () => {
+  const app = window.jupyterapp;
+  await app.restored;
+  const panel = app.shell.currentWidget;
+  await panel.context.ready;
+  await panel.sessionContext.ready;
+  await app.commands.execute("notebook:run-all-cells");
+  const cells = panel.content.model.toJSON().cells.filter(c => c.cell_type === "code");
+  const outputs = cells.flatMap(c => c.outputs);
+  return {
+    ran: cells.filter(c => c.execution_count !== null).length,
+    errors: outputs.filter(o => o.output_type === "error").map(o => `${o.ename}: ${o.evalue}`),
+  };
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", ["index", "fuse", "explore", "widget"])
+def test_run_all_in_jupyterlab(chapter, lab, browser):
+    path = ROOT / "nbs/index.ipynb" if chapter == "index" else find_notebook(chapter)
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(900_000)
+    page.goto(f"{lab}/lab/workspaces/{chapter}/tree/{path.name}")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.context")
+    ended = page.evaluate(RUN_ALL)
+    assert not ended["errors"] and ended["ran"] > 0
+    if chapter == "widget":
+        check_explorer(page)
+    context.close()
+
+
+def check_explorer(page):
+    "The slider, and a click on the curves, change the picture."
+    picture = page.locator(".rvos-pointed img").first
+    shown = picture.get_attribute("src")
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "before => document.querySelector('.rvos-pointed img').src !== before", arg=shown
+    )
+    shown = picture.get_attribute("src")
+    curves = page.locator(".rvos-pointed svg").first
+    curves.scroll_into_view_if_needed()
+    box = curves.bounding_box()
+    page.mouse.click(box["x"] + 10, box["y"] + 50)
+    page.wait_for_function(
+        "before => document.querySelector('.rvos-pointed img').src !== before", arg=shown
+    )

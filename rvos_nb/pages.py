@@ -317,6 +317,8 @@ function draw() {
   panels.style.setProperty("--panel", split.length > 1 ? "300px" : "100%");
   split.forEach((own, k) => {
     const [canvas, caption] = panels.children[k].children;
+    const [w, h] = data.size;
+    panels.children[k].style.maxWidth = `calc(60vh * ${w / h})`;  // the slider stays in view
     caption.textContent = split.length > 1 ? data.runs[own[0]] : "";
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `frame ${t + 1}: ${own.map(i => data.runs[i]).join(", ")}`);

@@ -50,7 +50,7 @@ def draw_disagreement(
     red = np.array([255, 60, 40], np.float32)
     weight = map_disagreement(masks)[..., None] if len(masks) else 0
     mixed = grey * (1 - weight) + red * weight
-    return draw_panel(mixed.astype(np.uint8), np.ones(frame.shape[:2], bool), None, size)
+    return cv2.resize(mixed.astype(np.uint8), size[::-1], interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/08h_widget.ipynb #86269b5f
 class RunOfMasks:

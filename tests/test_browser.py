@@ -354,7 +354,7 @@ RUN_ALL = """async () => {
   const outputs = cells.flatMap(c => c.outputs);
   return {
     ran: cells.filter(c => c.execution_count !== null).length,
-    errors: outputs.filter(o => o.output_type === "error").map(o => `${o.ename}: ${o.evalue}`),
+    errors: outputs.filter(o => o.output_type === "error").map(o => o.traceback.join(" ")),
   };
 }"""
 

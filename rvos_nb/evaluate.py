@@ -118,6 +118,7 @@ def _score_row(e: Expression, data: Dataset, results: Results, truth: np.ndarray
         "odd": odd,
         "answered": answered,
         "area": 100 * float(sizes[sizes > 0].mean()) if sizes.any() else 0.0,
+        "per_frame": (50 * (j + f)).tolist(),
         "tenths": mean_of_tenths(50 * (j + f)),
     } | {name: 100 * value for name, value in zip(MEASURES, values)}
 
@@ -128,8 +129,8 @@ def score_video(
     results: Results,
 ) -> list[dict]:
     """One row for each expression of a video, in order: video, expression, object, kind, text,
-    frames, missing, faults, odd, answered, area (% of the frame), tenths, and MEASURES (None
-    without truth). Holds the truth of one expression at a time."""
+    frames, missing, faults, odd, answered, area (% of the frame), per_frame (J&F of each), tenths,
+    and MEASURES (None without truth). Holds the truth of one expression at a time."""
     data = replace(data)  # a copy, which remembers the label maps of this video
     rows, known = [], object()
     for e in data.expressions[video]:

@@ -21,7 +21,7 @@ from .candidates import draw_masks, save_candidates
 from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
-from .data.masks import encode_mask, overlay
+from .data.masks import encode_mask
 from .data.video import Video, frame_files, read_video
 from .files import replace_folder
 from .models import zoo

@@ -20,7 +20,7 @@ from .data.captions import draw_legend
 from .data.masks import encode_labels, overlay, read_labels, read_object_ids
 from .data.pictures import PICTURE_SUFFIXES
 from .data.sound import write_like
-from .data.video import Video, map_ahead, read_video, write_video
+from .data.video import Video, map_ahead, read_video
 from .data.vos import AnnotatedVideo, find_vos_videos, read_given_masks
 from .files import find_files, replace_folder
 from .models import zoo

@@ -1,6 +1,9 @@
 "What all tests share: quiet, offline, and switches for the slow ones."
 
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +29,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+LARGE = 1.5  # GB that a process may hold before it is asked to give back what it does not use
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back():
+    "glibc keeps what models of full size have left; two processes share the machine."
+    yield
+    if sys.platform != "linux":
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > LARGE * 1e9:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,11 +2,13 @@
 
 import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rvos_nb.verify.cases import (
     Case,
@@ -19,6 +21,7 @@ from rvos_nb.verify.cases import (
     sample,
     tolerance,
 )
+from rvos_nb.verify.training import WatchedWeights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -202,3 +205,16 @@ def test_videos_in_another_order(tmp_path):
     assert len(videos) > 1
     text = np.array(json.dumps(listing | {"videos": videos}))
     assert judge(store(case, tmp_path / "order.npz", in__meta_expressions=text)).ok
+
+
+def test_watched_weights_are_let_go():
+    "A hook on a parameter makes a circle that gc does not see: a gigabyte for each case once."
+    model = torch.nn.Linear(2, 1)
+    meta = {"watched": ["weight"], "update_units": {"weight": 1.0}}
+    watched = WatchedWeights(model, meta, np.array([[0, 1]]))
+    model(torch.ones(1, 2)).sum().backward()
+    assert watched.gradients.tolist() == [[1, 1]]
+    weight = weakref.ref(model.weight)
+    del model, watched
+    gc.collect()
+    assert weight() is None

@@ -426,7 +426,7 @@ class MotionLoss(nn.Module):
 
     def keep(self, body, frames, levels):
         "A hook of the backbone."
-        self.maps = levels[1:3]
+        self.maps = [x.float() for x in levels[1:3]]  # whatever the backbone computes in
 
     def forward(
         self,

@@ -9,6 +9,7 @@ __all__ = ['PADDING_ID', 'SPELLINGS', 'RUNNERS', 'read_rates', 'read_tuning', 'r
            'read_statistics', 'build_trained', 'run_training_case', 'is_training_case']
 
 # %% ../../nbs/07l_verify.training.ipynb #dce2603a
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -202,10 +203,11 @@ class WatchedWeights:
 
     def make_hook(self, row: int) -> Callable[[nn.Parameter], None]:
         "What is called when the gradient of this row's parameter is whole."
+        watched = weakref.proxy(self)  # a parameter holds its hook where gc sees no circle
 
         def record(parameter):
-            self.norms[row] = parameter.grad.double().norm().item()
-            self.gradients[row] = self.take_entries(row, parameter.grad)
+            watched.norms[row] = parameter.grad.double().norm().item()
+            watched.gradients[row] = watched.take_entries(row, parameter.grad)
 
         return record
 

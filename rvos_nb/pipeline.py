@@ -6,8 +6,7 @@
 __all__ = ['Scores', 'find_missing', 'is_made', 'why_no_model', 'WorkflowFaults', 'check_given', 'check_stage', 'find_split',
            'fill_stage', 'plan_workflow', 'run_part', 'run_child', 'end_process', 'Outcome', 'read_reason',
            'read_progress', 'wait_for', 'run_stage_process', 'run_stage_here', 'take_member', 'score_runs',
-           'remove_results', 'do_stage', 'link_masks', 'describe_parameters', 'print_plan', 'run_workflow',
-           'summarise_scores']
+           'remove_results', 'do_stage', 'link_masks', 'run_workflow', 'summarise_scores']
 
 # %% ../nbs/09c_pipeline.ipynb #d6ed4928
 import contextlib
@@ -32,8 +31,8 @@ from rvos_nb.run_state import (
     end_record,
     forget_measures,
     inspect_stage,
+    print_stages,
     start_record,
-    state_table,
 )
 from .schema import read_checked
 from .stage import Report, StageFailed, clear, locked
@@ -48,7 +47,6 @@ from rvos_nb.workflow import (
     find_order_faults,
     load_workflow,
     notebook_parameters,
-    read_comment,
     take_stage_cells,
     why_skipped,
 )
@@ -507,29 +505,6 @@ def link_masks(stage: Stage):
         )
 
 # %% ../nbs/09c_pipeline.ipynb #2986b569
-def describe_parameters(workflow: Workflow, values: dict) -> str:
-    "A line for each parameter: its value, or that it has to be given, and what it is."
-    lines = []
-    for name, value in values.items():
-        missing = value == f"<{name}>"
-        shown = f"-p {name} VALUE" if missing else "''" if value == "" else str(value)
-        lines.append(f"  {name:20}  {shown:28}  {read_comment(workflow, name)}".rstrip())
-    return "\n".join(["parameters; those without a value have to be given:", *lines])
-
-
-def print_plan(workflow: Workflow, values: dict, stages: Sequence[Stage], root: Path):
-    "What a run would do; where parameters are missing, which ones, and the stages in order."
-    if any(value == f"<{name}>" for name, value in values.items()):
-        print(describe_parameters(workflow, values))
-        names = [f"  {s.name:20}  {s.function or s.notebook}" for s in stages]
-        print("\n".join([f"{workflow.name}, stages:", *names]))
-        return
-    views = []
-    for s in stages:
-        views.append(inspect_stage(s, root, views))
-    print(f"{workflow.name} in {root}:\n{state_table(views)}")
-
-
 def run_workflow(
     recipe,  # name, path, mapping or `Workflow`
     parameters: dict | None = None,  # replace the recipe's
@@ -546,7 +521,7 @@ def run_workflow(
     root, ends = Path(values.get("out") or resolve("runs")), []
     forget_measures()
     if dry:
-        print_plan(recipe, values, stages, root)
+        print_stages(recipe, values, stages, root)
         return ends
     with locked(root / "_run"):
         for i, s in enumerate(stages):

@@ -8,7 +8,7 @@ __all__ = ['LISTING_STAGES', 'EXTENT_ROW', 'describe_request', 'Extent', 'summar
            'changed_inputs', 'start_record', 'end_record', 'Request', 'RecordedInput', 'WorkRecord', 'read_work_record',
            'StageState', 'why_asked_differently', 'recorded_inputs', 'find_changed_inputs', 'knows_sources',
            'stale_before', 'find_stale', 'read_units', 'waits_for', 'compare_results', 'data_has_changed',
-           'inspect_stage', 'state_table']
+           'inspect_stage', 'state_table', 'describe_parameters', 'print_stages']
 
 # %% ../nbs/09b_run_state.ipynb #347c215a
 import hashlib
@@ -28,7 +28,7 @@ from .data.pictures import PICTURE_SUFFIXES
 from .files import digest_file, holds_results
 from .schema import ROW, check_schema, read_checked
 from .stage import fingerprint, fingerprints, read_record
-from .workflow import Stage, stages_read, why_skipped
+from .workflow import Stage, Workflow, read_comment, stages_read, why_skipped
 
 # %% ../nbs/09b_run_state.ipynb #b02fe40b
 def describe_request(stage: Stage, root: Path) -> dict:
@@ -462,3 +462,26 @@ def state_table(states: Sequence[StageState]) -> str:
         ).rstrip()
         for r in rows
     )
+
+# %% ../nbs/09b_run_state.ipynb #0b7c73aa
+def describe_parameters(workflow: Workflow, values: dict) -> str:
+    "A line for each parameter: its value, or that it has to be given, and what it is."
+    lines = []
+    for name, value in values.items():
+        missing = value == f"<{name}>"
+        shown = f"-p {name} VALUE" if missing else "''" if value == "" else str(value)
+        lines.append(f"  {name:20}  {shown:28}  {read_comment(workflow, name)}".rstrip())
+    return "\n".join(["parameters; those without a value have to be given:", *lines])
+
+
+def print_stages(workflow: Workflow, values: dict, stages: Sequence[Stage], root: Path):
+    "What a run would do; where parameters are missing, which ones, and the stages in order."
+    if any(value == f"<{name}>" for name, value in values.items()):
+        print(describe_parameters(workflow, values))
+        names = [f"  {s.name:20}  {s.function or s.notebook}" for s in stages]
+        print("\n".join([f"{workflow.name}, stages:", *names]))
+        return
+    views = []
+    for s in stages:
+        views.append(inspect_stage(s, root, views))
+    print(f"{workflow.name} in {root}:\n{state_table(views)}")

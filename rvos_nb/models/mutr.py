@@ -182,7 +182,7 @@ FAMILY = register(
         architectures=partial(name_architecture, "mutr"),
         renames={"vita.": "mti."},
         task="rvos_nb.train.refer:Refer",
-        recipes=("train-mutr-joint", "train-mutr-tiny"),
+        recipes=("train-mutr-joint", "train-mutr-tiny-pre", "train-mutr-tiny"),
         case_model="rvos_nb.verify.mutr:build_trained_mutr",
         runners="rvos_nb.verify.mutr:RUNNERS",
     )

@@ -212,6 +212,7 @@ FAMILY = register(
             "train-soc-joint",
             "train-soc-a2d",
             "train-soc-a2d-scratch",
+            "train-soc-tiny-pre",
             "train-soc-tiny",
         ),
         case_model="rvos_nb.verify.soc:build_soc_case",

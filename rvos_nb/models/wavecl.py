@@ -369,6 +369,7 @@ FAMILY = register(
             "train-wavecl-ytvos",
             "train-wavecl-a2d",
             "train-wavecl-joint",
+            "train-wavecl-tiny-pre",
             "train-wavecl-tiny",
         ),
         case_model="rvos_nb.verify.wavecl:build_wavecl_case",

@@ -734,7 +734,8 @@ def test_bad_recipe_file(tmp_path):
     [
         ("train-referformer-tiny-pre", {}),
         ("train-referformer-tiny", {"start": "referformer-tiny"}),  # in place of the first training
-        ("train-referformer-video-swin-tiny", {}),
+        ("train-referformer-video-swin-tiny-pre", {}),
+        ("train-referformer-video-swin-tiny", {"start": "referformer-video-swin-tiny"}),
         ("train-soc-tiny-pre", {}),
         ("train-soc-tiny", {"start": "soc-tiny"}),
         ("train-mutr-tiny-pre", {}),

@@ -122,6 +122,7 @@ FAMILY = register(
             "train-referformer-tiny-pre",
             "train-referformer-tiny",
             "train-referformer-conv-tiny",
+            "train-referformer-video-swin-tiny-pre",
             "train-referformer-video-swin-tiny",
             "train-referformer-refcoco",
             "train-referformer-ytvos",

@@ -35,7 +35,8 @@ class Event(TypedDict):
     seconds: NotRequired[float]  # that it took
     why: NotRequired[str]  # it failed
     units: NotRequired[int]  # at the start: all
-    todo: NotRequired[int]  # of them not done before
+    standing: NotRequired[int]  # of them, done before
+    todo: NotRequired[int]  # of them, to be done now
     executor: NotRequired[str]
 
 

@@ -486,7 +486,8 @@ def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog
             report.again.append(unit)
     before = {unit: _mark_sources(work, unit) for unit in todo}
     batches = work.batches(todo)
-    events.add("start", units=len(work.units), todo=len(todo), executor=executor)
+    counts = {"units": len(work.units), "standing": len(report.skipped), "todo": len(todo)}
+    events.add("start", **counts, executor=executor)
     ends = follow_units(work.do, batches, executor, work.prepare, partial(_measure, work), work.gpu)
     for _, end in progress(ends, work.stage, len(batches)):
         for unit in _list_units(end.unit):

@@ -44,6 +44,7 @@ def pack_light(
 STORE = 100_000_000  # bytes; little more than the least that Ray accepts
 LOCAL_SETTINGS = {
     "RAY_agent_register_timeout_ms": "300000",  # a busy machine starts slowly
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_prestart_worker_first_driver": "0",  # actors bring their own processes
 }
 

@@ -77,4 +77,6 @@ def read_events(
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, RecursionError, Problem):
-                yield check_schema(Event, json.loads(line), path)
+                event = check_schema(Event, json.loads(line), path)
+                if datetime.fromisoformat(event["time"]).tzinfo:
+                    yield event

@@ -188,6 +188,8 @@ BENCHMARKS = {
     "metrics": "rvos_nb.bench.metrics:figures",
     "fuse": "rvos_nb.bench.fuse:figures",
     "deform_attn": "rvos_nb.bench.deform_attn:figures",
+    "cluster": "rvos_nb.bench.cluster:figures",
+    "soak": "rvos_nb.bench.soak:figures",
 }
 
 

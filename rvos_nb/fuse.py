@@ -28,10 +28,10 @@ from .files import replace_folder
 from .keyframe import as_json, key_frame, key_frame_nonempty
 from .members import Member, member_name, open_member
 from .options import option, read_options
+from .sources import Sources
 from rvos_nb.stage import (
     Execution,
     Report,
-    Sources,
     StageWork,
     name_inputs,
     run_stage,
@@ -464,6 +464,9 @@ class FuseWork(StageWork):
         unusable = sorted(f for f in self.data.faults if f.startswith(f"{unit}/"))
         files = [f for m in self.members for e in asked for f in m.paths(unit, e.id, frames)]
         return Sources([sentences, frames, unusable], list(dict.fromkeys(files)))
+
+    def size(self, unit: str) -> int:
+        return len(self.data.videos[unit].frames) * len(self.data.expressions[unit])
 
     def do(self, unit: str, prepared=None):
         opinions = _VideoOpinions(

@@ -31,7 +31,8 @@ from rvos_nb.results import (
     open_results,
     read_label_maps,
 )
-from .stage import Execution, Report, Sources, StageWork, run_stage
+from .sources import Sources
+from .stage import Execution, Report, StageWork, run_stage
 
 # %% ../nbs/07b_label_maps.ipynb #ebe17d8e
 BACKGROUND = 0.1  # what the background claims everywhere

@@ -35,10 +35,10 @@ from .options import read_options
 from .predictions import Predictions, guess_kind
 from .results import open_results
 from .schema import check_schema
+from .sources import Sources
 from rvos_nb.stage import (
     Execution,
     Report,
-    Sources,
     StageWork,
     name_inputs,
     read_record,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Scores', 'find_missing', 'is_made', 'why_no_model', 'WorkflowFaults', 'check_given', 'check_stage', 'find_split',
-           'fill_stage', 'plan_workflow', 'run_part', 'run_child', 'end_process', 'Outcome', 'read_reason',
-           'read_progress', 'wait_for', 'run_stage_process', 'run_stage_here', 'take_member', 'score_runs',
-           'remove_results', 'do_stage', 'link_masks', 'run_workflow', 'summarise_scores']
+           'fill_stage', 'plan_workflow', 'run_part', 'run_child', 'end_process', 'Outcome', 'wait_for',
+           'run_stage_process', 'run_stage_here', 'take_member', 'score_runs', 'remove_results', 'do_stage',
+           'link_masks', 'run_workflow', 'summarise_scores']
 
 # %% ../nbs/09c_pipeline.ipynb #d6ed4928
 import contextlib
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from .core import PROGRESS_LINE, Problem, assume, find_shipped, resolve
-from .files import replace_file, write_json
+from .core import Problem, assume, find_shipped, resolve
+from .files import replace_file, write_bytes, write_json
 from rvos_nb.run_state import (
     StageState,
     end_record,
@@ -36,6 +36,7 @@ from rvos_nb.run_state import (
 )
 from .schema import read_checked
 from .stage import Report, StageFailed, clear, locked
+from .status import PLAN_NAME, read_progress, read_reason
 from rvos_nb.workflow import (
     CONDITIONS,
     Stage,
@@ -47,6 +48,7 @@ from rvos_nb.workflow import (
     find_order_faults,
     load_workflow,
     notebook_parameters,
+    set_executor,
     take_stage_cells,
     why_skipped,
 )
@@ -293,36 +295,7 @@ class Outcome:
     memory: int = 0  # bytes: the peak of the largest process
     notebook: str = ""
 
-
-def read_reason(executed: Path, log: Path) -> tuple[str, str]:
-    """State and reason of a stage that ended non-zero: from the error its notebook keeps, or the
-    end of its log."""
-    try:
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
-        cells = []
-    for o in (o for c in cells for o in c.get("outputs", ()) if o["output_type"] == "error"):
-        if o["ename"] == "StageFailed":
-            return "failed", o["evalue"]
-        if o["ename"] == "Problem":
-            return "stopped", o["evalue"]
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    return "stopped", "\n".join(
-        ["the last lines of its log:", *("  " + line for line in lines[-12:])]
-    )
-
 # %% ../nbs/09c_pipeline.ipynb #ba24e932
-def read_progress(log: Path) -> str:
-    "What a stage said last of its progress; '' where it said nothing."
-    with open(log, "rb") as f:
-        f.seek(0, os.SEEK_END)
-        f.seek(max(0, f.tell() - 4000))
-        text = f.read().decode(errors="replace")
-    found = PROGRESS_LINE.findall(text)
-    return found[-1] if found else ""
-
-
 def wait_for(process: subprocess.Popen, log: Path, head: str = ""):
     "The state and the use of a process when it has ended; until then its progress is told."
     told, pause = "", 0.02
@@ -375,6 +348,7 @@ def run_stage_process(
                 **({"RVOS_PROGRESS": "2"} if head and sys.stdout.isatty() else {}),
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",
+                "RVOS_EVENTS": str(folder / f"{stage.name}.events.jsonl"),
             },
         )
         try:
@@ -420,7 +394,7 @@ def run_stage_here(
     return Outcome(stage.name, "done", seconds=time.monotonic() - start)
 
 # %% ../nbs/09c_pipeline.ipynb #f889c1b7
-def take_member(
+def take_member(  # noqa: PLR0913 - the parameters of a stage
     data_dir,
     source: str,  # a model's name or folder; or results: a run, a tree, a zip, a .pth
     out_dir,
@@ -429,13 +403,14 @@ def take_member(
     clip_length: int = 0,
     memory: str = "",
     device: str = "",
+    executor: str = "local",
 ) -> Report:
     """A run of one member of a recipe: predicted, or taken over. `Problem` for a source that is
     neither."""
     if resolve(source).exists() and not (resolve(source) / "config.json").is_file():
         from rvos_nb.fuse import fuse
 
-        return fuse(data_dir, [resolve(source)], out_dir, split, groups="none")
+        return fuse(data_dir, [resolve(source)], out_dir, split, groups="none", executor=executor)
     from rvos_nb.predict import predict
 
     return predict(
@@ -447,6 +422,7 @@ def take_member(
         clip_length=clip_length,
         device=device,
         memory=memory,
+        executor=executor,
     )
 
 
@@ -511,6 +487,7 @@ def run_workflow(
     only=None,  # names of the stages to run; None: all
     dry: bool = False,  # only check, and print the plan
     run_stage: Callable | None = None,  # `run_stage_here`; None: `run_stage_process`
+    executor: str = "",  # of all stages that have one; '': as the recipe says
 ) -> list[Outcome]:
     """Run what a recipe's stages have to do, one after another. Executed notebooks, logs and
     records go to `OUT/_run`, OUT being the recipe's parameter `out`. Raises `Problem` before
@@ -518,12 +495,15 @@ def run_workflow(
     where a stage broke."""
     recipe = recipe if isinstance(recipe, Workflow) else load_workflow(recipe)
     values, stages = plan_workflow(recipe, parameters, only, dry)
+    stages = [set_executor(s, executor) for s in stages]
     root, ends = Path(values.get("out") or resolve("runs")), []
     forget_measures()
     if dry:
         print_stages(recipe, values, stages, root)
         return ends
     with locked(root / "_run"):
+        plan = "".join(f"{s.name}\n" for s in stages)
+        write_bytes(root / "_run" / PLAN_NAME, plan.encode())
         for i, s in enumerate(stages):
             view = inspect_stage(s, root)
             head = f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})"

@@ -27,11 +27,11 @@ from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .options import option, read_options
+from .sources import Sources
 from rvos_nb.stage import (
     Execution,
     ModelPlace,
     Report,
-    Sources,
     StageWork,
     model_name,
     name_inputs,
@@ -262,6 +262,9 @@ class PredictWork(StageWork):
         sentences = [[e.id, e.text] for e in self.data.expressions[unit]]
         return Sources([sentences, video.frames], frame_files(video))
 
+    def size(self, unit: str) -> int:
+        return len(self.data.videos[unit].frames)
+
     def prepare(self, unit: str) -> Iterator[np.ndarray]:
         video = self.data.videos[check_id(unit, self.data.root)]
         return open_clips(self.model, video, len(self.data.expressions[unit]), self.options)
@@ -334,7 +337,9 @@ def predict(
     named = ("threshold", "short_side", "clip_length", "memory")
     params = {"split": data.split, "model": name}
     params |= {option: getattr(how, option) for option in named} | how.speed()
-    model = load_referring(model, device, place.online, **how.speed())
+    load = partial(load_referring, online=place.online, **how.speed())
+    builders = place.builders("model", model, load)
+    model = load(model, device=device)
     data = keep_readable(data, model)
     work = PredictWork(
         out,
@@ -343,6 +348,8 @@ def predict(
         inputs=name_inputs(out, model=name),
         faults=data.faults,
         device=device,
+        gpu=place.device != "cpu",
+        builders=builders,
         data=data,
         model=model,
         name=name,

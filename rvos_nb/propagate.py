@@ -26,12 +26,12 @@ from .files import replace_folder
 from .keyframe import choose_key_frame, read_key_frames
 from .options import option, read_options
 from .propagation import FileWriter, Propagation, check_choice, make_propagator
+from .sources import Sources
 from rvos_nb.stage import (
     BatchFailed,
     Execution,
     ModelPlace,
     Report,
-    Sources,
     StageWork,
     model_name,
     name_inputs,
@@ -210,6 +210,9 @@ class PropagateWork(StageWork):
         candidates = self.pred / "candidates" / f"{unit}.safetensors"
         return Sources([k, video.frames], [*files, *masks, candidates])
 
+    def size(self, unit: str) -> int:
+        return len(self.data.videos[unit.split("/")[0]].frames)
+
     def batches(self, units: list[str]) -> list[list[str]]:
         forks = self.propagator.fork() is not None
         return batch_by_video(units, self.options.sentences_at_once if forks else 1)
@@ -289,6 +292,7 @@ def propagate(
         )
     out, name = Path(out_dir), model_name(model)
     params = {"split": split, "masks": os.path.relpath(pred, out.parent), "model": name}
+    load = partial(make_propagator, how=how, online=place.online)
     work = PropagateWork(
         out,
         params | how.params(),
@@ -296,10 +300,12 @@ def propagate(
         inputs=name_inputs(out, pred, key_file, model=name),
         faults=data.faults,
         device=device,
+        gpu=place.device != "cpu",
+        builders=place.builders("propagator", model, load),
         data=data,
         pred=pred,
         keys=keys,
-        propagator=make_propagator(model, how, device, place.online),
+        propagator=load(model, device=device),
         options=how,
     )
     return run_stage(work, execution)

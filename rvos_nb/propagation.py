@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,11 @@ from .models import zoo
 from .models.catalogue import note_small_model
 from .models.family import FAMILIES, find_object
 from .options import option, read_options
+from .sources import Sources
 from rvos_nb.stage import (
     Execution,
     ModelPlace,
     Report,
-    Sources,
     StageWork,
     locked,
     model_name,
@@ -350,6 +351,9 @@ class PropagateVosWork(StageWork):
         first = sorted(video.first.items())
         return Sources([first, sorted(pictures), video.frames], [*pictures.values(), *given])
 
+    def size(self, unit: str) -> int:
+        return len(self.videos[unit].frames)
+
     def do(self, unit: str, prepared=None):
         clip, given = read_given_masks(self.videos[unit], self.kind)
         with replace_folder(self.out / "Annotations" / unit) as folder:
@@ -370,15 +374,18 @@ def propagate_vos(
     faults = {}
     kind, found, _ = find_vos_videos(data_dir, split, faults)
     videos, device = {v.id: v for v in found}, choose_device(place.device)
+    load = partial(make_propagator, how=how, online=place.online)
     work = PropagateVosWork(
         Path(out_dir),
         {"split": split, "model": model_name(model)} | asdict(how),
         list(videos),
         faults=faults,
         device=device,
+        gpu=place.device != "cpu",
+        builders=place.builders("propagator", model, load),
         kind=kind,
         videos=videos,
-        propagator=make_propagator(model, how, device, place.online),
+        propagator=load(model, device=device),
         options=how,
     )
     return run_stage(work, execution)

@@ -46,7 +46,8 @@ from rvos_nb.predict import (
 )
 from .propagate import SentenceMasks, is_drawn, propagate_sentences
 from .propagation import FileWriter, make_propagator
-from .stage import ModelPlace, Sources, fingerprint, locked, model_name, name_inputs
+from .sources import Sources
+from .stage import ModelPlace, fingerprint, locked, model_name, name_inputs
 from .vos.propagator import Propagator, Track, walk_tracks
 
 # %% ../nbs/08e_segmentation.ipynb #34675016

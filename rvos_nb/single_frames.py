@@ -42,7 +42,8 @@ from rvos_nb.predict import (
 )
 from .results import check_code
 from .schema import read_checked
-from .stage import Execution, ModelPlace, Report, Sources, StageWork, model_name, run_stage
+from .sources import Sources
+from .stage import Execution, ModelPlace, Report, StageWork, model_name, run_stage
 
 # %% ../nbs/07c_single_frames.ipynb #a3b281cf
 def frame_window(
@@ -154,6 +155,9 @@ class PredictFramesWork(StageWork):
         video = self.data.videos[unit]
         sentences = [[e.id, e.text, e.frame] for e in self.data.expressions[unit]]
         return Sources([sentences, video.frames], frame_files(video))
+
+    def size(self, unit: str) -> int:
+        return len(self.data.expressions[unit])
 
     def prepare(self, unit: str):
         return read_ahead(read_windows(self.data, unit, self.length))
@@ -433,7 +437,9 @@ def predict_frames(
     how, place, execution = read_options(options, AskOptions, ModelPlace, Execution)
     check_counts(clip_length=length)
     device, out, name = choose_device(place.device), Path(out_dir), model_name(model)
-    model = load_referring(model, device, place.online, **how.speed())
+    load = partial(load_referring, online=place.online, **how.speed())
+    builders = place.builders("model", model, load)
+    model = load(model, device=device)
     readable = keep_readable(data, model)
     params = {"layout": data.layout, "split": data.split, "model": name, "length": length}
     params |= {"short_side": how.short_side, "threshold": how.threshold} | how.speed()
@@ -443,6 +449,8 @@ def predict_frames(
         list(readable.videos),
         faults=readable.faults,
         device=device,
+        gpu=place.device != "cpu",
+        builders=builders,
         data=readable,
         model=model,
         length=length,

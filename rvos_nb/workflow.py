@@ -7,7 +7,7 @@ __all__ = ['RECIPE_KEYS', 'CONDITIONS', 'Stage', 'Workflow', 'check_keys', 'Reci
            'read_mapping', 'extend_mapping', 'extend_stages', 'load_workflow', 'list_workflows', 'read_comment',
            'fill_parameters', 'find_notebook', 'find_parameters_cell', 'take_stage_cells', 'notebook_parameters',
            'find_function', 'check_parameters', 'check_fusion', 'has_masks', 'why_skipped', 'stages_read',
-           'find_order_faults']
+           'find_order_faults', 'set_executor']
 
 # %% ../nbs/09a_workflow.ipynb #4812894e
 import ast
@@ -518,3 +518,19 @@ def find_order_faults(stages: Sequence[Stage]) -> list[str]:
         for m, names in makers.items()
         if len(names) > 1
     ]
+
+# %% ../nbs/09a_workflow.ipynb #60db42c6
+def set_executor(
+    stage: Stage,
+    executor: str,  # '': as the stage says
+) -> Stage:
+    "The stage with its units done by this executor, where it has units."
+    if not executor:
+        return stage
+    if stage.function:
+        takes = inspect.signature(find_function(stage.function)).parameters
+    else:
+        takes = notebook_parameters(find_notebook(stage.notebook))
+    if "executor" not in takes:
+        return stage
+    return replace(stage, parameters={**stage.parameters, "executor": executor})

@@ -37,7 +37,8 @@ from rvos_nb.models.files import read_pickle
 from rvos_nb.predictions import Predictions
 from rvos_nb.results import decode_mask, open_results
 from rvos_nb.run_state import read_work_record
-from rvos_nb.stage import Execution, Sources, StageWork, locked, read_record, run_stage
+from rvos_nb.sources import Sources
+from rvos_nb.stage import Execution, StageWork, locked, read_record, run_stage
 from rvos_nb.verify.hostile import (
     PICKLES,
     list_hostile,

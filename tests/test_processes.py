@@ -1,5 +1,8 @@
 "Stages on worker processes: models travel to the workers, and the results are the same bytes."
 
+import os
+import signal
+
 import pytest
 
 from rvos_nb.commands.app import read_numbers
@@ -43,3 +46,33 @@ def test_numbers_that_are_none():
     for scale in ("nan", "inf"):
         with pytest.raises(Problem, match="scales"):
             Propagation(scales=(float(scale),))
+
+
+class Mortal:
+    "Ends its worker on the first trial of 'once', and on every trial of 'killer'."
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, unit):
+        trials = len(list(self.folder.glob(f"{unit}-*")))
+        (self.folder / f"{unit}-{trials}").touch()
+        if unit == "killer" or (unit == "once" and not trials):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_unit_is_tried_once_more(tmp_path):
+    import test_processes
+
+    work = test_processes.Mortal(tmp_path)
+    ends = dict(map_units(work, ["a", "once", "killer", "b"], "processes:2"))
+    assert [ends[unit] for unit in ("a", "once", "b")] == [None] * 3
+    assert "died 2 times (the last one ended with exit code -9)" in str(ends["killer"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a-0",
+        "b-0",
+        "killer-0",
+        "killer-1",
+        "once-0",
+        "once-1",
+    ]

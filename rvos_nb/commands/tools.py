@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MINUTES', 'STEPS', 'RESUME', 'DEVICE', 'WORKERS', 'DRY', 'SKIP', 'TRACKERS', 'data_app', 'tell_progress',
            'print_plan', 'train_command', 'find_data', 'read_shown', 'choose_runs', 'draw_training', 'view_command',
-           'given_parameters', 'choose_split', 'run_and_summarise', 'print_workflows', 'run_command', 'demo_command',
-           'models_command', 'PredictionsOptions', 'convert_command', 'check_command', 'prepare_command',
-           'verify_command', 'bench_command']
+           'given_parameters', 'choose_split', 'run_and_summarise', 'name_executor', 'print_workflows', 'run_command',
+           'demo_command', 'status_command', 'models_command', 'PredictionsOptions', 'convert_command', 'check_command',
+           'prepare_command', 'verify_command', 'bench_command']
 
 # %% ../../nbs/09f_commands.tools.ipynb #f064b316
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,13 +255,20 @@ def choose_split(recipe: str, given: dict) -> dict:
     return find_split({**load_workflow(recipe).parameters, **given}, given)
 
 
-def run_and_summarise(recipe: str, given: dict, only: Sequence[str] | None, dry: bool):
+def run_and_summarise(
+    recipe: str,
+    given: dict,
+    only: Sequence[str] | None = None,
+    dry: bool = False,
+    cluster: str = "",  # as of `name_executor`
+):
     "Run a recipe and print what it came to. Raises `StageFailed` after the summary."
     from rvos_nb import pipeline
 
     failed = None
     try:
-        pipeline.run_workflow(recipe, given, only, dry)
+        executor = name_executor(cluster)
+        pipeline.run_workflow(recipe, given, only, dry, executor=executor)
     except StageFailed as e:
         failed = e
     summary = "" if dry else pipeline.summarise_scores(recipe, given)
@@ -268,6 +276,13 @@ def run_and_summarise(recipe: str, given: dict, only: Sequence[str] | None, dry:
         print("\n" + summary, flush=True)
     if failed:
         raise failed
+
+
+def name_executor(cluster: str) -> str:  # '' for none
+    "The executor of `--cluster`: HOST:PORT of a cluster, or 'local'."
+    if not cluster:
+        return ""
+    return "ray" if cluster == "local" else f"ray:{cluster}"
 
 
 def print_workflows():
@@ -293,6 +308,13 @@ def run_command(
     dry: Annotated[
         bool, typer.Option("--dry", help="Check the recipe and say what would run.")
     ] = False,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Have the units done by a Ray cluster; local: one of this machine.",
+        ),
+    ] = "",
 ):
     """Run a recipe: stage notebooks one after another.
 
@@ -301,6 +323,7 @@ def run_command(
     \b
     rvos run demo -p data /path/to/ref-youtube-vos
     rvos run my-recipe.yaml --dry
+    rvos run my-recipe.yaml --cluster 10.0.0.1:6379
     """
     if recipe is None:
         return print_workflows()
@@ -310,7 +333,7 @@ def run_command(
     if isinstance(data, str) and data and not absolute(data).exists():
         remedy = "check the path; `rvos demo` makes a synthetic one"
         raise Problem(absolute(data), "no such folder", "a data set", remedy)
-    run_and_summarise(recipe, given | choose_split(recipe, given), only or None, dry)
+    run_and_summarise(recipe, given | choose_split(recipe, given), only or None, dry, cluster)
 
 
 @add_command("demo")
@@ -325,7 +348,49 @@ def demo_command(parameter: PARAMETERS = None):
     rvos demo
     rvos demo -p videos 8 -p level medium
     """
-    run_and_summarise("demo", given_parameters("demo", parameter), None, False)
+    run_and_summarise("demo", given_parameters("demo", parameter))
+
+# %% ../../nbs/09f_commands.tools.ipynb #c6a8dc43
+@add_command("status")
+def status_command(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="What `rvos run` or one stage writes.")
+    ],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every few seconds, until Ctrl-C.")
+    ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page that refreshes itself, instead."),
+    ] = None,
+    seconds: Annotated[
+        int, typer.Option(min=1, help="With --watch and --html: the time between two looks.")
+    ] = 5,
+):
+    """How far is a run?
+
+    Stages, units done and failed, rate, time left, workers and the last errors, of a run that is at
+    work or has ended. Only files are read, so any machine that sees them can ask.
+
+    \b
+    rvos status runs/demo/refshapes-easy-12x12-1
+    rvos status runs/predict --watch
+    rvos status runs/predict --watch --html status.html
+    """
+    from rvos_nb.status import describe_run, read_status, write_status_page
+
+    with keep_nothing():
+        while True:
+            found = read_status(absolute(run))
+            if page:
+                write_status_page(found, absolute(page), seconds)
+            else:
+                print(describe_run(found), flush=True)
+            if not watch:
+                break
+            time.sleep(seconds)
+    if page:
+        print(f"page: {page}")
 
 # %% ../../nbs/09f_commands.tools.ipynb #df21c4b2
 @add_command("models")

@@ -212,7 +212,7 @@ def load_referring(
     cannot compute so."""
     name = model_name(model)
     if isinstance(model, (str, Path)):
-        model = zoo.load(model, device=device, online=online)
+        model = zoo.load(model, device=device, online=online, reads=True)
     if not isinstance(model, Referring):
         raise Problem(
             "model",

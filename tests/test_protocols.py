@@ -651,17 +651,9 @@ class Bright(Referring):
         return torch.as_tensor(frames).float().mean(-1), frames.shape[1:3]
 
     def refer(self, seen, texts):
-        from types import SimpleNamespace
-
         grey, size = seen
         x = (grey - grey.mean())[:, ::4, ::4].expand(len(texts), -1, -1, -1)
-        return SimpleNamespace(
-            logits=x,
-            scores=x.amax((2, 3)),
-            boxes=torch.zeros(*x.shape[:2], 4),
-            kind="logit",
-            size=size,
-        )
+        return Candidates(x, x.amax((2, 3)), torch.zeros(*x.shape[:2], 4), size)
 
 
 def test_a_long_clip_streams(tmp_path, monkeypatch):

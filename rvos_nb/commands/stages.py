@@ -83,6 +83,8 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     place = absolute(out or Path("runs") / opened.id)
     for name in ("executor", "force", "split", "layout", "protocol"):
         options.pop(name, None)  # these are about data sets
+    if options.pop("present", 0):
+        raise Problem("--present", "a clip", "a data set", "leave it out")
     options["members"] = [model_or_folder(m) for m in options.pop("member", None) or ()]
     if options.get("propagate"):
         options["propagate"] = model_or_folder(options["propagate"])
@@ -98,6 +100,7 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     "rvos_nb.commands.stages:BenchmarkOptions",
     "rvos_nb.segmentation:ClipOptions",
     "rvos_nb.predict:PredictOptions",
+    "rvos_nb.presence:PresenceGate",
     "rvos_nb.stage:ModelPlace",
     "rvos_nb.stage:Execution",
 )

@@ -22,7 +22,7 @@ from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.label_maps import merge_annotators
 from rvos_nb.models import zoo
-from rvos_nb.models.referring import Candidates, Referring, Responses
+from rvos_nb.models.referring import Candidates, Referring
 from rvos_nb.protocols import run_protocol
 from rvos_nb.single_frames import (
     frame_window,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST_COUNT', 'bytes_of', 'check_counts', 'AskOptions', 'PredictOptions', 'cut_clips', 'read_ahead', 'open_clips',
-           'check_answer', 'ask_clips', 'join_answers', 'ask_video', 'load_referring', 'write_masks', 'PredictWork',
-           'keep_readable', 'predict', 'unknown_words']
+           'check_answer', 'ask_clips', 'join_answers', 'take_answer', 'ask_video', 'load_referring', 'write_masks',
+           'PredictWork', 'keep_readable', 'predict', 'unknown_words']
 
 # %% ../nbs/05b_predict.ipynb #34455b51
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .candidates import draw_masks, save_candidates
+from .candidates import TRACKS, draw_masks, save_candidates
 from .core import Problem, check_id, choose_device
 from .data.datasets import open_dataset
 from .data.index import Dataset
@@ -27,6 +27,7 @@ from .files import replace_folder
 from .models import zoo
 from .models.referring import Referring
 from .options import option, read_options
+from .presence import PresenceGate, gate_answer, put_behind
 from .sources import Sources
 from rvos_nb.stage import (
     Execution,
@@ -170,14 +171,20 @@ def ask_clips(
     short_side: int = 0,  # 0: the model's own
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Ask about one clip after the other, each seen once for all sentences: its frames, and logits
-    (E, t, h, w), scores (E, t), boxes (E, t, 4) cxcywh in [0, 1], kind and size (H, W). Raises
+    (E, t, h, w), scores (E, t), boxes (E, t, 4) cxcywh in [0, 1], kind and size (H, W); present
+    (E, t) and tracks, E pairs of (N, t, h, w) and (N, t), where the model says them. Raises
     `Problem` for an answer that is no number."""
     for frames in clips:
         seen = model.see(frames, short_side=short_side or None)
         found = model.refer(seen, texts)
         arrays = {"logits": found.logits, "scores": found.scores, "boxes": found.boxes}
+        if found.present is not None:
+            arrays["present"] = found.present
         answer = {name: x.float().cpu().numpy() for name, x in arrays.items()}
         check_answer(answer["logits"])
+        if found.tracks is not None:
+            each = [(x.logits, x.scores) for x in found.tracks]
+            answer["tracks"] = [tuple(x.float().cpu().numpy() for x in own) for own in each]
         yield frames, answer | {"kind": found.kind, "size": tuple(found.size)}
 
 
@@ -186,8 +193,25 @@ def join_answers(
 ) -> dict:  # as of a clip, over all T frames
     "The answers of all clips put together, without the frames."
     answers = [answer for _, answer in parts]
-    names = ("logits", "scores", "boxes")
-    return answers[0] | {name: np.concatenate([a[name] for a in answers], 1) for name in names}
+    first = answers[0]
+    names = [name for name in ("logits", "scores", "boxes", "present") if name in first]
+    whole = first | {name: np.concatenate([a[name] for a in answers], 1) for name in names}
+    if "tracks" in first:
+        each = zip(*(a["tracks"] for a in answers))
+        whole["tracks"] = [put_behind(own, first["kind"]) for own in each]
+    return whole
+
+
+def take_answer(
+    answer: dict,  # of E sentences
+    e: int,
+) -> dict:  # without the first axis; tracks and track_scores where there are tracks
+    "The answer to one sentence."
+    names = [name for name in ("logits", "scores", "boxes", "present") if name in answer]
+    own = {name: answer[name][e] for name in names}
+    if "tracks" in answer:
+        own["tracks"], own["track_scores"] = answer["tracks"][e]
+    return own
 
 
 def ask_video(
@@ -212,7 +236,7 @@ def load_referring(
     cannot compute so."""
     name = model_name(model)
     if isinstance(model, (str, Path)):
-        model = zoo.load(model, device=device, online=online)
+        model = zoo.load(model, device=device, online=online, reads=True)
     if not isinstance(model, Referring):
         raise Problem(
             "model",
@@ -247,6 +271,7 @@ class PredictWork(StageWork):
     model: Referring = field(kw_only=True)
     name: str = field(kw_only=True)  # of the model
     options: PredictOptions = field(kw_only=True)
+    gate: PresenceGate = field(default=PresenceGate(), kw_only=True)
 
     stage = "predict"
 
@@ -277,8 +302,9 @@ class PredictWork(StageWork):
     def write(self, unit: str, answer: dict):
         "Write candidates and masks of one video."
         video, expressions = self.data.videos[unit], self.data.expressions[unit]
+        drawn = {name: answer[name] for name in ("kind", "size")}
         each = [
-            answer | {name: answer[name][i] for name in ("logits", "scores", "boxes")}
+            gate_answer(take_answer(answer, i), answer["kind"], self.gate.present)
             for i in range(len(expressions))
         ]
         info = {
@@ -290,12 +316,14 @@ class PredictWork(StageWork):
         with replace_folder(self.out / "candidates" / unit) as folder:
             for e, own in zip(expressions, each):
                 path = folder / f"{check_id(e.id, self.data.root)}.safetensors"
-                save_candidates(path, own["logits"], own["scores"], own["boxes"], info)
+                more = {n: own[n] for n in ("present", *TRACKS) if n in own}
+                save_candidates(path, own["logits"], own["scores"], own["boxes"], info, more)
         masks = self.out / "Annotations" / unit
         with ThreadPoolExecutor(4) as pool, replace_folder(masks) as folder:
             for e, own in zip(expressions, each):
                 (folder / e.id).mkdir()
-                write_masks(folder / e.id, video.frames, own, self.options.threshold, pool)
+                threshold = self.options.threshold
+                write_masks(folder / e.id, video.frames, own | drawn, threshold, pool)
 
 # %% ../nbs/05b_predict.ipynb #51263abd
 def keep_readable(
@@ -320,11 +348,12 @@ def predict(
     model="referformer-tiny",  # a name of the zoo, a checkpoint folder, or a model
     split: str = "valid",
     layout: str = "",  # '': told by the tree
-    **options,  # of `PredictOptions`, `ModelPlace` and `Execution`
+    **options,  # of `PredictOptions`, `PresenceGate`, `ModelPlace` and `Execution`
 ) -> Report:
     """Masks for every expression of a split; a video that fails, or a sentence that cannot be read,
     is recorded and the others finish. Raises `Problem` for wrong parameters."""
-    how, place, execution = read_options(options, PredictOptions, ModelPlace, Execution)
+    kinds = PredictOptions, PresenceGate, ModelPlace, Execution
+    how, gate, place, execution = read_options(options, *kinds)
     data, device = open_dataset(data_dir, split, layout), choose_device(place.device)
     if data.truth is not None:
         raise Problem(
@@ -337,6 +366,8 @@ def predict(
     named = ("threshold", "short_side", "clip_length", "memory")
     params = {"split": data.split, "model": name}
     params |= {option: getattr(how, option) for option in named} | how.speed()
+    if gate.present:
+        params["present"] = gate.present
     load = partial(load_referring, online=place.online, **how.speed())
     builders = place.builders("model", model, load)
     model = load(model, device=device)
@@ -354,6 +385,7 @@ def predict(
         model=model,
         name=name,
         options=how,
+        gate=gate,
     )
     return run_stage(work, execution)
 

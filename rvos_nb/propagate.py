@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['key_index', 'input_mask', 'SentenceMasks', 'propagate_sentences', 'SentencePropagation', 'batch_by_video', 'is_drawn',
-           'PropagateWork', 'propagate']
+           'write_tracks', 'PropagateWork', 'propagate']
 
 # %% ../nbs/05e_propagate.ipynb #59de0a8c
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from .candidates import draw_masks, load_tracks
 from .core import Problem, check_id, choose_device, progress
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
 from .data.video import Video, frame_files, read_video
 from .files import replace_folder
-from .keyframe import choose_key_frame, read_key_frames
+from .keyframe import choose_key_frame, read_key_frames, read_track_frames
 from .options import option, read_options
 from .propagation import FileWriter, Propagation, check_choice, make_propagator
 from .sources import Sources
@@ -182,6 +185,24 @@ def is_drawn(
     except Problem:
         return False
 
+# %% ../nbs/05e_propagate.ipynb #315328de
+def write_tracks(
+    arrays: dict,  # of `candidates.load_tracks`, as is the next
+    about: dict,
+    video: Video,
+    keys: Sequence[int],  # the key frame of each object
+    place: Path,  # a temporary folder
+) -> Iterator[SentenceMasks]:
+    "The masks of each object, as `propagate_sentences` wants those of a sentence."
+    for n, (k, track) in enumerate(zip(keys, arrays["tracks"])):
+        source, folder = place / "given" / str(n), place / "found" / str(n)
+        source.mkdir(parents=True)
+        folder.mkdir(parents=True)
+        for name, logits in zip(video.frames, track):
+            mask = draw_masks(logits[None], about["size"], about["kind"])[0]
+            (source / f"{check_id(name, source)}.png").write_bytes(encode_mask(mask))
+        yield SentenceMasks(k, source, folder)
+
 # %% ../nbs/05e_propagate.ipynb #9808b6e4
 @dataclass
 class PropagateWork(StageWork):
@@ -192,6 +213,7 @@ class PropagateWork(StageWork):
     keys: dict = field(kw_only=True)  # {video: {expression: k}}
     propagator: Propagator = field(kw_only=True)
     options: SentencePropagation = field(kw_only=True)
+    tracks: dict = field(default_factory=dict, kw_only=True)  # {video: {expression: k of each}}
 
     stage = "propagate"
 
@@ -203,6 +225,9 @@ class PropagateWork(StageWork):
         "Frames, and the masks that are read: the key mask, or all where others are copied."
         v, e = unit.split("/", 1)
         video, k = self.data.videos[v], self.keys.get(v, {}).get(e, -1)
+        if each := self.tracks.get(v, {}).get(e):
+            held = self.pred / "candidates" / f"{unit}.safetensors"
+            return Sources([each, video.frames], [*frame_files(video), held])
         masks = [self.pred / "Annotations" / unit / f"{name}.png" for name in video.frames]
         files = frame_files(video)
         if 0 <= k < len(masks) and self.options.direction == "both" and is_drawn(masks[k]):
@@ -241,14 +266,40 @@ class PropagateWork(StageWork):
             direction, restart = self.options.direction, self.options.restart
             propagate_sentences(self.propagator, video, sentences, direction, restart)
 
+    def propagate_tracks(self, unit: str, keys: Sequence[int]):
+        "The objects of one unit, each from its own key frame, and then all in one mask."
+        video = self.data.videos[unit.split("/")[0]]
+        path = self.pred / "candidates" / f"{unit}.safetensors"
+        found = load_tracks(path)
+        if found is None or len(found[0]["tracks"]) != len(keys):
+            expected = f"{len(keys)} objects, as key_frame.json says"
+            raise Problem(path, "others", expected, "choose the key frames again")
+        with (
+            tempfile.TemporaryDirectory() as place,
+            replace_folder(self.out / "Annotations" / unit) as folder,
+        ):
+            each = list(write_tracks(*found, video, keys, Path(place)))
+            forks = self.propagator.fork() is not None
+            for group in [each] if forks else [[one] for one in each]:
+                how = self.options.direction, self.options.restart
+                propagate_sentences(self.propagator, video, group, *how)
+            for name in video.frames:
+                masks = [read_mask(one.folder / f"{name}.png") for one in each]
+                (folder / f"{name}.png").write_bytes(encode_mask(np.any(masks, 0)))
+
     def do(self, units: list[str], prepared=None):
         "Units of one video in one sweep and, where that fails, one by one. Raises `BatchFailed`."
         starts, failed = {}, {}
         for unit in units:
+            v, e = unit.split("/", 1)
+            each = self.tracks.get(v, {}).get(e)
             try:
-                starts[unit] = self.find_start(unit)
-            except Exception as e:
-                failed[unit] = e
+                if each:
+                    self.propagate_tracks(unit, each)
+                else:
+                    starts[unit] = self.find_start(unit)
+            except Exception as error:
+                failed[unit] = error
         if len(starts) > 1:
             with suppress(Exception):
                 self.propagate(starts)
@@ -307,5 +358,6 @@ def propagate(
         keys=keys,
         propagator=load(model, device=device),
         options=how,
+        tracks=read_track_frames(key_file),
     )
     return run_stage(work, execution)

@@ -16,6 +16,7 @@ from .files import read_json, write_json
 from .label_maps import count_annotators, maps_table, merge_annotators, score_maps
 from .options import read_options
 from .predict import AskOptions, PredictOptions, predict
+from .presence import PresenceGate
 from .single_frames import predict_frames, score_table
 from .stage import Execution, ModelPlace, Report
 
@@ -70,16 +71,17 @@ def run_protocol(
     split: str = "",  # '': the one that is usually meant
     layout: str = "",  # '': told by the tree
     protocol: str = "",  # one of `PROTOCOLS`; '': the layout's
-    **options,  # of `PredictOptions` (clip_length 0: the protocol's), `ModelPlace`, `Execution`
+    **options,  # of `PredictOptions` (clip_length 0: the protocol's), `PresenceGate` …
 ) -> tuple[Report, str]:  # the stage's report, and its scores as lines for a reader
     """Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol, split or option;
     failed units are in the report."""
-    how, place, execution = read_options(options, PredictOptions, ModelPlace, Execution)
+    kinds = PredictOptions, PresenceGate, ModelPlace, Execution
+    how, gate, place, execution = read_options(options, *kinds)
     data = open_dataset(data_dir, split, layout)
     p = find_protocol(data, protocol)
     if not p.around:
         videos = asdict(replace(how, clip_length=how.clip_length or p.clip_length))
-        stage_options = videos | asdict(place) | asdict(execution)
+        stage_options = videos | asdict(gate) | asdict(place) | asdict(execution)
         report = predict(data_dir, out_dir, model, data.split, layout, **stage_options)
         if not p.merged:
             return report, ""
@@ -91,6 +93,9 @@ def run_protocol(
             "no limit where single frames are asked about",
             "choose a smaller clip length",
         )
+    if gate.present:
+        expected = "a benchmark of whole videos, whose sentences may mean nothing"
+        raise Problem("present", str(gate.present), expected, "leave it out")
     frames = {f.name: getattr(how, f.name) for f in fields(AskOptions)}
     stage_options = frames | asdict(place) | asdict(execution)
     length = how.clip_length or p.around

@@ -19,6 +19,7 @@ from rvos_nb.core import Problem
 from rvos_nb.fuse import Rule
 from rvos_nb.options import describe_options, option, read_options
 from rvos_nb.predict import PredictOptions
+from rvos_nb.presence import PresenceGate
 from rvos_nb.propagate import SentencePropagation
 from rvos_nb.stage import Execution, ModelPlace, Report, read_record
 from rvos_nb.workflow import (
@@ -30,7 +31,7 @@ from rvos_nb.workflow import (
 
 WIDTH = 100
 NOTEBOOKS = {
-    "predict": (PredictOptions, ModelPlace, Execution),
+    "predict": (PredictOptions, PresenceGate, ModelPlace, Execution),
     "protocols": (PredictOptions, ModelPlace, Execution),
     "propagate": (SentencePropagation, ModelPlace, Execution),
     "fuse": (Rule, Execution),

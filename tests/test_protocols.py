@@ -22,7 +22,7 @@ from rvos_nb.data.masks import PALETTE, read_labels, rle_decode, rle_encode
 from rvos_nb.data.video import open_clip, write_video
 from rvos_nb.label_maps import merge_annotators
 from rvos_nb.models import zoo
-from rvos_nb.models.referring import Referring
+from rvos_nb.models.referring import Candidates, Referring
 from rvos_nb.protocols import run_protocol
 from rvos_nb.single_frames import (
     frame_window,
@@ -651,17 +651,9 @@ class Bright(Referring):
         return torch.as_tensor(frames).float().mean(-1), frames.shape[1:3]
 
     def refer(self, seen, texts):
-        from types import SimpleNamespace
-
         grey, size = seen
         x = (grey - grey.mean())[:, ::4, ::4].expand(len(texts), -1, -1, -1)
-        return SimpleNamespace(
-            logits=x,
-            scores=x.amax((2, 3)),
-            boxes=torch.zeros(*x.shape[:2], 4),
-            kind="logit",
-            size=size,
-        )
+        return Candidates(x, x.amax((2, 3)), torch.zeros(*x.shape[:2], 4), size)
 
 
 def test_a_long_clip_streams(tmp_path, monkeypatch):
@@ -713,7 +705,6 @@ KILL = """
 import os, signal, sys, torch
 from pathlib import Path
 from rvos_nb import files, protocols
-from rvos_nb.models.referring import Candidates, Referring, Responses
 
 class Toy(Referring):
     def see(self, frames, short_side=None):

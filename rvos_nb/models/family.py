@@ -79,6 +79,7 @@ class Family:
     one_row: str = ""  # regular expression of published names: vectors stored as tables of one row
     drops: Mapping = field(default_factory=dict)  # how published names begin -> why they are unused
     load: Callable | None = None  # (name, device, online) -> model; None: from a folder of ours
+    load_referring: Callable | str = ""  # as `load`, where that gives only what propagates
     propagator: Callable | str = ""  # (model, options of propagation) -> a `Propagator`
     task: type | str = ""  # of training
     criterion: Callable | str = "rvos_nb.train.losses:Criterion"  # (weights, costs) -> a loss

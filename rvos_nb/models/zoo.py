@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core import Problem
 from ..files import read_json, replace_file, replace_folder, write_json
 from .catalogue import find, find_published, plain_name, read_card
-from .family import Family, all_facts, family_of, find_family
+from .family import Family, all_facts, family_of, find_family, find_object
 from ..schema import check_schema, name_nearest
 
 # %% ../../nbs/03c_models.zoo.ipynb #1c63e5ab
@@ -322,11 +322,13 @@ def load(
     family: str | None = None,  # refuse another family
     device="cpu",
     online: bool = False,  # the Hub may be asked
+    reads: bool = False,  # of a model that can propagate and refer, the one that reads sentences
 ) -> nn.Module:  # in eval mode, on `device`
     "Load a checkpoint, strictly; every fault is a Problem that names the file."
     foreign = foreign_family(name)
     if foreign and family in (None, foreign.name):
-        return foreign.load(name, device, online)
+        loader = foreign.load_referring if reads and foreign.load_referring else foreign.load
+        return find_object(loader)(name, device, online)
     folder = find(name, online)
     about = read_card(folder)
     if family and about["family"] != family:

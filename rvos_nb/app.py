@@ -24,8 +24,9 @@ from .clip_result import ClipResult, Findings, copy_result, write_findings
 from .core import Assumption, Problem, choose_device
 from .data.masks import encode_mask
 from .data.video import read_video
-from .models.catalogue import find, note_small_model
+from .models.catalogue import note_small_model
 from .options import read_options
+from .predict import load_referring
 from .propagate import SentenceMasks, propagate_sentences
 from .propagation import make_propagator
 from .segmentation import PROPAGATOR, segment
@@ -171,9 +172,9 @@ class AppWork:
     busy: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     def __post_init__(self):
-        for name in (self.model, self.propagate):
-            if isinstance(name, (str, Path)):
-                find(name, self.place.online)
+        device, online = choose_device(self.place.device), self.place.online
+        load_referring(self.model, device, online)
+        make_propagator(self.propagate, device=device, online=online)
 
     def note(self, work: Callable[[], ClipResult]) -> tuple[ClipResult, list[str]]:
         "What `work` gives, and what was assumed on the way."

@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from .candidates import draw_masks, save_candidates
-from .core import Problem, check_id, choose_device
+from .core import Problem, check_id, choose_device, progress
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask
+from .data.refshapes import is_refshapes
 from .data.video import Video, frame_files, read_video
 from .files import replace_folder
 from .models import zoo
+from .models.catalogue import note_small_model
 from .models.referring import Referring
 from .options import option, read_options
 from rvos_nb.stage import (
@@ -269,7 +271,7 @@ class PredictWork(StageWork):
     def do(self, unit: str, clips: Iterator[np.ndarray]) -> Callable[[], None]:
         texts = [e.text for e in self.data.expressions[unit]]
         parts = ask_clips(self.model, clips, texts, self.options.short_side)
-        return partial(self.write, unit, join_answers(parts))
+        return partial(self.write, unit, join_answers(progress(parts, unit, part=True)))
 
     def write(self, unit: str, answer: dict):
         "Write candidates and masks of one video."
@@ -334,6 +336,8 @@ def predict(
     named = ("threshold", "short_side", "clip_length", "memory")
     params = {"split": data.split, "model": name}
     params |= {option: getattr(how, option) for option in named} | how.speed()
+    if not is_refshapes(data_dir):
+        note_small_model(model)
     model = load_referring(model, device, place.online, **how.speed())
     data = keep_readable(data, model)
     work = PredictWork(

@@ -27,6 +27,7 @@ from PIL import Image
 from .candidates import draw_masks, probability, resize_logits
 from .clip_result import ClipMasks, ClipResult, Findings, open_result, write_findings
 from .core import Problem, assume, check_id, choose_device, progress, read_versions
+from .data.captions import name_sentences
 from .data.masks import encode_mask, read_mask
 from .data.pictures import read_frame
 from .data.video import Video, frame_files, map_ahead, open_clip, read_video
@@ -363,6 +364,10 @@ def load_models(work: ClipWork, device: str) -> list:
     for model in work.models:
         note_small_model(model)
     note_small_model(carries, "--propagate")
+    for text, caption in zip(work.texts, name_sentences(work.texts)):
+        if caption != " ".join(text.split()):
+            found = "letters that the font of the overlay has not"
+            assume(text, found, f"it is called {caption!r} there; page.html has its words")
     online, speed = work.place.online, work.how.speed()
     loaded = [load_referring(m, device, online, **speed) for m in work.models]
     for name, model in zip(work.models, loaded):
@@ -384,10 +389,8 @@ def find_keys(work: ClipWork, scores: np.ndarray) -> list[int]:  # E
     return [key_frame_nonempty(own, drawn(e)) for e, own in enumerate(scores)]
 
 
-def carry_on(work: ClipWork, keys: list[int], device: str):
+def carry_on(work: ClipWork, keys: list[int], propagator: Propagator):
     "Masks of all frames, where a propagator makes them; sentences that are done are left."
-    name = work.wish.propagate or PROPAGATOR
-    propagator = make_propagator(name, device=device, online=work.place.online)
     if work.wish.every > 1:
         fill = FillIn(work.clip, work.wish.every, work.asked, work.masks)
         return fill.run(propagator, len(work.texts))
@@ -421,7 +424,10 @@ def gather_findings(work: ClipWork, scores: np.ndarray, keys: list[int]) -> Find
 def do_clip(work: ClipWork) -> ClipResult:
     "All that is not done yet."
     device = choose_device(work.place.device)
-    models = load_models(work, device)
+    models, propagator = load_models(work, device), None
+    if work.asked != work.masks:  # a wrong name is told before anything is asked
+        carries = work.wish.propagate or PROPAGATOR
+        propagator = make_propagator(carries, device=device, online=work.place.online)
     if work.journal.fresh:
         for folder in (work.masks, work.out / "predicted" / work.clip.id):
             shutil.rmtree(folder, ignore_errors=True)
@@ -429,8 +435,8 @@ def do_clip(work: ClipWork) -> ClipResult:
     scores = Asking(few, work.texts, models, work.how, work.asked, work.journal).run()
     keys = find_keys(work, scores)
     del models
-    if work.asked != work.masks:
-        carry_on(work, keys, device)
+    if propagator:
+        carry_on(work, keys, propagator)
     return write_findings(gather_findings(work, scores, keys), work.out, work.wish.fps)
 
 # %% ../nbs/08e_segmentation.ipynb #84004ecf

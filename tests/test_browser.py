@@ -1,6 +1,6 @@
-"""The report of a run, JupyterLab and the app in a real browser: chromium without a window, driven by playwright. Where one
-of them is missing the tests are skipped; `apt-get install chromium` (or `playwright install
-chromium`) and `pip install playwright` bring them."""
+"""The report of a run, JupyterLab and the app in a real browser: chromium without a window, driven
+by playwright. Where one of them is missing the tests are skipped; `apt-get install chromium` (or
+`playwright install chromium`) and `pip install playwright` bring them."""
 
 import json
 import os

@@ -379,7 +379,11 @@ class RunExplorer(ExplorerControls):
 
     def mark_object(self, e: Expression, t: int, places: np.ndarray) -> np.ndarray | None:
         "The object (H, W) at points of a frame; None where clicks are not understood, with a note."
-        found = self.find_propagator().mark_object(self.comparison.frame(e, t), places)
+        try:
+            found = self.find_propagator().mark_object(self.comparison.frame(e, t), places)
+        except Problem as fault:
+            self.note.value = html.escape(str(fault))
+            return None
         if found is None:
             self.note.value = (
                 "this propagator takes no clicks: use the brush, or open the explorer with "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Side', 'ClipMasks', 'coco_head', 'coco_row', 'find_box', 'ClipResult', 'list_detections', 'encode_picture',
            'make_show', 'frame_page', 'SentenceForm', 'ScoresForm', 'open_result', 'Findings', 'write_findings',
-           'save_result']
+           'copy_result', 'save_result']
 
 # %% ../nbs/08d_clip_result.ipynb #c739d3d0
 import json
@@ -407,22 +407,40 @@ def write_findings(
     return open_result(folder)
 
 
-def save_result(
+def copy_result(
     result: ClipResult,
-    folder,  # appears where it is not there
-) -> ClipResult:  # the result there
-    "Write a result, or a part of one, into a folder. Raises `Problem` where that cannot be done."
-    folder, clip = Path(folder), result.clip
-    if folder.resolve() == Path(result.folder).resolve():
-        return result
+    folder: Path,  # appears where it is not there
+) -> tuple[Video, dict[str, ClipMasks]]:  # the clip and the masks there
+    """Copy the masks of a result, and the clip where it lies in the result itself. Raises `Problem`
+    where that cannot be done."""
+    clip, masks = result.clip, {}
     for e, s in enumerate(result.sentences):
         own = folder / "Annotations" / clip.id / str(e)
         with named_errors(own):
             own.mkdir(parents=True, exist_ok=True)
         for path in result.masks[s].files:
             shutil.copyfile(path, own / path.name)
-    if Path(clip.folder).is_relative_to(result.folder):  # frames that lie in the result itself
-        shutil.copytree(clip.folder, folder / "frames", dirs_exist_ok=True)
-        clip = replace(clip, folder=folder / "frames")
-    about = (result.sentences, result.masks, result.scores, result.key_frames, result.made)
+        masks[s] = ClipMasks([own / path.name for path in result.masks[s].files], result.size)
+    source = Path(clip.folder)
+    if not source.is_relative_to(result.folder):
+        return clip, masks
+    target = folder / source.relative_to(result.folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
+    return replace(clip, folder=target), masks
+
+
+def save_result(
+    result: ClipResult,
+    folder,  # appears where it is not there
+) -> ClipResult:  # the result there
+    "Write a result, or a part of one, into a folder. Raises `Problem` where that cannot be done."
+    folder = Path(folder)
+    if folder.resolve() == Path(result.folder).resolve():
+        return result
+    clip, masks = copy_result(result, folder)
+    about = (result.sentences, masks, result.scores, result.key_frames, result.made)
     return write_findings(Findings(clip, *about), folder)

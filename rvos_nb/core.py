@@ -180,13 +180,14 @@ def print_progress(
     total: int | None,
     initial: int = 0,  # how much was done before
     every: float = LINE_SECONDS,  # seconds from one line to the next
+    delay: float = 0,  # seconds before the first line
 ) -> Iterator:  # the same items
     "Walk through `it` with a line on stderr every so often: done, of how many, time left."
     start = last = time.monotonic()
     for n, item in enumerate(it, 1):
         yield item
         now = time.monotonic()
-        if now - last < every:
+        if now - last < every or now - start < delay:
             continue
         last, done = now, n + initial
         line = f"{desc}: {done}"
@@ -201,6 +202,7 @@ def progress(
     desc: str,  # a word in front of the bar
     total: int | None = None,
     initial: int = 0,  # how much was done before
+    part: bool = False,  # of a longer walk: told of only where it takes long by itself
 ) -> Iterable:
     """Wrap `it` in a tqdm bar on a terminal, and in lines elsewhere, so that a log tells too how
     long it takes. RVOS_PROGRESS sets the seconds between lines; tests are quiet without it."""
@@ -209,10 +211,12 @@ def progress(
         return it
     total = total or length_hint(it) or None
     if every or not sys.stderr.isatty():
-        return print_progress(it, desc, total, initial, float(every or LINE_SECONDS))
+        seconds, delay = float(every or LINE_SECONDS), LINE_SECONDS if part else 0
+        return print_progress(it, desc, total, initial, seconds, delay)
     from tqdm import tqdm
 
-    return tqdm(it, desc=desc, total=total, initial=initial, mininterval=2)
+    shown = {"delay": LINE_SECONDS, "leave": False} if part else {}
+    return tqdm(it, desc=desc, total=total, initial=initial, mininterval=2, **shown)
 
 # %% ../nbs/00_core.ipynb #723920d8
 RECORDED_PACKAGES = ("rvos_nb", "torch", "numpy", "opencv-python", "pillow", "transformers")

@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from .candidates import TRACKS, draw_masks, save_candidates
-from .core import Problem, check_id, choose_device
+from .core import Problem, check_id, choose_device, progress
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask
+from .data.refshapes import is_refshapes
 from .data.video import Video, frame_files, read_video
 from .files import replace_folder
 from .models import zoo
+from .models.catalogue import note_small_model
 from .models.referring import Referring
 from .options import option, read_options
 from .presence import PresenceGate, gate_answer, put_behind
@@ -297,7 +299,7 @@ class PredictWork(StageWork):
     def do(self, unit: str, clips: Iterator[np.ndarray]) -> Callable[[], None]:
         texts = [e.text for e in self.data.expressions[unit]]
         parts = ask_clips(self.model, clips, texts, self.options.short_side)
-        return partial(self.write, unit, join_answers(parts))
+        return partial(self.write, unit, join_answers(progress(parts, unit, part=True)))
 
     def write(self, unit: str, answer: dict):
         "Write candidates and masks of one video."
@@ -366,6 +368,8 @@ def predict(
     named = ("threshold", "short_side", "clip_length", "memory")
     params = {"split": data.split, "model": name}
     params |= {option: getattr(how, option) for option in named} | how.speed()
+    if not is_refshapes(data_dir):
+        note_small_model(model)
     if gate.present:
         params["present"] = gate.present
     load = partial(load_referring, online=place.online, **how.speed())

@@ -24,9 +24,11 @@ from .core import Problem, check_id, choose_device, progress
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask, read_mask
+from .data.refshapes import is_refshapes
 from .data.video import Video, frame_files, read_video
 from .files import replace_folder
 from .keyframe import choose_key_frame, read_key_frames, read_track_frames
+from .models.catalogue import note_small_model
 from .options import option, read_options
 from .propagation import FileWriter, Propagation, check_choice, make_propagator
 from .sources import Sources
@@ -117,6 +119,7 @@ def propagate_sentences(
     direction: str = "both",
     restart: bool = True,
     bar: str = "",  # what the bar of a sweep is called; '': there is none
+    part: bool = False,  # of a walk through many videos
 ):
     """Masks of all sentences, in two sweeps over the video. Raises `Problem` for a frame or mask
     that is missing or of another size."""
@@ -131,7 +134,7 @@ def propagate_sentences(
         for going, times in _sweeps(len(names), starts, direction):
             frames = zip(times, read_video(video, names=[names[t] for t in times]))
             if bar:
-                frames = progress(frames, bar, len(times))
+                frames = progress(frames, bar, len(times), part=part)
             for i, t, labels in walk_tracks([tracks[i] for i in going], frames):
                 s = moving[going[i]][0]
                 if t != s.k:
@@ -263,8 +266,8 @@ class PropagateWork(StageWork):
             for unit, k in starts.items():
                 folder = stack.enter_context(replace_folder(self.out / "Annotations" / unit))
                 sentences.append(SentenceMasks(k, self.pred / "Annotations" / unit, folder))
-            direction, restart = self.options.direction, self.options.restart
-            propagate_sentences(self.propagator, video, sentences, direction, restart)
+            how = self.options.direction, self.options.restart
+            propagate_sentences(self.propagator, video, sentences, *how, video.id, part=True)
 
     def propagate_tracks(self, unit: str, keys: Sequence[int]):
         "The objects of one unit, each from its own key frame, and then all in one mask."
@@ -342,6 +345,8 @@ def propagate(
             "name the folder of a predict run",
         )
     out, name = Path(out_dir), model_name(model)
+    if not is_refshapes(data_dir):
+        note_small_model(model)
     params = {"split": split, "masks": os.path.relpath(pred, out.parent), "model": name}
     load = partial(make_propagator, how=how, online=place.online)
     work = PropagateWork(

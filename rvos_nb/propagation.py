@@ -180,6 +180,7 @@ class _LabelWalk:
     track: Track
     ids: ObjectIds
     bar: str = ""  # what the bar of a sweep is called; '': there is none
+    part: bool = False  # of a walk through many videos
 
     def entries(self) -> dict[int, int]:
         "In which frame each object is given first."
@@ -190,7 +191,7 @@ class _LabelWalk:
     def sweep(self, times: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         frames = zip(times, read_video(self.clip, names=[self.clip.frames[t] for t in times]))
         if self.bar:
-            frames = progress(frames, self.bar, len(times))
+            frames = progress(frames, self.bar, len(times), part=self.part)
         for _, t, labels in walk_tracks([self.track], frames):
             yield t, labels
 
@@ -251,6 +252,7 @@ def propagate_labels(
     folder: Path,  # where FRAME.png (palette) go: an existing, still temporary folder
     how: Propagation = Propagation(),
     bar: str = "",  # what the bar of a sweep is called; '': there is none
+    part: bool = False,  # of a walk through many videos
 ) -> list[int]:  # the ids
     """Label maps of every frame of a clip. Raises `Problem` for frames that are missing, broken or
     of another size."""
@@ -266,7 +268,7 @@ def propagate_labels(
                 f"{size[0]}x{size[1]}, as the frames",
                 "make the mask again at the size of the frames",
             )
-    label_walk = _LabelWalk(clip, Track(propagator, narrow, how.restart), ids, bar)
+    label_walk = _LabelWalk(clip, Track(propagator, narrow, how.restart), ids, bar, part)
     reached = set()
     with FileWriter(16) as writer:
 
@@ -357,7 +359,7 @@ class PropagateVosWork(StageWork):
     def do(self, unit: str, prepared=None):
         clip, given = read_given_masks(self.videos[unit], self.kind)
         with replace_folder(self.out / "Annotations" / unit) as folder:
-            propagate_labels(self.propagator, clip, given, folder, self.options)
+            propagate_labels(self.propagator, clip, given, folder, self.options, unit, part=True)
 
 
 def propagate_vos(
@@ -374,6 +376,7 @@ def propagate_vos(
     faults = {}
     kind, found, _ = find_vos_videos(data_dir, split, faults)
     videos, device = {v.id: v for v in found}, choose_device(place.device)
+    note_small_model(model)
     load = partial(make_propagator, how=how, online=place.online)
     work = PropagateVosWork(
         Path(out_dir),

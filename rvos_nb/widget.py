@@ -290,7 +290,7 @@ class ExplorerControls(ipywidgets.VBox):
         self.frame = ipywidgets.IntSlider(description="frame", max=0)
         self.player = ipywidgets.Play(interval=250, max=0)
         ipywidgets.jslink((self.player, "value"), (self.frame, "value"))
-        self.tool = ipywidgets.ToggleButtons(options=["look", "add", "remove"])
+        self.tool = ipywidgets.ToggleButtons(options=["look", "click", "add", "remove"])
         self.radius = ipywidgets.IntSlider(description="brush", value=4, min=1, max=40)
         self.button = ipywidgets.Button(description="Propagate from here", icon="share")
         self.button.layout.width = "14em"
@@ -324,6 +324,7 @@ class RunExplorer(ExplorerControls):
             raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
         views = {name: RunOfMasks(where, data) for name, where in runs.items()}
         self.comparison, self.model = Comparison(data, views), model
+        self.propagator: Propagator | None = None  # loaded when it is first wanted
         self.folder, self.edits = Path(tempfile.mkdtemp()), {}  # edits: (expression, t) -> mask
         super().__init__(list(data.videos), list(views))
         for control in (self.sentence, self.shown, self.frame):
@@ -371,8 +372,27 @@ class RunExplorer(ExplorerControls):
         "Show the frame at a place of the curves."
         self.frame.value = min(self.frame.max, int(points[-1, 0] * (self.frame.max + 1)))
 
+    def find_propagator(self) -> Propagator:
+        "What propagates, and marks the object at a click where it can."
+        self.propagator = self.propagator or make_propagator(self.model)
+        return self.propagator
+
+    def mark_object(self, e: Expression, t: int, places: np.ndarray) -> np.ndarray | None:
+        "The object (H, W) at points of a frame; None where clicks are not understood, with a note."
+        try:
+            found = self.find_propagator().mark_object(self.comparison.frame(e, t), places)
+        except Problem as fault:
+            self.note.value = html.escape(str(fault))
+            return None
+        if found is None:
+            self.note.value = (
+                "this propagator takes no clicks: use the brush, or open the explorer with "
+                "model='facebook/sam2.1-hiera-tiny'"
+            )
+        return found
+
     def draw_stroke(self, points: np.ndarray):
-        "Add what the brush goes over to the last mask, or take it away."
+        "Change the last mask: to the object at a click, or by what the brush goes over."
         masks = self.masks()
         if self.tool.value == "look" or not masks:
             return
@@ -382,8 +402,14 @@ class RunExplorer(ExplorerControls):
         places = to_frame(points, len(masks) + (given > 1), size)
         last = [*masks.values()][-1]
         before = np.zeros(size, bool) if last is None else last
-        self.edits[e, t] = apply_stroke(before, places, self.radius.value, self.tool.value == "add")
-        self.draw()
+        tool, radius = self.tool.value, self.radius.value
+        if tool == "click":
+            changed = self.mark_object(e, t, places)
+        else:
+            changed = apply_stroke(before, places, radius, tool == "add")
+        if changed is not None:
+            self.edits[e, t] = changed
+            self.draw()
 
     def propagate(self):
         "Make this frame the key frame: carry its mask through the clip as a run of its own."
@@ -392,9 +418,8 @@ class RunExplorer(ExplorerControls):
         try:
             if last is None:
                 raise Problem("runs", "no mask here", "a run with a mask", "choose one")
-            propagator = make_propagator(self.model)
             here = self.expression, self.frame.value, last
-            propagate_here(self.comparison, *here, propagator, self.folder)
+            propagate_here(self.comparison, *here, self.find_propagator(), self.folder)
         except Problem as e:
             self.note.value = html.escape(str(e))
             return

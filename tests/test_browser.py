@@ -1,6 +1,6 @@
-"""The report of a run in a real browser: chromium without a window, driven by playwright. Where one
-of them is missing the tests are skipped; `apt-get install chromium` (or `playwright install
-chromium`) and `pip install playwright` bring them."""
+"""The report of a run, JupyterLab and the app in a real browser: chromium without a window, driven
+by playwright. Where one of them is missing the tests are skipped; `apt-get install chromium` (or
+`playwright install chromium`) and `pip install playwright` bring them."""
 
 import json
 import os
@@ -13,14 +13,18 @@ import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from zipfile import ZipFile
 
 import cv2
 import numpy as np
 import pytest
 
+from rvos_nb.app import AppWork, serve_app
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
+from rvos_nb.data.scenes import scene
+from rvos_nb.data.video import write_video
 from rvos_nb.files import replace_folder
 from rvos_nb.viewer import find_runs, write_view
 from rvos_nb.workflow import find_notebook
@@ -295,6 +299,64 @@ def test_two_hundred_videos_stay_responsive(browser, tmp_path):
     print(f"on the clock {[round(s, 2) for s in clock]} s")
     assert first_view < 2
     assert statistics.median(filters) < 0.2
+
+
+# The app
+
+# Gradio's editor logs this of a layer that it is given; the layer is there
+EDITOR_NOTE = "No draw texture found for layer"
+
+
+@pytest.fixture(scope="module")
+def app_address():
+    "The app with the tiny models."
+    pytest.importorskip("gradio", reason="no gradio: pip install 'rvos_nb[app]'")
+    blocks = serve_app(AppWork(), wait=False)
+    yield blocks.local_url
+    blocks.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_type_a_sentence_and_see_its_mask(width, app_address, browser, tmp_path):
+    film = scene(11, "easy", frames=4, size=(64, 96)).frames
+    write_video(tmp_path / "shapes.mp4", film, 10)
+    (tmp_path / "words.mp4").write_text("the dog")
+    context, faults = browser.new_context(viewport={"width": width, "height": 900}), []
+    page = context.new_page()
+    page.set_default_timeout(180_000)
+    page.on("console", lambda m: m.type == "error" and faults.append(m.text))
+    page.on("pageerror", lambda e: faults.append(str(e)))
+    page.on("request", lambda r: is_outside(r.url, app_address) and faults.append(r.url))
+    page.goto(app_address)
+    find = page.get_by_role("button", name="Find")
+    find.click()
+    page.wait_for_selector("text=choose one, or drop it on the page")
+    page.set_input_files("input[type=file]", tmp_path / "shapes.mp4")
+    page.wait_for_selector("video")
+    find.click()
+    page.wait_for_selector("text=type what to look for")
+    page.get_by_label("Sentences, one a line").fill("the red star\nthe blue square")
+    find.click()
+    page.wait_for_function(TOLD, arg="'the blue square': found in 4 frames")
+    page.wait_for_function("document.querySelectorAll('video')[1]?.videoWidth === 96")
+    page.wait_for_selector("canvas")
+    assert fits_the_width(page)
+    again = page.get_by_role("button", name="Propagate from this frame")
+    again.click()
+    page.wait_for_function(TOLD, arg="aot-tiny: a tiny model")
+    with page.expect_download() as taken:
+        page.click("text=Download the result")
+    with ZipFile(taken.value.path()) as packed:
+        assert "shapes/overlay.mp4" in packed.namelist()
+    context.close()
+    assert {*faults} <= {EDITOR_NOTE}
+
+
+TOLD = "words => [...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
+
+
+def is_outside(url, address):
+    return url.startswith("http") and not url.startswith(address)
 
 
 # JupyterLab

@@ -3,6 +3,7 @@ everything first, a report that did not say why."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rvos_nb import core
 from rvos_nb.cli import main
 from rvos_nb.core import PROGRESS_LINE
 from rvos_nb.data import refshapes
@@ -106,6 +108,30 @@ def test_training_tells_how_long_it_takes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert any("of 2," in line for line in PROGRESS_LINE.findall(done.stderr)), done.stderr
+
+
+def test_a_long_video_tells_its_progress_within_a_data_set(data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RVOS_PROGRESS", "0")
+    rvos("predict", "--data", data, "--out", tmp_path / "a")
+    rvos("keyframe", tmp_path / "a")
+    capfd.readouterr()
+    rvos("propagate", data, tmp_path / "a", "--out", tmp_path / "b")
+    assert "easy-00000: " not in capfd.readouterr().err  # short ones are not worth a line
+    monkeypatch.setattr(core, "LINE_SECONDS", 0)
+    rvos("propagate", data, tmp_path / "a", "--out", tmp_path / "c")
+    assert re.search(r"(?m)^easy-00000: \d of 3, 0:0\d left$", capfd.readouterr().err)
+
+
+def test_tiny_models_warn_of_a_data_set_that_is_not_shapes(data, tmp_path, capfd):
+    shutil.copytree(data, tmp_path / "data")
+    for root, notes in ((data, 0), (tmp_path / "data", 2)):
+        out = tmp_path / f"out{notes}"
+        rvos("predict", "--data", root, "--out", out / "a")
+        rvos("keyframe", out / "a")
+        rvos("propagate", root, out / "a", "--out", out / "b")
+        assert capfd.readouterr().err.count("seen nothing but moving coloured shapes") == notes
+        for mark in tmp_path.rglob("refshapes.json"):
+            mark.unlink()
 
 
 # A plan before anything is there

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from rvos_nb import clip_result, segmentation
+from rvos_nb.app import AppWork, Visit
 from rvos_nb.cli import main
 from rvos_nb.clip_result import open_result
 from rvos_nb.core import Problem
@@ -521,3 +522,67 @@ def test_a_tree_of_a_benchmark_is_asked_as_such(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--data", str(tmp_path / "data"), "--every", "3"])
     assert "--every with a data set" in capsys.readouterr().err
+
+
+# What could go wrong before the work, and is told before it
+
+
+def test_a_wrong_propagator_is_told_before_anything_is_asked(film, tmp_path, monkeypatch):
+    def ask(self):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(segmentation.Asking, "run", ask)
+    for wrong, found in (("aot-tinny", "did you mean"), ("referformer-tiny", "propagates masks")):
+        for how in ({"propagate": wrong}, {"propagate": wrong, "every": 3}):
+            with pytest.raises(Problem, match=found):
+                segment(film, "the red circle", out=tmp_path / "out", **how)
+
+
+def test_no_result_overwrites_its_own_clip(film, tmp_path):
+    own = tmp_path / "overlay.mp4"
+    shutil.copy(film, own)
+    with pytest.raises(Problem, match=r"the clip itself, overlay\.mp4"):
+        segment(own, "the red circle", out=tmp_path)
+    assert own.read_bytes() == film.read_bytes()
+
+
+def test_a_clip_that_lies_in_its_result_goes_with_it(film, tmp_path):
+    (tmp_path / "here").mkdir()
+    shutil.copy(film, tmp_path / "here/mine.mp4")
+    result = segment(tmp_path / "here/mine.mp4", "the red circle", out=tmp_path / "here")
+    result.save(tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    assert len([*open_result(tmp_path / "there").pictures()]) == len(result)
+
+
+def test_a_sentence_that_the_overlay_cannot_write(film, tmp_path, monkeypatch):
+    monkeypatch.setattr(segmentation, "name_sentences", lambda texts: ("sentence 1",))
+    with pytest.warns(UserWarning, match="it is called 'sentence 1' there"):
+        segment(film, "那只狗", out=tmp_path / "out")
+
+
+# The app
+
+
+def test_the_app_without_gradio_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as e:
+        main(["app"])
+    assert e.value.code == 1 and "pip install 'rvos_nb[app]'" in capsys.readouterr().err
+
+
+def test_the_app_refuses_models_before_it_is_served():
+    for names in (("referformer-tinny",), ("referformer-tiny", "soc-tiny"), ("aot-tiny",)):
+        with pytest.raises(Problem):
+            AppWork(*names)
+
+
+def test_visitors_do_not_meet(film):
+    work, one, two = AppWork(), Visit(), Visit()
+    work.answer(str(film), "the red circle", one)
+    work.answer(str(film), "the blue square", two)
+    assert one.result.sentences != two.result.sentences
+    assert one.result.folder.parent != two.result.folder.parent
+    with pytest.raises(Problem, match="tokens"):
+        work.answer(str(film), "dog " * 2500, one)
+    assert one.result.sentences == ["the red circle"] and one.result.folder.is_dir()

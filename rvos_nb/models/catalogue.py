@@ -116,12 +116,13 @@ def read_card(
 # %% ../../nbs/03c0_models.catalogue.ipynb #2688974e
 BETTER = {
     True: "for real film convert a published model: `rvos models` says where they are",
-    False: "for real film use SAM 2: --model facebook/sam2.1-hiera-tiny --online",
+    False: "for real film use SAM 2: {option} facebook/sam2.1-hiera-tiny --online",
 }  # whether a model reads sentences -> where real weights are
 
 
 def note_small_model(
     model,  # a name, a folder, or a model
+    option: str = "--model",  # where another one is named
 ):
     "Warn where a model is one of those that ship."
     folder = find_shipped("checkpoints", Path(str(model)).name)
@@ -129,7 +130,7 @@ def note_small_model(
     if not named or not (folder / "config.json").is_file():
         return
     found = "a tiny model that has seen nothing but moving coloured shapes"
-    assume(model, found, BETTER[(folder / "tokenizer").is_dir()])
+    assume(model, found, BETTER[(folder / "tokenizer").is_dir()].format(option=option))
 
 # %% ../../nbs/03c0_models.catalogue.ipynb #5b5f5530
 def how_to_get(

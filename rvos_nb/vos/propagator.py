@@ -44,6 +44,14 @@ class Propagator:
         thing. `scale` is that of the frames, for test-time augmentation."""
         return None
 
+    def mark_object(
+        self,
+        frame: np.ndarray,  # (H, W, 3) uint8 RGB
+        points: np.ndarray,  # (n, 2) x, y in pixels, all on one object
+    ) -> np.ndarray | None:  # (H, W) bool
+        "The object at some points; None where this propagator starts from masks only."
+        return None
+
 # %% ../../nbs/03m_vos.propagator.ipynb #aba183b5
 def check_frame_size(
     found: tuple[int, int],  # (H, W) of a frame

@@ -337,6 +337,17 @@ class SamSession:
             self.state, self.clock, obj_ids=[*masks], input_masks=[*masks.values()]
         )
 
+    def give_points(self, points: np.ndarray, size: tuple[int, int]):
+        "Points (n, 2), x and y in pixels of a frame (H, W), on object 1 in the frame of the clock."
+        self.processor.add_inputs_to_inference_session(
+            self.state,
+            self.clock,
+            obj_ids=[1],
+            input_points=[[np.asarray(points, float).tolist()]],
+            input_labels=[[[1] * len(points)]],
+            original_size=size,
+        )
+
     def drop_answers(self, ids: Iterable[int]):
         "Drop what was tracked in the frame of the clock, of objects that are given a mask there."
         for index in (self.state.obj_id_to_idx(k) for k in ids):
@@ -448,6 +459,16 @@ class SamPropagator(Propagator):
         ]
         self.pending = merge_objects(torch.cat(full)[:, 0] if full else nowhere[:0, 0])
         return self.pending
+
+    @torch.inference_mode()
+    def mark_object(self, frame: np.ndarray, points: np.ndarray) -> np.ndarray:  # (H, W) bool
+        "The object at points (n, 2) of a frame; what is being propagated is not touched."
+        encoded, session = self.see(frame), SamSession(self.model, self.processor)
+        session.clock = 0
+        session.give_points(points, encoded.size)
+        [logits] = session.run_model(encoded).values()
+        full = F.interpolate(logits, encoded.size, mode="bilinear")
+        return (full[0, 0] > 0).cpu().numpy()
 
     def amend(self, labels):
         """Replace what the last step remembers of its frame; labels (H, W) ids or (N+1, H, W)

@@ -21,7 +21,7 @@ class PresenceGate:
     "When a sentence is answered with nothing. Raises `Problem` for what is no probability."
 
     present: float = option(
-        0.0, "Of a data set: draw only what is believed to be there this much; 0: always answer."
+        0.0, "Of a data set: draw only what is believed this much; 0: always answer."
     )
 
     def __post_init__(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['key_index', 'input_mask', 'SentenceMasks', 'propagate_sentences', 'SentencePropagation', 'batch_by_video', 'is_drawn',
-           'write_tracks', 'PropagateWork', 'propagate']
+           'write_tracks', 'propagate_objects', 'PropagateWork', 'propagate']
 
 # %% ../nbs/05e_propagate.ipynb #59de0a8c
 import os
@@ -206,6 +206,26 @@ def write_tracks(
             (source / f"{check_id(name, source)}.png").write_bytes(encode_mask(mask))
         yield SentenceMasks(k, source, folder)
 
+
+def propagate_objects(
+    propagator: Propagator,
+    video: Video,
+    found: tuple[dict, dict],  # of `candidates.load_tracks`
+    keys: Sequence[int],  # the key frame of each object
+    folder: Path,  # where FRAME.png go: an existing, still temporary folder
+    direction: str = "both",
+    restart: bool = True,
+):
+    "Several objects, each from its own key frame, and then all in one mask."
+    with tempfile.TemporaryDirectory() as place:
+        each = list(write_tracks(*found, video, keys, Path(place)))
+        forks = propagator.fork() is not None
+        for group in [each] if forks else [[one] for one in each]:
+            propagate_sentences(propagator, video, group, direction, restart)
+        for name in video.frames:
+            masks = [read_mask(one.folder / f"{name}.png") for one in each]
+            (folder / f"{name}.png").write_bytes(encode_mask(np.any(masks, 0)))
+
 # %% ../nbs/05e_propagate.ipynb #9808b6e4
 @dataclass
 class PropagateWork(StageWork):
@@ -277,18 +297,9 @@ class PropagateWork(StageWork):
         if found is None or len(found[0]["tracks"]) != len(keys):
             expected = f"{len(keys)} objects, as key_frame.json says"
             raise Problem(path, "others", expected, "choose the key frames again")
-        with (
-            tempfile.TemporaryDirectory() as place,
-            replace_folder(self.out / "Annotations" / unit) as folder,
-        ):
-            each = list(write_tracks(*found, video, keys, Path(place)))
-            forks = self.propagator.fork() is not None
-            for group in [each] if forks else [[one] for one in each]:
-                how = self.options.direction, self.options.restart
-                propagate_sentences(self.propagator, video, group, *how)
-            for name in video.frames:
-                masks = [read_mask(one.folder / f"{name}.png") for one in each]
-                (folder / f"{name}.png").write_bytes(encode_mask(np.any(masks, 0)))
+        how = self.options.direction, self.options.restart
+        with replace_folder(self.out / "Annotations" / unit) as folder:
+            propagate_objects(self.propagator, video, found, keys, folder, *how)
 
     def do(self, units: list[str], prepared=None):
         "Units of one video in one sweep and, where that fails, one by one. Raises `BatchFailed`."

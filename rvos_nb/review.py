@@ -26,10 +26,10 @@ from .data.video import Expression, frame_files
 from .files import read_json, replace_folder, write_json
 from rvos_nb.judge import (
     Agreement,
-    Judge,
+    MaskJudge,
+    MaskVerdict,
     Oracle,
     PresenceJudge,
-    Verdict,
     VideoFrames,
     load_vision_language,
 )
@@ -55,8 +55,8 @@ from .vos.propagator import Propagator
 # %% ../nbs/06e_review.ipynb #1ae13064
 def choose_answer(
     answers: Sequence[tuple[str, Callable[[], np.ndarray]]],  # name, and what makes masks (T, H, W)
-    ask: Callable[[np.ndarray], Verdict],  # masks -> what the judge says
-) -> tuple[np.ndarray, str, list[tuple[str, Verdict]]]:  # masks, their name, all that was said
+    ask: Callable[[np.ndarray], MaskVerdict],  # masks -> what the judge says
+) -> tuple[np.ndarray, str, list[tuple[str, MaskVerdict]]]:  # masks, their name, all that was said
     "The first accepted answer, or the best of all. Raises `Problem` where there is none."
     best, said = None, []
     for name, make in answers:
@@ -115,14 +115,14 @@ class ReviewOptions:
             expected = "the run of predict in which the key frames lie"
             raise Problem("seed_run", "none", expected, "name it, or set seeds to 0")
 
-
+# %% ../nbs/06e_review.ipynb #bd860a40
 @dataclass
 class ReviewWork(StageWork):
     "Judge the answers of each sentence and keep one."
 
     data: Dataset = field(kw_only=True)
     members: list[Member] = field(kw_only=True)
-    judge: Judge = field(kw_only=True)
+    judge: MaskJudge = field(kw_only=True)
     seeds: SeedFrames | None = field(default=None, kw_only=True)
 
     stage = "review"
@@ -173,15 +173,15 @@ class ReviewWork(StageWork):
 
 # %% ../nbs/06e_review.ipynb #075ecb64
 def make_judge(
-    name: str | Judge,
+    name: str | MaskJudge,
     data: Dataset,
     members: Sequence[Member],
     least: float,
     device: str = "cpu",
     online: bool = False,  # of a model: its name may be looked up on the Hub
-) -> Judge:
+) -> MaskJudge:
     "A judge by its name. Raises `Problem` for one that there is not."
-    if isinstance(name, Judge):
+    if isinstance(name, MaskJudge):
         return name
     kind, _, model = str(name).partition(":")
     if kind == "oracle":
@@ -231,7 +231,7 @@ def review(
     data_dir,  # a data set of whole videos
     runs: Sequence,  # runs, mask trees or zips: the one under review, then those to fall back to
     out_dir,  # results: Annotations/, verdicts.json, run.json
-    judge="agreement",  # a name as of `make_judge`, or a `Judge`
+    judge="agreement",  # a name as of `make_judge`, or a `MaskJudge`
     split: str = "valid",
     **options,  # of `ReviewOptions`, `ModelPlace` and `Execution`
 ) -> Report:

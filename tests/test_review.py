@@ -12,8 +12,8 @@ from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import write_mask
 from rvos_nb.evaluate import evaluate
 from rvos_nb.judge import (
-    Judge,
-    Verdict,
+    MaskJudge,
+    MaskVerdict,
     VideoFrames,
     choose_shown,
     load_vision_language,
@@ -76,9 +76,9 @@ def test_the_oracle_never_makes_it_worse_and_helps_where_there_is_better(place, 
 
 
 def test_a_judge_who_accepts_everything_changes_nothing(place, data, runs):
-    class Anything(Judge):
+    class Anything(MaskJudge):
         def judge(self, frames, masks, text):
-            return Verdict(True, 1.0, "why not")
+            return MaskVerdict(True, 1.0, "why not")
 
     review(place / "data", runs, place / "any", Anything()).check()
     for path in (runs[0] / "Annotations").rglob("*.png"):

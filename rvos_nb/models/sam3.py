@@ -307,7 +307,7 @@ def lend(owner: nn.Module, name: str, answer):
     finally:
         delattr(owner, name)
 
-
+# %% ../../nbs/03t0_models.sam3.ipynb #ae534885
 class SAM3(Referring):
     "SAM 3 (Carion et al. 2025) behind the protocol: a phrase, and all objects that it describes."
 

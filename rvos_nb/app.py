@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BRUSH', 'OPACITY', 'ABOUT', 'LATER', 'carry_mask', 'correct_result', 'zip_result', 'to_layers', 'from_layers',
-           'Visit', 'leave', 'read_sentences', 'AppWork', 'import_gradio', 'describe_visit', 'Page', 'serve_app']
+           'Visit', 'leave', 'split_sentences', 'AppWork', 'import_gradio', 'describe_visit', 'PageWidgets', 'Page',
+           'serve_app']
 
 # %% ../nbs/08j_app.ipynb #df2c4ee1
 import shutil
@@ -153,7 +154,7 @@ def leave(visit: Visit | None):
         visit.held.cleanup()
 
 # %% ../nbs/08j_app.ipynb #589d46f3
-def read_sentences(text: str | None) -> list[str]:
+def split_sentences(text: str | None) -> list[str]:
     "The lines that say something. Raises `Problem` where there is none."
     lines = [line.strip() for line in (text or "").splitlines()]
     if not any(lines):
@@ -188,7 +189,7 @@ class AppWork:
         "Find what the sentences mean in a film."
         if not film:
             raise Problem("clip", "none", "a film", "choose one, or drop it on the page")
-        texts, folder = read_sentences(text), visit.next_folder()
+        texts, folder = split_sentences(text), visit.next_folder()
         (folder / "clip").mkdir()
         own = shutil.copy(film, folder / "clip")
         asked = partial(segment, own, texts, self.model, folder, **asdict(self.place))
@@ -228,12 +229,48 @@ def describe_visit(visit: Visit, notes: Sequence[str]) -> str:
     about = repr(visit.result).partition("\nmasks[")[0]
     return "\n".join([about, *(f"note: {note}" for note in notes)])
 
-
-class Page:
-    "The widgets of a page and what happens when they are used."
+# %% ../nbs/08j_app.ipynb #f3c09227
+class PageWidgets:
+    "The widgets of a page."
 
     def __init__(self, work: AppWork):
         self.gradio, self.work = import_gradio(), work
+
+    def place_widgets(self):
+        "Clip and words on the left, the film with its masks on the right, the brush below."
+        gr = self.gradio
+        names = {"model": model_name(self.work.model), "propagate": model_name(self.work.propagate)}
+        gr.Markdown(ABOUT.format(title="My video and my sentence", **names))
+        self.visit = gr.State(None, delete_callback=leave)
+        with gr.Row():
+            with gr.Column():
+                self.film = gr.Video(label="Clip", sources=["upload"], height=260)
+                self.text = gr.Textbox(label="Sentences, one a line", lines=3, max_lines=8)
+                self.find = gr.Button("Find", variant="primary")
+            with gr.Column():
+                self.overlay = gr.Video(show_label=False, interactive=False, height=360)
+                self.report = gr.Textbox(LATER, label="What was found", lines=4, max_lines=12)
+        gr.Markdown("### One mask is wrong? Choose a frame, paint or erase, and carry it on.")
+        with gr.Row():
+            self.sentence = gr.Dropdown(label="Sentence", choices=[], interactive=False)
+            self.frame = gr.Slider(0, 1, 0, step=1, label="Frame", interactive=False)
+        brush = gr.Brush(colors=[(f"rgb{BRUSH}", OPACITY / 255)], color_mode="fixed")
+        self.editor = gr.ImageEditor(
+            label="Mask of this frame",
+            brush=brush,
+            sources=[],
+            transforms=[],
+            layers=False,
+            visible=False,
+            format="png",
+        )
+        with gr.Row():
+            self.again = gr.Button("Propagate from this frame", interactive=False)
+            self.download = gr.DownloadButton("Download the result", interactive=False)
+
+# %% ../nbs/08j_app.ipynb #f3c09229
+class Page(PageWidgets):
+    "What happens when widgets are used."
 
     def tell(self, function):
         "The function, whose `Problem` becomes a message on the page and changes nothing."
@@ -278,38 +315,6 @@ class Page:
         if visit is None or visit.result is None:
             return None
         return visit.picture(sentence, min(int(t), len(visit.result) - 1))
-
-    def place_widgets(self):
-        "Clip and words on the left, the film with its masks on the right, the brush below."
-        gr = self.gradio
-        names = {"model": model_name(self.work.model), "propagate": model_name(self.work.propagate)}
-        gr.Markdown(ABOUT.format(title="My video and my sentence", **names))
-        self.visit = gr.State(None, delete_callback=leave)
-        with gr.Row():
-            with gr.Column():
-                self.film = gr.Video(label="Clip", sources=["upload"], height=260)
-                self.text = gr.Textbox(label="Sentences, one a line", lines=3, max_lines=8)
-                self.find = gr.Button("Find", variant="primary")
-            with gr.Column():
-                self.overlay = gr.Video(show_label=False, interactive=False, height=360)
-                self.report = gr.Textbox(LATER, label="What was found", lines=4, max_lines=12)
-        gr.Markdown("### One mask is wrong? Choose a frame, paint or erase, and carry it on.")
-        with gr.Row():
-            self.sentence = gr.Dropdown(label="Sentence", choices=[], interactive=False)
-            self.frame = gr.Slider(0, 1, 0, step=1, label="Frame", interactive=False)
-        brush = gr.Brush(colors=[(f"rgb{BRUSH}", OPACITY / 255)], color_mode="fixed")
-        self.editor = gr.ImageEditor(
-            label="Mask of this frame",
-            brush=brush,
-            sources=[],
-            transforms=[],
-            layers=False,
-            visible=False,
-            format="png",
-        )
-        with gr.Row():
-            self.again = gr.Button("Propagate from this frame", interactive=False)
-            self.download = gr.DownloadButton("Download the result", interactive=False)
 
     def connect_widgets(self):
         "Which click does what. Nothing else runs while models answer."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POINTER', 'CURVE_COLORS', 'LIVE', 'HEIGHT', 'TITLE', 'map_disagreement', 'draw_disagreement', 'RunOfMasks',
            'PointedPicture', 'jpeg_as_html', 'draw_curves_as_svg', 'apply_stroke', 'panel_size', 'to_frame',
-           'Comparison', 'propagate_here', 'ExplorerControls', 'RunExplorer']
+           'Comparison', 'propagate_here', 'ExplorerControls', 'RunViewer', 'RunExplorer']
 
 # %% ../nbs/08h_widget.ipynb #482f48b8
 import base64
@@ -309,28 +309,25 @@ class ExplorerControls(ipywidgets.VBox):
         "Called with what was drawn on the curves."
 
 # %% ../nbs/08h_widget.ipynb #ecc2c449
-class RunExplorer(ExplorerControls):
-    "Runs side by side over the frames of a sentence, in a notebook."
+class RunViewer(ExplorerControls):
+    "Runs side by side over the frames of a sentence."
 
     def __init__(
         self,
         data_dir,  # a data set whose sentences are about whole videos
         runs: Mapping,  # name -> run folder
         split: str = "valid",
-        model="aot-tiny",  # what propagates: a name, a folder, or a `Propagator`
     ):
         data = open_dataset(resolve(data_dir), split)
         if not runs:
             raise Problem("runs", "no run", "at least one, by name", "name the folder of a run")
         views = {name: RunOfMasks(where, data) for name, where in runs.items()}
-        self.comparison, self.model = Comparison(data, views), model
-        self.propagator: Propagator | None = None  # loaded when it is first wanted
+        self.comparison = Comparison(data, views)
         self.folder, self.edits = Path(tempfile.mkdtemp()), {}  # edits: (expression, t) -> mask
         super().__init__(list(data.videos), list(views))
         for control in (self.sentence, self.shown, self.frame):
             control.observe(lambda _: self.draw(), "value")
         self.video.observe(lambda _: self.choose_video(), "value")
-        self.button.on_click(lambda _: self.propagate())
         self.choose_video()
 
     @property
@@ -371,6 +368,22 @@ class RunExplorer(ExplorerControls):
     def go_to(self, points: np.ndarray):
         "Show the frame at a place of the curves."
         self.frame.value = min(self.frame.max, int(points[-1, 0] * (self.frame.max + 1)))
+
+# %% ../nbs/08h_widget.ipynb #6b1e4f26
+class RunExplorer(RunViewer):
+    "Runs side by side in a notebook, whose masks can be mended and propagated again."
+
+    def __init__(
+        self,
+        data_dir,  # a data set whose sentences are about whole videos
+        runs: Mapping,  # name -> run folder
+        split: str = "valid",
+        model="aot-tiny",  # what propagates: a name, a folder, or a `Propagator`
+    ):
+        self.model = model
+        self.propagator: Propagator | None = None  # loaded when it is first wanted
+        super().__init__(data_dir, runs, split)
+        self.button.on_click(lambda _: self.propagate())
 
     def find_propagator(self) -> Propagator:
         "What propagates, and marks the object at a click where it can."

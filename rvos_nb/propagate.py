@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np

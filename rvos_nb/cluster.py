@@ -215,7 +215,7 @@ class RayPool(Pool):
             self.idle_since = now
         elif now - self.idle_since > PATIENCE:
             self.idle_since = now
-            assume("cluster", f"no free place in {PATIENCE} s", "waiting for one")
+            assume("cluster", f"no worker for {PATIENCE} s", "waiting for a free place")
 
     def close(self):
         for actor in {*self.names, *self.pending.values()}:

@@ -123,6 +123,12 @@ def test_at_work_killed_and_stopped(tmp_path):
         assert not read_status(out).alive
 
 
+def run_command(*words):
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    return ended.value.code
+
+
 def test_a_recipe(tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "out"
     refshapes.write(data, "valid", "easy", videos=2, seed=4, frames=2, size=(48, 64))
@@ -135,11 +141,11 @@ def test_a_recipe(tmp_path, capsys):
     units = [e.get("unit") for e in read_events(out / "_run/look.events.jsonl")]
     assert len(set(units) - {None}) == 2
     capsys.readouterr()
-    main(["status", str(out)])
+    assert run_command("status", out) == 0
     table = capsys.readouterr().out
     assert "nobody works on it" in table and re.search(r"look +done +2 +0 +2", table)
     with locked(out / "_run"):
-        main(["status", str(out), "--html", str(tmp_path / "page.html")])
+        assert run_command("status", out, "--html", tmp_path / "page.html") == 0
         assert f"pid {os.getpid()}" in (tmp_path / "page.html").read_text()
 
 
@@ -154,8 +160,7 @@ def test_names_cannot_write_html(tmp_path):
 
 
 def test_what_is_no_run(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["status", str(tmp_path)])
+    assert run_command("status", tmp_path) == 1
     assert "no run.json and no _run" in capsys.readouterr().err
     (tmp_path / EVENTS_NAME).write_text('{"time": "yesterday"}\n[]\n\x00\n')
     assert read_status(tmp_path).stages[0].state == "to do"

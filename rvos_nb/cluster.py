@@ -139,7 +139,7 @@ class Actor:
     def do(self, unit) -> Exception | None:
         return do_unit(self.job, unit)
 
-
+# %% ../nbs/00c1_cluster.ipynb #1b21f9da
 class RayPool(Pool):
     "Actors of a Ray cluster."
 

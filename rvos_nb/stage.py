@@ -470,7 +470,7 @@ def _list_units(batch) -> list[str]:
 def _measure(work: StageWork, batch) -> float:
     return sum(map(work.size, _list_units(batch)))
 
-
+# %% ../nbs/00e_stage.ipynb #fd44cca9
 def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog, events: EventLog):
     "Do the units that do not stand, and enter each into the report."
     todo = []

@@ -51,7 +51,7 @@ class StageStatus:
         rest = self.units - self.done - self.failed
         return rest / self.rate if self.rate and rest > 0 else None
 
-
+# %% ../nbs/09c0_status.ipynb #abab6ad4
 def read_time(text: str) -> datetime:
     "The time of an event; raises `ValueError` for another text."
     return datetime.fromisoformat(text)
@@ -211,7 +211,7 @@ def _read_recipe_stage(root: Path, name: str, alive: bool) -> StageStatus:
             status.errors = [("", "", why)]
     return status
 
-
+# %% ../nbs/09c0_status.ipynb #72dc3150
 def read_status(
     run,  # what `rvos run` or one stage writes
 ) -> RunStatus:

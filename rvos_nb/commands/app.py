@@ -6,12 +6,13 @@
 __all__ = ['ALSO_CALLED', 'RECORDS', 'app', 'DATA', 'RUN', 'OUT', 'SPLIT', 'FORCE', 'PARAMETERS', 'LISTS', 'NUMBER', 'value_type',
            'describe_option', 'typer_parameter', 'read_numbers', 'find_options', 'own_parameters', 'as_command',
            'LazyOptions', 'print_version', 'choose_debug', 'add_command', 'absolute', 'model_or_folder',
-           'recipe_or_file', 'join_values', 'read_parameters', 'end_stage']
+           'recipe_or_file', 'join_values', 'read_parameters', 'end_stage', 'tell_progress']
 
 # %% ../../nbs/09d_commands.app.ipynb #9f60dcf4
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -289,3 +290,8 @@ def end_stage(report: Report):
         print(report.table())
     report.check()
     print(f"results in {report.out}")
+
+# %% ../../nbs/09d_commands.app.ipynb #ff3217b3
+def tell_progress(line: str):
+    "A line about what is done now, beside the answer."
+    print(f"{line} ...", file=sys.stderr, flush=True)

@@ -180,7 +180,7 @@ def status_command(
         int, typer.Option(min=1, help="With --watch and --html: the time between two looks.")
     ] = 5,
 ):
-    """How far is a run?
+    """How far a run is, while it works and afterwards.
 
     Stages, units done and failed, rate, time left, workers and the last errors, of a run that is at
     work or has ended. Only files are read, so any machine that sees them can ask.

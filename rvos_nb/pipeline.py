@@ -504,7 +504,7 @@ def print_plan(workflow: Workflow, values: dict, stages: Sequence[Stage], root: 
         views.append(inspect_stage(s, root, views))
     print(f"{workflow.name} in {root}:\n{state_table(views)}")
 
-
+# %% ../nbs/09c_pipeline.ipynb #3ecef209
 def run_workflow(
     recipe,  # name, path, mapping or `Workflow`
     parameters: dict | None = None,  # replace the recipe's

@@ -197,10 +197,12 @@ def list_marked(mark):
 def kill_driver_midway(tmp_path, out, executor):
     "Ends with the driver dead, some units done and some not, and nobody left of what it started."
     driver, mark = start_driver(tmp_path, out, executor)
-    wait_until(lambda: len(list(out.glob("v*.txt"))) >= 2 or driver.poll() is not None, 120)
-    assert driver.poll() is None
-    driver.kill()
-    driver.wait()
+    try:
+        wait_until(lambda: len(list(out.glob("v*.txt"))) >= 2 or driver.poll() is not None, 200)
+        assert driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
     wait_until(lambda: not list_marked(mark), 10)
     assert 2 <= len(list(out.glob("v*.txt"))) < 8
 

@@ -43,8 +43,8 @@ def pack_light(
 # %% ../nbs/00c1_cluster.ipynb #31e52a74
 STORE = 100_000_000  # bytes; little more than the least that Ray accepts
 LOCAL_SETTINGS = {
-    "RAY_agent_register_timeout_ms": "300000",  # a busy machine starts slowly
-    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts slowly
+    "RAY_raylet_start_wait_time_s": "120",
     "RAY_prestart_worker_first_driver": "0",  # actors bring their own processes
 }
 
@@ -139,7 +139,7 @@ class Actor:
     def do(self, unit) -> Exception | None:
         return do_unit(self.job, unit)
 
-# %% ../nbs/00c1_cluster.ipynb #1b21f9da
+# %% ../nbs/00c1_cluster.ipynb #347fea08
 class RayPool(Pool):
     "Actors of a Ray cluster."
 

@@ -462,7 +462,7 @@ def _note_sources(work: StageWork, unit: str, before: list[tuple], log: SourceLo
     found, remedy = "a file that changed while the stage ran", "run the same command again"
     return str(Problem(changed[0], found, "one that stays as it is", remedy))
 
-
+# %% ../nbs/00e_stage.ipynb #19892e3e
 def _list_units(batch) -> list[str]:
     return [batch] if isinstance(batch, str) else batch
 

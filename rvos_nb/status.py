@@ -51,7 +51,7 @@ class StageStatus:
         rest = self.units - self.done - self.failed
         return rest / self.rate if self.rate and rest > 0 else None
 
-# %% ../nbs/09c0_status.ipynb #abab6ad4
+
 def read_time(text: str) -> datetime:
     "The time of an event; raises `ValueError` for another text."
     return datetime.fromisoformat(text)
@@ -177,7 +177,7 @@ def _add_record(status: StageStatus, folder: Path):
     failures = list(record.get("failures", {}).items())[-ERRORS_SHOWN:]
     status.errors = [("", unit, why) for unit, why in failures]
 
-
+# %% ../nbs/09c0_status.ipynb #6dc8856c
 def read_stage_status(
     folder: Path,  # the results of a single stage
 ) -> StageStatus:
@@ -211,7 +211,7 @@ def _read_recipe_stage(root: Path, name: str, alive: bool) -> StageStatus:
             status.errors = [("", "", why)]
     return status
 
-# %% ../nbs/09c0_status.ipynb #72dc3150
+# %% ../nbs/09c0_status.ipynb #89a730d6
 def read_status(
     run,  # what `rvos run` or one stage writes
 ) -> RunStatus:

@@ -123,18 +123,19 @@ def let_go(work, units):
 def test_machines_join_and_leave(cluster, tmp_path):
     work = work_in(tmp_path)
     units = ["slow1", "slow2", "slow3", "slow4"]
+    ends = {}
 
-    def change_machines():
-        wait_until(lambda: sum(map(work.count, units)) == 2)
-        third = cluster.add_node(num_cpus=1, **SMALL)
-        wait_until(lambda: sum(map(work.count, units)) == 3, 120)
-        cluster.remove_node(third, allow_graceful=False)
-        (tmp_path / "go").touch()
+    def do_units():
+        ends.update(map_units(work, units, f"ray:{cluster.address}"))
 
-    changes = Thread(target=change_machines)
-    changes.start()
-    ends = dict(map_units(work, units, f"ray:{cluster.address}"))
-    changes.join()
+    run = Thread(target=do_units, daemon=True)
+    run.start()
+    wait_until(lambda: sum(map(work.count, units)) == 2, 120)
+    third = cluster.add_node(num_cpus=1, **SMALL)
+    wait_until(lambda: sum(map(work.count, units)) == 3, 120)
+    cluster.remove_node(third, allow_graceful=False)
+    (tmp_path / "go").touch()
+    run.join(120)
     assert ends == dict.fromkeys(units)
     assert sum(map(work.count, units)) == 5  # that of the machine which left twice
 
@@ -196,10 +197,12 @@ def list_marked(mark):
 def kill_driver_midway(tmp_path, out, executor):
     "Ends with the driver dead, some units done and some not, and nobody left of what it started."
     driver, mark = start_driver(tmp_path, out, executor)
-    wait_until(lambda: len(list(out.glob("v*.txt"))) >= 2 or driver.poll() is not None, 120)
-    assert driver.poll() is None
-    driver.kill()
-    driver.wait()
+    try:
+        wait_until(lambda: len(list(out.glob("v*.txt"))) >= 2 or driver.poll() is not None, 200)
+        assert driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
     wait_until(lambda: not list_marked(mark), 10)
     assert 2 <= len(list(out.glob("v*.txt"))) < 8
 

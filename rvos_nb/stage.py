@@ -376,7 +376,7 @@ class Execution:
 
     executor: str = option(
         "local",
-        "local: this process; processes:4: four of them; ray, ray:HOST:PORT: a cluster.",
+        "local: here; processes:4: four processes; ray, ray:HOST:PORT: a cluster.",
     )
     force: bool = option(False, "Replace results that were made with other parameters.")
 

@@ -503,7 +503,9 @@ def run_workflow(
         return ends
     with locked(root / "_run"):
         plan = "".join(f"{s.name}\n" for s in stages)
-        write_bytes(root / "_run" / PLAN_NAME, plan.encode())
+        listed = root / "_run" / PLAN_NAME
+        if not listed.is_file() or listed.read_bytes() != plan.encode():
+            write_bytes(listed, plan.encode())
         for i, s in enumerate(stages):
             view = inspect_stage(s, root)
             head = f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})"

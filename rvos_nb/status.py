@@ -65,7 +65,7 @@ def measure_rate(
     seconds = (read_time(recent[-1]["time"]) - read_time(recent[0]["time"])).total_seconds()
     return (len(recent) - 1) / seconds if seconds > 0 else 0.0
 
-
+# %% ../nbs/09c0_status.ipynb #345caf4b
 def count_events(
     name: str,
     events: Iterable[Event],  # of one stage, the oldest first

@@ -705,6 +705,7 @@ KILL = """
 import os, signal, sys, torch
 from pathlib import Path
 from rvos_nb import files, protocols
+from rvos_nb.models.referring import Candidates, Referring, Responses
 
 class Toy(Referring):
     def see(self, frames, short_side=None):

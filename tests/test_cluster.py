@@ -5,15 +5,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
 
-from rvos_nb.cluster import LOCAL_SETTINGS, count_cpus, count_places, pack_light
+from rvos_nb.cluster import LOCAL_SETTINGS, count_cpus, count_places, list_users, pack_light
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.files import write_bytes
@@ -172,38 +173,39 @@ if __name__ == "__main__":
 """
 
 
-def start_driver(tmp_path, out, executor):
-    "A process that does the toy; it and all that come from it have a mark in their environment."
+def start_driver(tmp_path, out, executor, place):
+    "A process that does the toy, with `place` for its temporary files."
     (tmp_path / "driver.py").write_text(DRIVER)
-    mark = uuid.uuid4().hex
-    places = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"RVOS_TEST_MARK": mark, "PYTHONPATH": places}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": place, "RVOS_TEST_MARK": place}
     words = [sys.executable, tmp_path / "driver.py", out, executor]
-    return subprocess.Popen(words, env=environment), mark
+    return subprocess.Popen(words, env=environment)
 
 
-def list_marked(mark):
-    "The processes, zombies aside, with this mark."
-    found = []
+def list_marked(place):
+    "Processes, zombies aside, that came from such a driver: by their environment or their files."
+    found = set(list_users(place))
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in path.read_bytes():
-                found.append(path.parent.name)
-        except OSError:
-            continue
+        with suppress(OSError):
+            if f"RVOS_TEST_MARK={place}".encode() in path.read_bytes():
+                found.add(int(path.parent.name))
     return found
 
 
 def kill_driver_midway(tmp_path, out, executor):
     "Ends with the driver dead, some units done and some not, and nobody left of what it started."
-    driver, mark = start_driver(tmp_path, out, executor)
+    place = tempfile.mkdtemp()
+    driver = start_driver(tmp_path, out, executor, place)
     try:
         wait_until(lambda: len(list(out.glob("v*.txt"))) >= 2 or driver.poll() is not None, 200)
         assert driver.poll() is None
+        assert len(list_marked(place)) > 1 or executor.startswith("ray:")
     finally:
         driver.kill()
         driver.wait()
-    wait_until(lambda: not list_marked(mark), 10)
+    wait_until(lambda: not list_marked(place), 10)
+    assert os.listdir(place) == []
+    os.rmdir(place)
     assert 2 <= len(list(out.glob("v*.txt"))) < 8
 
 

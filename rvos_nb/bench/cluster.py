@@ -45,15 +45,15 @@ def measure_units(work: Callable, units: int, executor: str) -> float:
 @contextmanager
 def use_cluster(workers: int) -> Iterator[None]:
     "A Ray cluster of this machine with two CPUs, for one worker or for two."
-    from rvos_nb.cluster import import_ray, start_local
+    from rvos_nb.cluster import start_local
 
     before = os.environ.get("RVOS_WORKER_CPUS")
     os.environ["RVOS_WORKER_CPUS"] = str(2 // workers)
-    start_local(cpus=2)
+    end = start_local(cpus=2)
     try:
         yield
     finally:
-        import_ray().shutdown()
+        end()
         del os.environ["RVOS_WORKER_CPUS"]
         if before:
             os.environ["RVOS_WORKER_CPUS"] = before

@@ -67,11 +67,14 @@ def list_users(folder: str) -> list[int]:
     return sorted(found - {os.getpid()})
 
 
-def end_with_driver(folder: str):
+def end_with_driver(folder: str, driver: int):
     "The life of a watcher: when nobody holds its input any more, what uses the folder ends."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdin.read()
-    while found := list_users(folder):
+    for _ in range(100):
+        found = [pid for pid in list_users(folder) if pid != driver]
+        if not found:
+            break
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -81,8 +84,8 @@ def end_with_driver(folder: str):
 
 def start_watcher(folder: str) -> subprocess.Popen:
     "A watcher, which waits for the end of this process."
-    code = f"from rvos_nb.cluster import end_with_driver; end_with_driver({folder!r})"
-    words = [sys.executable, "-c", code]
+    call = f"end_with_driver({folder!r}, {os.getpid()})"
+    words = [sys.executable, "-c", f"from rvos_nb.cluster import end_with_driver; {call}"]
     return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
 # %% ../nbs/00c1_cluster.ipynb #2f4e8354

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from .core import Problem, assume, find_shipped, resolve
-from .files import replace_file, write_bytes, write_json
+from .files import replace_file, write_json
 from rvos_nb.run_state import (
     StageState,
     end_record,
@@ -36,7 +36,7 @@ from rvos_nb.run_state import (
 )
 from .schema import read_checked
 from .stage import Report, StageFailed, clear, locked
-from .status import PLAN_NAME, read_progress, read_reason
+from .status import read_progress, read_reason, write_plan
 from rvos_nb.workflow import (
     CONDITIONS,
     Stage,
@@ -502,10 +502,7 @@ def run_workflow(
         print_stages(recipe, values, stages, root)
         return ends
     with locked(root / "_run"):
-        plan = "".join(f"{s.name}\n" for s in stages)
-        listed = root / "_run" / PLAN_NAME
-        if not listed.is_file() or listed.read_bytes() != plan.encode():
-            write_bytes(listed, plan.encode())
+        write_plan(root, [s.name for s in stages])
         for i, s in enumerate(stages):
             view = inspect_stage(s, root)
             head = f"[{i + 1}/{len(stages)}] {s.name} ({s.function or Path(s.notebook).name})"

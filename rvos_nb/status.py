@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATE_UNITS', 'ERRORS_SHOWN', 'PLAN_NAME', 'COLUMNS', 'STATUS_PAGE', 'StageStatus', 'read_time', 'measure_rate',
-           'count_events', 'find_owner', 'read_progress', 'read_reason', 'RunStatus', 'read_stage_status',
+           'count_events', 'find_owner', 'read_progress', 'read_reason', 'write_plan', 'RunStatus', 'read_stage_status',
            'read_status', 'tell_age', 'describe_run', 'write_status_page']
 
 # %% ../nbs/09c0_status.ipynb #8900c25b
@@ -153,6 +153,13 @@ def read_reason(executed: Path, log: Path) -> tuple[str, str]:
 
 # %% ../nbs/09c0_status.ipynb #36a6c0de
 PLAN_NAME = "plan.txt"  # in OUT/_run: the names of the stages, a line each
+
+
+def write_plan(root: Path, names: Sequence[str]):
+    "Keep the names of a recipe's stages in their order, where others are kept or none."
+    path, text = root / "_run" / PLAN_NAME, "".join(f"{name}\n" for name in names)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_bytes(path, text.encode())
 
 
 @dataclass

@@ -121,6 +121,7 @@ def let_go(work, units):
         (work.folder / "go").touch()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_machines_join_and_leave(cluster, tmp_path):
     work = work_in(tmp_path)
     units = ["slow1", "slow2", "slow3", "slow4"]
@@ -134,7 +135,9 @@ def test_machines_join_and_leave(cluster, tmp_path):
     wait_until(lambda: sum(map(work.count, units)) == 2, 120)
     third = cluster.add_node(num_cpus=1, **SMALL)
     wait_until(lambda: sum(map(work.count, units)) == 3, 120)
+    workers = [int(p.read_text()) for p in tmp_path.glob("*.trial-0")]
     cluster.remove_node(third, allow_graceful=False)
+    wait_until(lambda: not all(Path(f"/proc/{pid}").exists() for pid in workers))
     (tmp_path / "go").touch()
     run.join(120)
     assert ends == dict.fromkeys(units)

@@ -26,6 +26,7 @@ from .data.captions import DARK, draw_label
 from .data.datasets import open_dataset
 from .data.index import Dataset, frame_size, true_masks
 from .data.masks import rle_decode
+from .data.pictures import encode_jpeg
 from .data.video import Expression, Video, read_video, write_video
 from .evaluate import MEASURES, score_rows, summarise
 from .files import write_bytes
@@ -300,8 +301,7 @@ def _embed(data: bytes, form: str, alt: str) -> str:
 
 def _img(picture: np.ndarray, alt: str) -> str:
     "An embedded JPEG of a (h, w, 3) uint8 picture."
-    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1]
-    return _embed(jpeg.tobytes(), "jpeg", alt)
+    return _embed(encode_jpeg(picture), "jpeg", alt)
 
 
 def _cell(value) -> str:

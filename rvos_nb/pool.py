@@ -203,9 +203,10 @@ class ProcessPool(Pool):
             process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            ours.send_bytes(self.sent)
             self.processes[ours] = process
             self.free.append(ours)
+            with suppress(ConnectionError):  # it has died at once, which `wait` finds
+                ours.send_bytes(self.sent)
 
     def list_free(self) -> list:
         return list(self.free)

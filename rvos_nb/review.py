@@ -38,6 +38,7 @@ from .members import Member, open_member
 from .models.catalogue import note_small_model
 from .options import option, read_options
 from .predict import load_referring
+from .presence import check_probability
 from .propagate import SentenceMasks, propagate_sentences
 from .propagation import make_propagator
 from rvos_nb.stage import (
@@ -107,8 +108,7 @@ class ReviewOptions:
     propagator: str = option("aot-tiny", "The model that propagates from them.")
 
     def __post_init__(self):
-        if not 0 <= self.least <= 1:
-            raise Problem("least", str(self.least), "a number from 0 to 1", "correct it")
+        check_probability("least", self.least)
         if self.seeds < 0:
             raise Problem("seeds", str(self.seeds), "0 or more", "correct it")
         if self.seeds and not self.seed_run:

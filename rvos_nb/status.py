@@ -74,7 +74,10 @@ def count_events(
     "The numbers of the last run of a stage."
     run = []
     for event in events:
-        run = [event] if event["event"] == "start" else [*run, event] if run else []
+        if event["event"] == "start":
+            run = [event]
+        elif run:
+            run.append(event)
     status = StageStatus(name)
     if not run:
         return status

@@ -20,6 +20,7 @@ from .core import Problem, natural_key, progress, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset, true_masks
 from .data.masks import overlay
+from .data.pictures import encode_jpeg
 from .data.video import Video, read_video
 from .evaluate import score_video
 from .explore import find_mask, scores_as_html
@@ -112,8 +113,7 @@ def read_readable(video: Video) -> Iterator[np.ndarray | None]:  # (H, W, 3) uin
 
 def _encode_jpeg(picture: np.ndarray, size: tuple[int, int]) -> bytes:
     "A (H, W, 3) picture in another size, as JPEG."
-    small = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+    return encode_jpeg(cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA))
 
 
 def write_frames(

@@ -22,6 +22,7 @@ from .candidates import draw_masks, load_candidates
 from .core import Problem, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset, true_masks
+from .data.pictures import encode_jpeg
 from .data.video import Expression, read_video
 from .evaluate import score_video
 from .explore import draw_label, draw_panel, find_mask
@@ -129,8 +130,7 @@ class PointedPicture(ipywidgets.VBox):
 
 def jpeg_as_html(picture: np.ndarray, alt: str) -> str:  # (h, w, 3) uint8
     "An <img> that holds its picture and cannot be dragged away."
-    data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-    source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    source = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(picture)).decode()}"
     return f'<img draggable="false" style="max-width:100%" alt="{html.escape(alt)}" src="{source}">'
 
 # %% ../nbs/08h_widget.ipynb #d6b16943
@@ -215,7 +215,7 @@ class Comparison:
 
     def __init__(self, data: Dataset, runs: Mapping[str, RunOfMasks]):
         self.data, self.runs = data, dict(runs)
-        self.truths, self.rows = {}, {}
+        self.truths, self.frames, self.rows = {}, {}, {}
 
     def truth(self, e: Expression) -> np.ndarray | None:  # (T, H, W) bool
         if e not in self.truths:
@@ -224,7 +224,10 @@ class Comparison:
 
     def frame(self, e: Expression, t: int) -> np.ndarray:  # (H, W, 3) uint8
         video = self.data.videos[e.video]
-        return next(read_video(video, names=[video.frames[t]]))
+        if (e.video, t) not in self.frames:
+            frame = next(read_video(video, names=[video.frames[t]]))
+            self.frames = {(e.video, t): frame}  # the one that is looked at
+        return self.frames[e.video, t]
 
     def draw(
         self,

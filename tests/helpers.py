@@ -4,7 +4,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from rvos_nb.data.refshapes import write
+from rvos_nb.vos.propagator import Propagator
 
 SIZE = (64, 96)
 ODD = [
@@ -110,3 +113,20 @@ NARROW = {
     "short_side": 32,
     "text": TEXT,
 }
+
+
+class Still(Propagator):
+    "Believes that nothing moves."
+
+    def fork(self, scale=None):
+        return Still()
+
+    def start(self, size):
+        self.labels = None
+
+    def remember(self, frame, labels):
+        self.labels = torch.as_tensor(labels).long()
+
+    def step(self, frame):
+        count = int(self.labels.max()) + 1
+        return torch.nn.functional.one_hot(self.labels, max(2, count)).permute(2, 0, 1).float()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import Still
 
 from rvos_nb.candidates import load_tracks
 from rvos_nb.core import Problem
@@ -19,7 +20,6 @@ from rvos_nb.models.referring import Candidates, Referring, Tracks, draw_togethe
 from rvos_nb.predict import PredictOptions, ask_video, predict
 from rvos_nb.presence import put_behind
 from rvos_nb.propagate import propagate
-from rvos_nb.vos.propagator import Propagator
 
 
 class Knowing(Referring):
@@ -55,23 +55,6 @@ class Knowing(Referring):
         masks = torch.from_numpy(np.stack([left, right, wrong])).float()
         belief = torch.tensor([0.9, 0.8, 0.3])[:, None]
         return Tracks(20 * masks - 10, belief * masks.amax((2, 3)))
-
-
-class Still(Propagator):
-    "Believes that nothing moves."
-
-    def fork(self, scale=None):
-        return Still()
-
-    def start(self, size):
-        self.labels = None
-
-    def remember(self, frame, labels):
-        self.labels = torch.as_tensor(labels).long()
-
-    def step(self, frame):
-        count = int(self.labels.max()) + 1
-        return torch.nn.functional.one_hot(self.labels, max(2, count)).permute(2, 0, 1).float()
 
 
 @pytest.fixture(scope="module")

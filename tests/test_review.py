@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import Still
 
 from rvos_nb.candidates import save_candidates
 from rvos_nb.core import Problem
@@ -22,7 +23,6 @@ from rvos_nb.judge import (
 )
 from rvos_nb.models.sam3 import small_sam3
 from rvos_nb.review import count_verdicts, read_verdicts, review
-from rvos_nb.vos.propagator import Propagator
 
 
 def write_run(folder, data, answer):
@@ -95,26 +95,6 @@ def test_it_goes_on_where_it_stopped(place, data, runs):
     report = review(place / "data", runs, out, "oracle")
     assert report.done == [f"{first.video}/{first.id}"]
     assert (out / "verdicts.json").read_bytes() == whole
-
-
-class Still(Propagator):
-    "Believes that nothing moves."
-
-    def fork(self, scale=None):
-        return Still()
-
-    def start(self, size):
-        self.labels = None
-
-    def remember(self, frame, labels):
-        import torch
-
-        self.labels = torch.as_tensor(labels).long()
-
-    def step(self, frame):
-        import torch
-
-        return torch.nn.functional.one_hot(self.labels, 2).permute(2, 0, 1).float()
 
 
 def test_other_seed_frames_are_tried(place, data, monkeypatch):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from unittest.mock import patch
 
 from ..benchmarks import Figure
 from ..units import follow_units
@@ -47,16 +48,12 @@ def use_cluster(workers: int) -> Iterator[None]:
     "A Ray cluster of this machine with two CPUs, for one worker or for two."
     from rvos_nb.cluster import start_local
 
-    before = os.environ.get("RVOS_WORKER_CPUS")
-    os.environ["RVOS_WORKER_CPUS"] = str(2 // workers)
-    end = start_local(cpus=2)
-    try:
-        yield
-    finally:
-        end()
-        del os.environ["RVOS_WORKER_CPUS"]
-        if before:
-            os.environ["RVOS_WORKER_CPUS"] = before
+    with patch.dict(os.environ, {"RVOS_WORKER_CPUS": str(2 // workers)}):
+        end = start_local(cpus=2)
+        try:
+            yield
+        finally:
+            end()
 
 
 def rate_workers(name: str, one: float, two: float, overhead: float) -> list[Figure]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event as Signal
 from threading import Thread
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -117,14 +118,8 @@ def run_soak_stages(folder: Path, videos: int):
 @contextmanager
 def log_into(path: Path) -> Iterator[None]:
     "Events of all stages in the block go into one file."
-    before = os.environ.get("RVOS_EVENTS")
-    os.environ["RVOS_EVENTS"] = str(path)
-    try:
+    with patch.dict(os.environ, {"RVOS_EVENTS": str(path)}):
         yield
-    finally:
-        del os.environ["RVOS_EVENTS"]
-        if before:
-            os.environ["RVOS_EVENTS"] = before
 
 
 def soak(

@@ -514,9 +514,11 @@ def rle_encode(mask: np.ndarray) -> dict:
 
 
 def rle_decode(rle: dict) -> np.ndarray:
-    "The (H, W) bool mask of a COCO run-length code."
+    "The (H, W) bool mask of a COCO run-length code, compressed or a list of lengths."
     from pycocotools import mask as coco
 
+    if isinstance(rle["counts"], list):
+        rle = coco.frPyObjects(rle, *rle["size"])
     return coco.decode(rle).astype(bool)
 
 

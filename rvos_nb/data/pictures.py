@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'PICTURE_FORMATS', 'MOST_PIXELS', 'EXPECTED', 'ORIENTATION', 'UNDRAWN', 'open_picture',
-           'upright_size', 'read_picture_size', 'scale_to_bytes', 'compose_on_white', 'has_alpha', 'read_frame']
+           'upright_size', 'read_picture_size', 'scale_to_bytes', 'compose_on_white', 'has_alpha', 'read_frame',
+           'encode_jpeg']
 
 # %% ../../nbs/01_data.pictures.ipynb #6392ac32
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -154,3 +156,11 @@ def read_frame(
         return np.array(im.convert("RGB"))
     except UNREADABLE as e:
         raise _name_fault(path, e, "frame") from None
+
+# %% ../../nbs/01_data.pictures.ipynb #2b578e7d
+def encode_jpeg(
+    picture: np.ndarray,  # (H, W, 3) uint8 RGB
+) -> bytes:
+    "A JPEG for a page that people look at: small rather than exact."
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 82]
+    return cv2.imencode(".jpg", picture[..., ::-1], quality)[1].tobytes()

@@ -1,7 +1,9 @@
 "Stages on worker processes: models travel to the workers, and the results are the same bytes."
 
+import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,7 @@ from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.fuse import Rule
 from rvos_nb.keyframe import choose_key_frames
+from rvos_nb.pool import ProcessPool, hand_out
 from rvos_nb.predict import predict
 from rvos_nb.propagate import propagate
 from rvos_nb.propagation import Propagation
@@ -76,3 +79,30 @@ def test_a_unit_is_tried_once_more(tmp_path):
         "once-0",
         "once-1",
     ]
+
+
+class StillbornProcess:
+    "A process that dies before it reads what it is sent."
+
+    pid, exitcode = 1, 1
+
+    def __init__(self, target, args, daemon):
+        (self.pipe,) = args
+
+    def start(self):
+        self.pipe.close()
+
+    def join(self):
+        pass
+
+    def terminate(self):
+        pass
+
+
+def test_a_worker_that_dies_at_once_costs_its_unit_only():
+    pool = ProcessPool(b"work", 1)
+    pool.context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=StillbornProcess)
+    ends = [end for _, end in hand_out(pool, ["a", "b"])]
+    assert sorted(end.unit for end in ends) == ["a", "b"]
+    for end in ends:
+        assert "died 2 times" in str(end.error)

@@ -209,7 +209,7 @@ def to_frame(
     left, top = (width - scale * frame_size[1]) / 2, (height - scale * frame_size[0]) / 2
     return np.stack([(x - left) / scale - 0.5, (y - top) / scale - 0.5], axis=1)
 
-
+# %% ../nbs/08h_widget.ipynb #9f41e472
 class Comparison:
     "Runs over one data set, to be looked at frame by frame."
 

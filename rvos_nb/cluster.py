@@ -54,6 +54,7 @@ LOCAL_SETTINGS = {
     "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts slowly
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_prestart_worker_first_driver": "0",  # actors bring their own processes
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
 }
 
 
@@ -91,7 +92,6 @@ def start_watcher(folder: str) -> subprocess.Popen:
 # %% ../nbs/00c1_cluster.ipynb #2f4e8354
 def import_ray():
     "The module; raises `Problem` where it is not installed."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:

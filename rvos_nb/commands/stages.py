@@ -39,7 +39,8 @@ class BenchmarkOptions:
     split: str = option("", "Which split; default: the one that is usually scored.")
     layout: str = option(
         "",
-        "ref-youtube-vos, ref-davis17, mevis, a2d-sentences, jhmdb-sentences or refcoco; "
+        "ref-youtube-vos, ref-davis17, mevis, revos, long-rvos, a2d-sentences, jhmdb-sentences or "
+        "refcoco; "
         "default: told by the tree.",
     )
     protocol: str = option("", "ytvos, mevis, davis, a2d, jhmdb or refcoco; default: the layout's.")
@@ -476,9 +477,12 @@ def evaluate_videos(data, run: Path, out: Path):
     write_report(data.root, {run.name: run}, page, data.split, 20, {run.name: rows})
     for line in list_findings(score):
         print(f"  {line}")
-    names = [k for k in ("J", "F", "J&F", "N-acc", "T-acc") if k in score]
+    names = [k for k in ("J", "F", "J&F", "tIoU", "vIoU", "N-acc", "T-acc") if k in score]
     figures = "   ".join(f"{k} {score[k]:.1f}" for k in names)
     print(f"{figures}   over {score['expressions']} expressions")
+    if overall := score.get("overall"):
+        figures = "   ".join(f"{k} {x:.1f}" for k, x in overall.items())
+        print(f"{figures}   overall: the mean of referring and reasoning")
     print(f"tables and report.html in {out}")
 
 # %% ../../nbs/09e_commands.stages.ipynb #4a694b78
@@ -540,15 +544,17 @@ def submit_command(
 ):
     """Pack masks into the zip that a benchmark server takes.
 
-    Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS: the same without Annotations;
-    Ref-DAVIS17: anno_0 to anno_3 where RUN was merged. Nothing is packed unless every mask is
-    there.
+    Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS, ReVOS and Long-RVOS: the same
+    without Annotations; Ref-DAVIS17: anno_0 to anno_3 where RUN was merged. Nothing is packed
+    unless every mask is there. The server of Ref-YouTube-VOS was switched off; its validation split
+    is scored by `rvos evaluate`, with the masks that its authors made public.
 
     \b
     rvos submit runs/fused submission.zip --data data/ref-youtube-vos
     rvos submit runs/mevis submission.zip --data data/mevis --split valid
     """
-    from rvos_nb.submit import IncompleteSubmission, submission
+    from rvos_nb.data.datasets import recognise_layout
+    from rvos_nb.submit import SCORED_BY, IncompleteSubmission, submission
 
     try:
         submission(absolute(data), absolute(run), absolute(zip), split)
@@ -558,3 +564,5 @@ def submit_command(
         found = "the faults listed above" if e.faults else e.found
         raise Problem(e.where, found, e.expected, e.remedy) from None
     print(f"submission: {absolute(zip)}")
+    if note := SCORED_BY.get(recognise_layout(absolute(data))):
+        print(f"  {note}")

@@ -355,7 +355,7 @@ def score_run(
         check_found(rows, results)
     return rows, extra
 
-
+# %% ../nbs/07a_evaluate.ipynb #5d24c90c
 def mean_of_kinds(
     kinds: Mapping[str, dict],  # of `summarise`
 ) -> dict:  # J&F, J and F; nothing where one of the two is missing

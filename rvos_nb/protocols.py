@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import Problem
 from .data.datasets import open_dataset
 from .data.index import Dataset
+from .decompose import PhraseOptions
 from .files import read_json, write_json
 from .label_maps import count_annotators, maps_table, merge_annotators, score_maps
 from .options import read_options
@@ -77,13 +78,15 @@ def run_protocol(
 ) -> tuple[Report, str]:  # the stage's report, and its scores as lines for a reader
     """Ask as the benchmark does. Raises `Problem` for an unknown layout, protocol, split or option;
     failed units are in the report."""
-    kinds = PredictOptions, PresenceGate, ModelPlace, Execution
-    how, gate, place, execution = read_options(options, *kinds)
+    kinds = PredictOptions, PresenceGate, PhraseOptions, ModelPlace, Execution
+    how, gate, ask, place, execution = read_options(options, *kinds)
     data = open_dataset(data_dir, split, layout)
     p = find_protocol(data, protocol)
     if not p.around:
         videos = asdict(replace(how, clip_length=how.clip_length or p.clip_length))
-        stage_options = videos | asdict(gate) | asdict(place) | asdict(execution)
+        stage_options = videos
+        for group in (gate, ask, place, execution):
+            stage_options |= asdict(group)
         report = predict(data_dir, out_dir, model, data.split, layout, **stage_options)
         if not p.merged:
             return report, ""
@@ -95,9 +98,9 @@ def run_protocol(
             "no limit where single frames are asked about",
             "choose a smaller clip length",
         )
-    if gate.present:
-        expected = "a benchmark of whole videos, whose sentences may mean nothing"
-        raise Problem("present", str(gate.present), expected, "leave it out")
+    for name, value in (asdict(gate) | asdict(ask)).items():
+        if value:
+            raise Problem(name, str(value), "a benchmark of whole videos", "leave it out")
     frames = {f.name: getattr(how, f.name) for f in fields(AskOptions)}
     stage_options = frames | asdict(place) | asdict(execution)
     length = how.clip_length or p.around

@@ -84,8 +84,9 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     place = absolute(out or Path("runs") / opened.id)
     for name in ("executor", "force", "split", "layout", "protocol"):
         options.pop(name, None)  # these are about data sets
-    if options.pop("present", 0):
-        raise Problem("--present", "a clip", "a data set", "leave it out")
+    for name in ("present", "phrases"):
+        if options.pop(name, None):
+            raise Problem(f"--{name}", "a clip", "a data set", "leave it out")
     options["members"] = [model_or_folder(m) for m in options.pop("member", None) or ()]
     if options.get("propagate"):
         options["propagate"] = model_or_folder(options["propagate"])
@@ -102,6 +103,7 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     "rvos_nb.segmentation:ClipOptions",
     "rvos_nb.predict:PredictOptions",
     "rvos_nb.presence:PresenceGate",
+    "rvos_nb.decompose:PhraseOptions",
     "rvos_nb.stage:ModelPlace",
     "rvos_nb.stage:Execution",
 )
@@ -145,6 +147,7 @@ def predict_command(
     rvos predict film.mp4 "the dog" --every 10
     rvos predict --data data/refshapes --out runs/tiny
     rvos predict --data data/ref-davis --memory 4GB --out runs/davis
+    rvos predict --data data/mevis --model facebook/sam3 --phrases runs/parts.json
     rvos predict --data data/coco --split refcoco+_testA --out runs/refcoco
     """
     if member:

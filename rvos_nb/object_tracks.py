@@ -209,8 +209,9 @@ class TrackWork(StageWork):
     "Follow all objects of a video and let its sentences choose."
 
     data: Dataset = field(kw_only=True)
-    members: list[Member] = field(kw_only=True)
-    keys: list[dict] = field(kw_only=True)  # of each member: {video: {expression: k}}
+    members: list[Member] = field(kw_only=True)  # who have a say
+    proposers: list[Member] = field(kw_only=True)  # who propose: those, and others
+    keys: list[dict] = field(kw_only=True)  # of each proposer: {video: {expression: k}}
     propagator: Propagator | None = field(kw_only=True)
     judge: MaskJudge | None = field(kw_only=True)
     options: TrackOptions = field(kw_only=True)
@@ -228,9 +229,8 @@ class TrackWork(StageWork):
 
     def sources(self, unit: str) -> Sources:
         video, expressions = self.data.videos[unit], self.data.expressions[unit]
-        files = [
-            f for m in self.members for e in expressions for f in m.paths(unit, e.id, video.frames)
-        ]
+        asked = [(m, e) for m in self.proposers for e in expressions]
+        files = [f for m, e in asked for f in m.paths(unit, e.id, video.frames)]
         sentences = [[e.id, e.text] for e in expressions]
         return Sources([sentences, video.frames], [*frame_files(video), *dict.fromkeys(files)])
 
@@ -254,7 +254,7 @@ class TrackWork(StageWork):
     def propose(self, unit: str) -> list[Proposal]:
         "The objects of a video."
         video, found = self.data.videos[unit], []
-        for m, keys in zip(self.members, self.keys):
+        for m, keys in zip(self.proposers, self.keys):
             for e in self.data.expressions[unit]:
                 k = keys.get(unit, {}).get(e.id)
                 found += propose_objects(m, video, e, frame_size(video), k)
@@ -290,6 +290,7 @@ def track_objects(
     out_dir,  # results: Annotations/, choices/, run.json
     judge="",  # '': by overlap with the runs; a name as of `review.make_judge`, or a `MaskJudge`
     split: str = "valid",
+    proposers: Sequence = (),  # further runs, which propose objects and have no say
     **options,  # of `TrackOptions`, `ModelPlace` and `Execution`
 ) -> Report:
     """Follow every object that any run found, and let each sentence choose; a video that fails is
@@ -300,7 +301,9 @@ def track_objects(
     if not runs:
         raise Problem("runs", "none", "one run or more", "name runs of predict")
     members = [open_member(run) for run in runs]
-    params = {"split": split, "runs": [os.path.relpath(m.where, out.parent) for m in members]}
+    proposing = [*members, *(open_member(run) for run in proposers)]
+    params = {"split": split, "runs": [os.path.relpath(m.where, out.parent) for m in proposing]}
+    params["voters"] = len(members)
     params |= {"propagator": how.propagator, "same": how.same, "least": how.least}
     if judge:
         params["judge"] = model_name(judge)
@@ -309,7 +312,7 @@ def track_objects(
         if not is_refshapes(data_dir):
             note_small_model(how.propagator)
         propagator = make_propagator(how.propagator, device=device, online=place.online)
-    inputs = [m.where for m in members]
+    inputs = [m.where for m in proposing]
     work = TrackWork(
         out,
         params,
@@ -319,7 +322,8 @@ def track_objects(
         device=device,
         data=data,
         members=members,
-        keys=[m.key_frames() for m in members],
+        proposers=proposing,
+        keys=[m.key_frames() for m in proposing],
         propagator=propagator,
         judge=make_judge(judge, data, members, 0.5, device, place.online) if judge else None,
         options=how,

@@ -1,6 +1,7 @@
 "All objects of a video are followed once, and sentences choose among them."
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -140,8 +141,8 @@ def test_a_rating_below_the_least_is_nothing(place, tmp_path):
 
 
 def test_a_video_that_a_run_lacks_fails_alone_and_is_done_later(place, tmp_path):
-    data = open_dataset(place / "data")
-    run = answer(data, tmp_path / "run", data.masks)
+    data, run = open_dataset(place / "data"), tmp_path / "run"
+    shutil.copytree(place / "soc", run)
     video, e = next((e.video, e) for e in data)
     path = run / "Annotations" / video / e.id / f"{data.videos[video].frames[1]}.png"
     kept = path.read_bytes()
@@ -151,12 +152,11 @@ def test_a_video_that_a_run_lacks_fails_alone_and_is_done_later(place, tmp_path)
     path.write_bytes(kept)
     report = track_objects(place / "data", [run], tmp_path / "out", propagator="")
     assert not report.failed and report.done == [video]
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.png")}
     report = track_objects(place / "data", [run], tmp_path / "out", propagator="")
     assert not report.done
     path.write_bytes(encode_mask(np.zeros(SIZE, bool)))
     report = track_objects(place / "data", [run], tmp_path / "out", propagator="")
-    assert report.done == [video] and before.keys() == {*(tmp_path / "out").rglob("*.png")}
+    assert report.done == [video]
 
 
 def test_impossible_options():

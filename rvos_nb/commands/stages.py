@@ -170,22 +170,35 @@ def predict_command(
 def keyframe_command(
     run: RUN,
     policy: Annotated[
-        str, typer.Option(help="score, best_nonempty (among frames with a mask) or mask_score.")
+        str,
+        typer.Option(
+            help="score, best_nonempty (among frames with a mask), mask_score, presence, uniform "
+            "or text."
+        ),
     ] = "score",
+    seeds: Annotated[int, typer.Option(help="Frames of each sentence; review tries them.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Of text: the data set.")] = None,
+    split: SPLIT = "valid",
+    text_model: Annotated[
+        Path | None, typer.Option(help="Of text: the folder of a CLIP of transformers.")
+    ] = None,
 ):
     """Choose the frame where the model is surest.
 
     Writes key_frame.json into the results folder of `rvos predict --data`; `rvos propagate` starts
     from it. The published policy takes the highest class score. A model whose score is the same in
-    every frame (MUTR) is better asked where its mask is surest: mask_score.
+    every frame (MUTR) is better asked where its mask is surest: mask_score. presence asks a model
+    that says where the thing is (SAM 3), text a CLIP which frame fits the words, uniform nobody.
 
     \b
     rvos keyframe runs/tiny
     rvos keyframe runs/mutr --policy mask_score
+    rvos keyframe runs/soc --policy text --data data/ytvos --text-model models/clip --seeds 3
     """
     from rvos_nb.keyframe import choose_key_frames
 
-    chosen = choose_key_frames(absolute(run), policy)
+    folders = [x and absolute(x) for x in (data, text_model)]
+    chosen = choose_key_frames(absolute(run), policy, seeds, folders[0], split, folders[1])
     count = sum(len(v) for v in chosen.values())
     print(f"{count} key frames of {len(chosen)} videos in {absolute(run) / 'key_frame.json'}")
 

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from helpers import MARK, is_running, list_marked, wait_until
 
-from rvos_nb.cluster import LOCAL_SETTINGS, count_cpus, count_places, list_users, pack_light
+from rvos_nb.cluster import LOCAL_SETTINGS, count_cpus, count_places, pack_light
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.files import write_bytes
@@ -47,13 +47,6 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
 # Units that misbehave
 
 
@@ -68,7 +61,7 @@ class Work:
 
     def __call__(self, unit):
         trial = self.count(unit)
-        (self.folder / f"{unit}.trial-{trial}").write_text(str(os.getpid()))
+        write_bytes(self.folder / f"{unit}.trial-{trial}", str(os.getpid()).encode())
         if unit == "killer" or (unit.startswith("once") and not trial):
             os.kill(os.getpid(), signal.SIGKILL)
         if unit == "greedy":
@@ -137,7 +130,7 @@ def test_machines_join_and_leave(cluster, tmp_path):
     wait_until(lambda: sum(map(work.count, units)) == 3, 120)
     workers = [int(p.read_text()) for p in tmp_path.glob("*.trial-0")]
     cluster.remove_node(third, allow_graceful=False)
-    wait_until(lambda: not all(Path(f"/proc/{pid}").exists() for pid in workers))
+    wait_until(lambda: not all(map(is_running, workers)))
     (tmp_path / "go").touch()
     run.join(120)
     assert ends == dict.fromkeys(units)
@@ -180,19 +173,9 @@ def start_driver(tmp_path, out, executor, place):
     "A process that does the toy, with `place` for its temporary files."
     (tmp_path / "driver.py").write_text(DRIVER)
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": place, "RVOS_TEST_MARK": place}
+    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": place, MARK: place}
     words = [sys.executable, tmp_path / "driver.py", out, executor]
     return subprocess.Popen(words, env=environment)
-
-
-def list_marked(place):
-    "Processes, zombies aside, that came from such a driver: by their environment or their files."
-    found = set(list_users(place))
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if f"RVOS_TEST_MARK={place}".encode() in path.read_bytes():
-                found.add(int(path.parent.name))
-    return found
 
 
 def kill_driver_midway(tmp_path, out, executor):

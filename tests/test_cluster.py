@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rvos_nb.cluster import LOCAL_SETTINGS, count_cpus, count_places, pack_light
 from rvos_nb.core import Problem
 from rvos_nb.data import refshapes
 from rvos_nb.files import write_bytes
+from rvos_nb.pipeline import run_stage_here, run_workflow
 from rvos_nb.predict import predict
 from rvos_nb.stage import Execution, StageWork, run_stage
 from rvos_nb.units import follow_units, map_units
@@ -86,6 +88,39 @@ def test_the_same_bytes_as_one_process(cluster, tmp_path):
         predict(data, tmp_path / name / "run", executor=executor).check()
     local = files(tmp_path / "local")
     assert len(local) > 20 and local == files(tmp_path / "ray")
+
+
+def make_stage(name, runs, **parameters):
+    kind = "function" if ":" in runs else "notebook"
+    return {"name": name, kind: runs, "parameters": parameters}
+
+
+IN = {"data_dir": "{data}"}
+RECIPE = {
+    "name": "small",
+    "parameters": {"data": "", "out": ""},
+    "paths": ["data", "out"],
+    "stages": [
+        make_stage("look", "predict", **IN, model="soc-tiny", out_dir="{out}/look"),
+        make_stage("keys", "rvos_nb.keyframe:choose_key_frames", pred_dir="{out}/look")
+        | {"writes": ["{out}/look/key_frame.json"]},
+        make_stage("walk", "propagate", **IN, pred_dir="{out}/look", out_dir="{out}/walk"),
+        make_stage("vote", "fuse", **IN, member_dirs=["{out}/walk"], out_dir="{out}/vote"),
+        make_stage("score", "evaluate", **IN, pred_dir="{out}/vote", out_dir="{out}/scores"),
+    ],
+}
+
+
+def test_a_recipe_on_a_cluster_gives_the_same_bytes(cluster, tmp_path):
+    data, found = tmp_path / "data", {}
+    refshapes.write(data, "valid", "easy", videos=5, seed=4, frames=3, size=(48, 72))
+    for executor in ("", f"ray:{cluster.address}"):
+        out = tmp_path / (executor.split(":")[0] or "local")
+        given = {"data": str(data), "out": str(out)}
+        run_workflow(RECIPE, given, run_stage=run_stage_here, executor=executor)
+        shutil.rmtree(out / "_run")  # what it was asked for, and when
+        found[out.name] = files(out)
+    assert len(found["local"]) > 100 and found["local"] == found["ray"]
 
 
 def test_workers_that_die(cluster, tmp_path):

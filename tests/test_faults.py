@@ -379,7 +379,7 @@ def test_a_recipe_that_is_ended(how, tmp_path):
     refshapes.write(tmp_path / "data", "valid", "easy", videos=24, seed=5, frames=2, size=(48, 72))
     recipe, done = write_recipe(tmp_path), tmp_path / "out/look/Annotations"
     driver = start_rvos(tmp_path, "run", tmp_path / "recipe.yaml")
-    wait_until(lambda: (done.exists() and os.listdir(done)) or driver.poll() is not None)
+    wait_until(lambda: (done.exists() and os.listdir(done)) or driver.poll() is not None, 200)
     assert len(list_marked(tmp_path)) >= 5  # it, a stage, a kernel, two workers
     said = end_by(driver, tmp_path, signal.Signals[how])
     if how == "SIGTERM":
@@ -394,7 +394,7 @@ def test_a_recipe_that_is_ended(how, tmp_path):
 def test_a_training_that_is_killed_leaves_no_loader(tmp_path):
     words = ("train-toy", "--device", "cpu", "--workers", "1", "-p", "stages.0.steps", "100000")
     driver = start_rvos(tmp_path, "train", *words, "--out", tmp_path / "out")
-    wait_until(lambda: len(list_marked(tmp_path)) > 1 or driver.poll() is not None)
+    wait_until(lambda: len(list_marked(tmp_path)) > 1 or driver.poll() is not None, 200)
     time.sleep(1)
     assert driver.poll() is None
     end_by(driver, tmp_path, signal.SIGKILL)

@@ -103,8 +103,8 @@ def _name_holder() -> str:
 
 def _read_holder(owner: Path) -> str:
     "Who wrote the file beside a lock; '' where it is gone."
-    with suppress(OSError):
-        return owner.read_text(errors="replace").strip()
+    with suppress(OSError), open(owner, errors="replace") as file:
+        return file.read(200).strip()
     return ""
 
 
@@ -154,7 +154,8 @@ def _hold(path: Path, owner: Path, place: Path, sweep: Callable):
             raise
         _check_held(owner, place)
     finally:
-        if _read_holder(owner) in ("", _name_holder()):
+        holder = _read_holder(owner)
+        if holder == _name_holder() or not holder.startswith("pid "):
             owner.unlink(missing_ok=True)
             with suppress(PermissionError):  # Windows: removed when it is released
                 path.unlink(missing_ok=True)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,9 +31,26 @@ pytestmark = pytest.mark.timeout(300)
 SMALL = {"object_store_memory": 80_000_000, "include_log_monitor": False}
 
 
+get_node = ray._private.services.get_node
+
+
+def get_node_patiently(*place):
+    "Ray gives a new machine 30 s to register; one that is busy with other things needs more."
+    for _ in range(120):
+        with suppress(RuntimeError):
+            return get_node(*place)
+        time.sleep(1)
+    return get_node(*place)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     "Two machines of one CPU each, and this process as a driver of both."
+    with patch("ray._private.services.get_node", get_node_patiently):
+        yield from start_machines()
+
+
+def start_machines():
     from ray.cluster_utils import Cluster
 
     places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -365,12 +365,14 @@ def write_recipe(folder: Path):
 
 
 def end_by(driver, place: Path, number: int):
-    "Kill the driver, or ask all as Slurm does; nobody lives ten seconds later."
+    """Kill the driver, or ask all as Slurm does; nobody lives ten seconds later, on a machine that
+    has a core for each that is at work."""
     pids = [driver.pid] if number == signal.SIGKILL else list_marked(place)
     for pid in pids:
         os.kill(pid, number)
     said = driver.communicate()[1]
-    wait_until(lambda: not list_marked(place), 10)
+    share = max(1, os.getloadavg()[0] / os.cpu_count())
+    wait_until(lambda: not list_marked(place), 10 * share)
     return said
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SAME_SCORE', 'Position', 'KEY_FRAMES', 'POLICIES', 'rank_frames', 'key_frame', 'propose_frames', 'key_frame_nonempty',
            'mask_scores', 'as_json', 'ClassIndex', 'IndexInfo', 'from_json', 'read_key_frames', 'read_track_frames',
-           'frame_names', 'read_scores', 'read_mask_scores', 'choose_key_frame', 'choose_track_frames',
-           'choose_key_frames']
+           'read_seed_frames', 'frame_names', 'read_scores', 'read_mask_scores', 'read_presence', 'read_policy_scores',
+           'choose_key_frame', 'choose_seed_frames', 'choose_track_frames', 'make_text_rating', 'choose_key_frames']
 
 # %% ../nbs/05c_keyframe.ipynb #2074b1ee
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -99,11 +100,13 @@ def as_json(
     tracks: Mapping[
         str, Mapping[str, list[int]]
     ] = {},  # where objects have key frames of their own
+    seeds: Mapping[str, Mapping[str, list[int]]] = {},  # where a sentence has several
 ) -> dict:  # the published form
-    "Key frames as the published scripts store them; those of objects are put beside."
+    "Key frames as the published scripts store them; those of objects, and more, are put beside."
 
     def entry(v, e, k):
-        own = {"tracks": list(tracks[v][e])} if e in tracks.get(v, {}) else {}
+        more = {"tracks": tracks, "seeds": seeds}
+        own = {name: list(x[v][e]) for name, x in more.items() if e in x.get(v, {})}
         return {"index_info": {"class_index": int(k)}} | own
 
     return {v: {e: entry(v, e, k) for e, k in es.items()} for v, es in frames.items()}
@@ -123,6 +126,7 @@ class IndexInfo(TypedDict):
 
     index_info: ClassIndex
     tracks: NotRequired[list[Position]]  # of each object that the sentence means, two or more
+    seeds: NotRequired[list[Position]]  # the key frame and others to begin with, the best first
 
 
 KEY_FRAMES = dict[str, dict[str, IndexInfo]]  # {VIDEO: {EXP: …}}
@@ -151,11 +155,21 @@ def read_track_frames(
     path,  # a `key_frame.json`
 ) -> dict[str, dict[str, list[int]]]:  # {video: {expression: a position for each object}}
     "Key frames of sentences that mean several objects; errors as of `read_key_frames`."
+    return _read_more(path, "tracks")
+
+
+def read_seed_frames(
+    path,  # a `key_frame.json`
+) -> dict[str, dict[str, list[int]]]:  # {video: {expression: positions, the best first}}
+    "Key frames of sentences that have several to begin with; errors as of `read_key_frames`."
+    return _read_more(path, "seeds")
+
+
+def _read_more(path, name: str) -> dict[str, dict[str, list[int]]]:
+    "What lies beside key frames."
     read_key_frames(path)
     entries = read_checked(path, object)
-    return {
-        v: {e: d["tracks"] for e, d in es.items() if "tracks" in d} for v, es in entries.items()
-    }
+    return {v: {e: d[name] for e, d in es.items() if name in d} for v, es in entries.items()}
 
 # %% ../nbs/05c_keyframe.ipynb #7f183798
 def frame_names(about: dict, path) -> list[str]:
@@ -200,7 +214,40 @@ def read_mask_scores(
     return mask_scores(logits, about.get("kind")), frames
 
 # %% ../nbs/05c_keyframe.ipynb #85f1fc3a
-POLICIES = ("score", "best_nonempty", "mask_score")
+POLICIES = ("score", "best_nonempty", "mask_score", "presence", "uniform", "text")
+
+
+def read_presence(
+    path,  # a candidates file
+) -> np.ndarray:  # (T,) float32
+    "Where a model says that the thing is there; `Problem` where it says nothing of the kind."
+    load_candidates(path, ["scores"])
+    try:
+        return load_candidates(path, ["present"])[0]["present"]
+    except Problem:
+        found, expected = "no presence", "the answer of a model that tells it, such as SAM 3"
+        raise Problem(path, found, expected, "choose another policy") from None
+
+
+def read_policy_scores(
+    run: Path,  # the run's folder
+    video: str,
+    expression: str,
+    policy: str,  # of `POLICIES`
+    rate_text: Callable | None = None,  # of 'text': (video, expression) -> (T,)
+) -> tuple[np.ndarray, list[str]]:  # (T,) scores, names of the T frames
+    "What a policy ranks frames by."
+    path = run / "candidates" / video / f"{expression}.safetensors"
+    if policy == "mask_score":
+        return read_mask_scores(path)
+    scores, frames = read_scores(path)
+    if policy == "presence":
+        scores = read_presence(path)
+    elif policy == "uniform":
+        scores = -abs(np.arange(len(frames)) - (len(frames) - 1) / 2)
+    elif policy == "text":
+        scores = rate_text(video, expression)
+    return scores, frames
 
 
 def choose_key_frame(
@@ -208,16 +255,35 @@ def choose_key_frame(
     video: str,
     expression: str,
     policy: str,  # of `POLICIES`
+    rate_text: Callable | None = None,  # as of `read_policy_scores`
 ) -> int:
     "The key frame of one expression under a policy."
-    read = read_mask_scores if policy == "mask_score" else read_scores
-    scores, frames = read(run / "candidates" / video / f"{expression}.safetensors")
+    scores, frames = read_policy_scores(run, video, expression, policy, rate_text)
     if policy == "score":
         return key_frame(scores)
     folder = run / "Annotations" / video / expression
     return key_frame_nonempty(
         scores, lambda t: read_mask(folder / f"{check_id(frames[t], run)}.png").any()
     )
+
+# %% ../nbs/05c_keyframe.ipynb #bbefe5f3
+def choose_seed_frames(
+    run: Path,  # the run's folder
+    video: str,
+    expression: str,
+    policy: str,  # of `POLICIES`
+    most: int,
+    rate_text: Callable | None = None,  # as of `read_policy_scores`
+) -> list[int]:
+    "The frames of one expression to begin with, the best first."
+    scores, frames = read_policy_scores(run, video, expression, policy, rate_text)
+    if policy == "score":
+        return propose_frames(scores, most)
+    folder = run / "Annotations" / video / expression
+    paths = [folder / f"{check_id(name, run)}.png" for name in frames]
+    drawn = np.array([read_mask(path).any() for path in paths])
+    kept = np.where(drawn, scores, np.nan) if drawn.any() else scores
+    return propose_frames(kept, most)
 
 
 def choose_track_frames(
@@ -261,42 +327,88 @@ def _choose_each(
     run: Path,
     units: Sequence[tuple[str, str]],  # (video, expression)
     policy: str,
+    count: int,  # of frames to begin with
+    rate_text: Callable | None,
     failed: dict[str, str],  # is given the reason of every unit without a key frame
-) -> tuple[dict, dict]:  # {video: {expression: k}}, and of `choose_track_frames`, where there are
+) -> tuple[dict, dict, dict]:  # as of `as_json`: key frames, those of tracks, further ones
     "The key frames of all that have usable candidates."
     chosen: dict[str, dict[str, int]] = {}
     tracks: dict[str, dict[str, list[int]]] = {}
+    seeds: dict[str, dict[str, list[int]]] = {}
     for video, expression in units:
         try:
-            k = choose_key_frame(run, video, expression, policy)
+            k = choose_key_frame(run, video, expression, policy, rate_text)
             each = choose_track_frames(run, video, expression, policy)
+            if count > 1:
+                found = choose_seed_frames(run, video, expression, policy, count, rate_text)
+                seeds.setdefault(video, {})[expression] = found
         except Problem as e:
             failed[f"{video}/{expression}"] = str(e)
             continue
         chosen.setdefault(video, {})[expression] = k
         if each:
             tracks.setdefault(video, {})[expression] = each
-    return chosen, tracks
+    return chosen, tracks, seeds
 
 
+def make_text_rating(
+    data_dir,  # the data set that was asked about
+    split: str,
+    folder,  # of a model as of `frame_text.load_frame_text`
+) -> Callable[[str, str], np.ndarray]:  # (video, expression) -> (T,)
+    "Scores of frames by sentences; a video is read once for all of its sentences."
+    from rvos_nb.data.datasets import open_dataset
+    from rvos_nb.data.video import read_video
+    from rvos_nb.frame_text import load_frame_text
+
+    if not data_dir or not folder:
+        expected = "data_dir and text_model, the folder of a CLIP"
+        raise Problem("policy", "'text' without them", expected, "name both, or another policy")
+    data, model = open_dataset(resolve(data_dir), split), load_frame_text(folder)
+
+    @lru_cache(maxsize=1)
+    def rate_video(video):
+        if video not in data.videos:
+            raise Problem(data.root, f"no video {video}", "the data set of this run", "correct it")
+        sentences = data.expressions[video]
+        scores = model.score(read_video(data.videos[video]), [e.text for e in sentences])
+        return {e.id: row for e, row in zip(sentences, scores)}
+
+    def rate_text(video, expression):
+        rows = rate_video(video)
+        if expression not in rows:
+            found = f"no sentence {video}/{expression}"
+            raise Problem(data.root, found, "the data set of this run", "correct data_dir")
+        return rows[expression]
+
+    return rate_text
+
+# %% ../nbs/05c_keyframe.ipynb #3a186804
 def choose_key_frames(
     pred_dir,  # a run of `predict`: candidates/ and, unless policy is 'score', Annotations/
     policy: str = "score",  # the highest score; or another of `POLICIES`
+    seeds: int = 1,  # frames to begin with, of each expression
+    data_dir="",  # of 'text': the data set that was asked about
+    split: str = "valid",  # of 'text'
+    text_model="",  # of 'text': the folder of a model as of chapter `frame_text`
 ) -> dict:  # what was written to pred_dir/key_frame.json
     """Choose every expression's key frame: where its score is highest ('score', as published),
-    where it is highest among frames with a mask ('best_nonempty'), or where the mask itself is
-    surest ('mask_score'). Raises `Problem` without candidates, `StageFailed` (after writing the
-    others) for unusable ones."""
+    where it is highest among frames with a mask ('best_nonempty'), where the mask itself is
+    surest ('mask_score'), or by another of `POLICIES`. Raises `Problem` without candidates,
+    `StageFailed` (after writing the others) for unusable ones."""
     run = resolve(pred_dir)
     if policy not in POLICIES:
         known = ", ".join(map(repr, POLICIES))
         raise Problem("policy", repr(policy), f"one of {known}", "choose one of them")
+    if seeds < 1:
+        raise Problem("seeds", str(seeds), "1 or more", "leave it out")
+    rate_text = make_text_rating(data_dir, split, text_model) if policy == "text" else None
     units, failed = _candidates(run), {}
     with locked(run):
-        chosen, tracks = _choose_each(run, units, policy, failed)
-        answer = as_json(chosen, tracks)
-        made = {"policy": policy}, {".": run}
-        write_with_record(run / "key_frame.json", answer, "keyframe", *made)
+        chosen, *more = _choose_each(run, units, policy, seeds, rate_text, failed)
+        answer = as_json(chosen, *more)
+        params = {"policy": policy} | ({"seeds": seeds} if seeds > 1 else {})
+        write_with_record(run / "key_frame.json", answer, "keyframe", params, {".": run})
     done = [f"{video}/{expression}" for video, es in chosen.items() for expression in es]
     Report("keyframe", run, done, failed=failed).check()
     return answer

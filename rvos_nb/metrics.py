@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISION_AT', 'AP_NAMES', 'jaccard', 'boundary', 'j_and_f', 'contour_f', 'Statistics', 'statistics', 'chosen',
            'mask_overlap', 'box_overlap', 'overlaps', 'frame_scores', 'average_precision', 'precision_of_first',
-           'label_scores', 'davis_mean', 'union_mask', 'sentence_scores', 'presence_accuracy']
+           'label_scores', 'davis_mean', 'union_mask', 'sentence_scores', 'presence_accuracy', 'time_overlap']
 
 # %% ../nbs/04a_metrics.ipynb #81f2621f
 import io
@@ -489,3 +489,16 @@ def presence_accuracy(
     for target, answer in zip(meant, answered, strict=True):
         right["T-acc" if target else "N-acc"].append(answer == target)
     return {name: float(np.mean(flags)) for name, flags in right.items() if flags}
+
+# %% ../nbs/04a_metrics.ipynb #51bdfbfb
+def time_overlap(
+    shown: Sequence[bool],  # (T,) whether the truth has a pixel
+    drawn: Sequence[bool],  # (T,) whether the answer has
+    j: Sequence[float],  # (T,) region similarity of each frame
+) -> tuple[float, float]:  # tIoU and vIoU
+    "How well an answer knows when the object is there, and how well it also knows where."
+    shown, drawn = np.asarray(shown, bool), np.asarray(drawn, bool)
+    both, either = shown & drawn, int((shown | drawn).sum())
+    if not either:
+        return 1.0, 1.0
+    return float(both.sum() / either), float(np.asarray(j)[both].sum() / either)

@@ -404,6 +404,7 @@ def take_member(  # noqa: PLR0913 - the parameters of a stage
     memory: str = "",
     device: str = "",
     executor: str = "local",
+    phrases: str = "",
 ) -> Report:
     """A run of one member of a recipe: predicted, or taken over. `Problem` for a source that is
     neither."""
@@ -423,6 +424,7 @@ def take_member(  # noqa: PLR0913 - the parameters of a stage
         device=device,
         memory=memory,
         executor=executor,
+        phrases=phrases,
     )
 
 

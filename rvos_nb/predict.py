@@ -8,6 +8,7 @@ __all__ = ['LARGEST_COUNT', 'bytes_of', 'check_counts', 'AskOptions', 'PredictOp
            'PredictWork', 'keep_readable', 'predict', 'unknown_words']
 
 # %% ../nbs/05b_predict.ipynb #34455b51
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from .candidates import TRACKS, draw_masks, save_candidates
-from .core import Problem, check_id, choose_device, progress
+from .core import Problem, check_id, choose_device, progress, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .data.masks import encode_mask
 from .data.refshapes import is_refshapes
 from .data.video import Video, frame_files, read_video
+from .decompose import PhraseOptions, ask_for_phrases, read_sentence_parts
 from .files import replace_folder
 from .models import zoo
 from .models.catalogue import note_small_model
@@ -274,6 +276,7 @@ class PredictWork(StageWork):
     name: str = field(kw_only=True)  # of the model
     options: PredictOptions = field(kw_only=True)
     gate: PresenceGate = field(default=PresenceGate(), kw_only=True)
+    once: bool = field(default=False, kw_only=True)  # ask equal sentences of a video once
 
     stage = "predict"
 
@@ -292,23 +295,28 @@ class PredictWork(StageWork):
     def size(self, unit: str) -> int:
         return len(self.data.videos[unit].frames)
 
+    def texts(self, unit: str) -> list[str]:
+        "What the model is asked about a video."
+        texts = [e.text for e in self.data.expressions[unit]]
+        return list(dict.fromkeys(texts)) if self.once else texts
+
     def prepare(self, unit: str) -> Iterator[np.ndarray]:
         video = self.data.videos[check_id(unit, self.data.root)]
-        return open_clips(self.model, video, len(self.data.expressions[unit]), self.options)
+        return open_clips(self.model, video, len(self.texts(unit)), self.options)
 
     def do(self, unit: str, clips: Iterator[np.ndarray]) -> Callable[[], None]:
-        texts = [e.text for e in self.data.expressions[unit]]
-        parts = ask_clips(self.model, clips, texts, self.options.short_side)
+        parts = ask_clips(self.model, clips, self.texts(unit), self.options.short_side)
         return partial(self.write, unit, join_answers(progress(parts, unit, part=True)))
 
     def write(self, unit: str, answer: dict):
         "Write candidates and masks of one video."
         video, expressions = self.data.videos[unit], self.data.expressions[unit]
         drawn = {name: answer[name] for name in ("kind", "size")}
-        each = [
-            gate_answer(take_answer(answer, i), answer["kind"], self.gate.present)
-            for i in range(len(expressions))
-        ]
+        rows, least = range(len(expressions)), self.gate.present
+        if self.once:
+            texts = self.texts(unit)
+            rows = [texts.index(e.text) for e in expressions]
+        each = [gate_answer(take_answer(answer, i), answer["kind"], least) for i in rows]
         info = {
             "kind": answer["kind"],
             "size": list(answer["size"]),
@@ -350,12 +358,12 @@ def predict(
     model="referformer-tiny",  # a name of the zoo, a checkpoint folder, or a model
     split: str = "valid",
     layout: str = "",  # '': told by the tree
-    **options,  # of `PredictOptions`, `PresenceGate`, `ModelPlace` and `Execution`
+    **options,  # of `PredictOptions`, `PresenceGate`, `PhraseOptions`, `ModelPlace`, `Execution`
 ) -> Report:
     """Masks for every expression of a split; a video that fails, or a sentence that cannot be read,
     is recorded and the others finish. Raises `Problem` for wrong parameters."""
-    kinds = PredictOptions, PresenceGate, ModelPlace, Execution
-    how, gate, place, execution = read_options(options, *kinds)
+    kinds = PredictOptions, PresenceGate, PhraseOptions, ModelPlace, Execution
+    how, gate, ask, place, execution = read_options(options, *kinds)
     data, device = open_dataset(data_dir, split, layout), choose_device(place.device)
     if data.truth is not None:
         raise Problem(
@@ -372,6 +380,10 @@ def predict(
         note_small_model(model)
     if gate.present:
         params["present"] = gate.present
+    if ask.phrases:
+        phrases = resolve(ask.phrases)
+        params["phrases"] = os.path.relpath(phrases, resolve(out).parent)
+        data = ask_for_phrases(data, read_sentence_parts(phrases), phrases)
     load = partial(load_referring, online=place.online, **how.speed())
     builders = place.builders("model", model, load)
     model = load(model, device=device)
@@ -390,6 +402,7 @@ def predict(
         name=name,
         options=how,
         gate=gate,
+        once=bool(ask.phrases),
     )
     return run_stage(work, execution)
 

@@ -33,7 +33,7 @@ from rvos_nb.judge import (
     VideoFrames,
     load_vision_language,
 )
-from .keyframe import propose_frames, read_scores
+from .keyframe import propose_frames, read_scores, read_seed_frames
 from .members import Member, open_member
 from .models.catalogue import note_small_model
 from .options import option, read_options
@@ -81,11 +81,15 @@ class SeedFrames:
     propagator: Propagator
     count: int  # frames beside the first
     restart: bool = True
+    given: dict = field(default_factory=dict)  # of `keyframe.read_seed_frames`
 
     def positions(self, expression: Expression) -> list[int]:
         "Frames to start from, the best first, without the very first."
-        path = self.run / "candidates" / expression.video / f"{expression.id}.safetensors"
-        return propose_frames(read_scores(path)[0], self.count + 1)[1:]
+        own = self.given.get(expression.video, {}).get(expression.id)
+        if own is None:
+            path = self.run / "candidates" / expression.video / f"{expression.id}.safetensors"
+            own = propose_frames(read_scores(path)[0], self.count + 1)
+        return own[1 : self.count + 1]
 
     def follow(self, data: Dataset, e: Expression, k: int) -> np.ndarray:  # (T, H, W) bool
         "Masks of a sentence, propagated from frame k."
@@ -141,8 +145,10 @@ class ReviewWork(StageWork):
         files = [f for m in self.members for f in m.paths(v, e, video.frames)]
         if self.seeds:
             files.append(self.seeds.run / "candidates" / f"{unit}.safetensors")
-        text = self.expression(unit).text
-        return Sources([text, video.frames], [*frame_files(video), *dict.fromkeys(files)])
+        told = [self.expression(unit).text, video.frames]
+        if self.seeds and (own := self.seeds.given.get(v, {}).get(e)):
+            told.append(own)
+        return Sources(told, [*frame_files(video), *dict.fromkeys(files)])
 
     def expression(self, unit: str) -> Expression:
         v, id = unit.split("/", 1)
@@ -224,7 +230,10 @@ def _open_seeds(how: ReviewOptions, device: str, online: bool) -> SeedFrames | N
         return None
     note_small_model(how.propagator)
     propagator = make_propagator(how.propagator, device=device, online=online)
-    return SeedFrames(resolve(how.seed_run), propagator, how.seeds)
+    run = resolve(how.seed_run)
+    path = run / "key_frame.json"
+    given = read_seed_frames(path) if path.is_file() else {}
+    return SeedFrames(run, propagator, how.seeds, given=given)
 
 
 def review(

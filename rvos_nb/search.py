@@ -25,7 +25,7 @@ from rvos_nb.ballots import (
     usual_group_size,
 )
 from .core import Problem, natural_key
-from .fuse import SAME_OBJECT, Rule, find_member, named_rule
+from .fuse import SAME_OBJECT, UNPAIRED, Rule, check_groups, find_member, named_rule
 from .options import read_options
 
 # %% ../nbs/06b_search.ipynb #bb5d4687
@@ -192,13 +192,7 @@ def start_setting(
             f"one for each of {n} members",
             "correct the parameter",
         )
-    if how.groups != "none" and b.data.layout == "mevis":
-        raise Problem(
-            "groups",
-            repr(how.groups),
-            "'none': neighbouring sentences of MeViS do not mean the same",
-            "set groups to 'none'",
-        )
+    check_groups(b.data, how.groups)
     find_member(b.members, how.key_frame_member)
     share = how.threshold
     if share is not None and how.mode != "mean":
@@ -217,10 +211,11 @@ def members_with_scores(b: Ballots) -> list[int]:
 
 
 def possible_groupings(b: Ballots, rule: Rule) -> list[tuple[str, float]]:  # groups, guard
-    """What may be tried: on MeViS nothing is pooled, and object ids are used only where they were
-    given."""
-    if b.data.layout == "mevis":
-        return [("none", 0.0)]
+    """What may be tried: on MeViS and its like nothing is pooled, and object ids are used only
+    where they were given."""
+    if b.data.layout in UNPAIRED:
+        given = rule.groups == "objects" and b.data.layout == "long-rvos"
+        return [("objects", 0.0)] * given + [("none", 0.0)]
     return [
         *([("objects", 0.0)] if rule.groups == "objects" else []),
         ("pairs", 0.0),

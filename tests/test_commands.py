@@ -16,6 +16,7 @@ from rvos_nb.cli import app, main
 from rvos_nb.commands.app import ALSO_CALLED, RECORDS, find_options, value_type
 from rvos_nb.commands.stages import fuse_command, predict_command, propagate_command
 from rvos_nb.core import Problem
+from rvos_nb.decompose import PhraseOptions
 from rvos_nb.fuse import Rule
 from rvos_nb.options import describe_options, option, read_options
 from rvos_nb.predict import PredictOptions
@@ -31,7 +32,7 @@ from rvos_nb.workflow import (
 
 WIDTH = 100
 NOTEBOOKS = {
-    "predict": (PredictOptions, PresenceGate, ModelPlace, Execution),
+    "predict": (PredictOptions, PresenceGate, PhraseOptions, ModelPlace, Execution),
     "protocols": (PredictOptions, ModelPlace, Execution),
     "propagate": (SentencePropagation, ModelPlace, Execution),
     "fuse": (Rule, Execution),

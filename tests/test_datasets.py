@@ -1,4 +1,4 @@
-"Reading six layouts: what is tolerated, and one clear line for everything else."
+"Reading eight layouts: what is tolerated, and one clear line for everything else."
 
 import copy
 import json
@@ -360,7 +360,7 @@ def test_reading_fuzzed_json_never_raises_anything_but_a_problem(tree):
         assert all(e.text.strip() for e in data)
 
 
-# six layouts, one index
+# eight layouts, one index
 
 
 def spelt(root, layout, split):
@@ -381,6 +381,9 @@ def spelt(root, layout, split):
         ("ref-davis17", "train", "train"),
         ("mevis", "valid_u", "valid"),
         ("mevis", "train", "train"),
+        ("revos", "valid", "valid"),
+        ("revos", "train", "train"),
+        ("long-rvos", "test", "test"),
         ("a2d-sentences", "test", "test"),
         ("a2d-sentences", "train", "train"),
         ("jhmdb-sentences", "test", "test"),
@@ -395,14 +398,14 @@ def test_sentences_and_masks_are_the_same_in_every_layout(tmp_path, layout, spli
     )
     for i, (video, like) in enumerate(zip(data.videos.values(), usual.videos.values())):
         truth = {text: masks for text, _, masks in plain[i]}
-        if layout == "mevis":  # asks for several objects and for none, too
+        if layout in ("mevis", "revos"):  # asks for several objects and for none, too
             sentences = data.expressions[video.id]
-            count = sum(e.kind in ("several", "none") for e in sentences)
+            count = sum(e.object_id == "none" or "+" in e.object_id for e in sentences)
             sets, told[i] = told[i][-count:], told[i][:-count]
             labels = usual.labels(like.id)
             for e, (_, _, masks) in zip(sentences[-count:], sets):
                 objects = [int(o) + 1 for o in e.object_id.split("+") if o != "none"]
-                assert (len(objects) >= 2) == (e.kind == "several")
+                assert layout == "revos" or (len(objects) >= 2) == (e.kind == "several")
                 assert (masks == np.isin(labels, objects)).all()
         for text, frame, masks in told[i]:
             assert (

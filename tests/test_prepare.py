@@ -63,6 +63,8 @@ LOSSES = {
     ],
     "ref-davis17": ["valid/JPEGImages/easy-00000", "train/Annotations/easy-00000/00000.png"],
     "mevis": ["valid_u/mask_dict.json", "train/JPEGImages/easy-00000/00002.jpg"],
+    "revos": ["mask_dict.json", "JPEGImages/valid/easy-00000/00002.jpg"],
+    "long-rvos": ["train/Annotations/easy-00000/0", "valid/JPEGImages/easy-00001/00000.jpg"],
     "a2d-sentences": [
         "Release/clips320H/easy-00000.mp4",
         "text_annotations/a2d_annotation_with_instances/easy-00001/00001.h5",
@@ -546,6 +548,45 @@ def test_refcoco_from_the_toolkit(tree, whole, capsys):
             and all((ours.masks(a) == theirs.masks(b)).all() for a, b in zip(ours, theirs))
         )
     assert check_dataset(root).faults == []
+
+
+def gather_references(root):
+    "The two files of gRefCOCO, out of the converted lists, which are removed."
+    refs, annotations, images = [], [], {}
+    for path in sorted((root / "grefcoco").glob("instances_grefcoco_*.json")):
+        made = json.loads(path.read_text())
+        path.unlink()
+        for i in made["images"]:
+            images[i["original_id"]] = i | {"id": i["original_id"]}
+            own = [a for a in made["annotations"] if a["image_id"] == i["id"]]
+            ids = [len(annotations) + 500 + n for n in range(len(own))]
+            annotations += [a | {"id": n, "image_id": i["original_id"]} for a, n in zip(own, ids)]
+            ref = {"ref_id": len(refs), "ann_id": ids or [-1], "image_id": i["original_id"]}
+            ref |= {"split": path.stem.split("_")[-1], "no_target": not ids}
+            refs.append(ref | {"sentences": [{"sent": i["caption"]}]})
+    coco = {"images": list(images.values()), "annotations": annotations, "categories": []}
+    (root / "grefcoco/instances.json").write_text(json.dumps(coco))
+    return refs
+
+
+@pytest.mark.parametrize("suffix", ["json", "p"])
+def test_grefcoco_from_its_files(tmp_path, capsys, suffix):
+    for split in ("grefcoco_train", "grefcoco_val"):
+        write(tmp_path, split, "easy", 2, seed=8, frames=2, size=(48, 72), layout="refcoco")
+    before = open_dataset(tmp_path, "grefcoco_val")
+    masks = [before.masks(e) for e in before]
+    refs = gather_references(tmp_path)
+    path = tmp_path / f"grefcoco/grefs(unc).{suffix}"
+    path.write_bytes(json.dumps(refs).encode() if suffix == "json" else pickle.dumps(refs, 2))
+    for _ in range(2):
+        code, said = command(tmp_path, capsys, "prepare", "refcoco")
+        assert code == 0 and said.out.count("sentences") == 2
+    data = open_dataset(tmp_path, "grefcoco_val")
+    assert not data.faults and [e.text for e in data] == [e.text for e in before]
+    assert all((data.masks(e) == m).all() for e, m in zip(data, masks))
+    assert {e.kind for e in data if e.object_id == "none"} == {"none"}
+    assert {e.kind for e in data} == {"one", "several", "none"}
+    assert check_dataset(tmp_path).faults == []
 
 
 def test_refcoco_entries_that_are_odd(tree, capsys):

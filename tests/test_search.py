@@ -410,6 +410,33 @@ def test_bad_input(data, tmp_path):
         ballots_of(data.root, [noisy(data, 0), Member("lost", lost)])
 
 
+def test_the_presence_gate_is_calibrated(tmp_path):
+    "Members always draw something, and are less sure where nobody is meant: the level is found."
+    options = {"seed": 2, "frames": 2, "size": SIZE, "layout": "mevis"}
+    refshapes.write(tmp_path / "d", "valid_u", "easy", videos=12, **options)
+    data = open_dataset(tmp_path / "d", "valid_u")
+    by_id = {(e.video, e.id): e for e in data}
+
+    def make(name):
+        def says(v, i):
+            mask = data.masks(by_id[v, i]).copy()
+            if not mask.any():
+                mask[:, :9, :9] = True
+            return np.roll(mask, seeded(name, v, i).integers(-1, 2, 2), (1, 2))
+
+        def sure(v, i):
+            level = 0.25 if by_id[v, i].object_id == "none" else 0.75
+            return level + 0.2 * (seeded("sure", name, v, i).random(2, np.float32) - 0.5)
+
+        return Member(name, says, sure)
+
+    b = ballots_of(tmp_path / "d", [make("a"), make("b")], "valid_u")
+    found = search(b, start_setting(b, groups="none"), folds=3)
+    assert found.clear and found.setting.rule.confidence
+    assert 0.25 < found.setting.rule.absent < 0.65
+    assert all(0.25 < s.rule.absent < 0.7 for s in found.chosen)
+
+
 def test_command(data, runs, tmp_path, capsys, monkeypatch):
     from rvos_nb.cli import main
 

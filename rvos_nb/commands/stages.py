@@ -39,7 +39,8 @@ class BenchmarkOptions:
     split: str = option("", "Which split; default: the one that is usually scored.")
     layout: str = option(
         "",
-        "ref-youtube-vos, ref-davis17, mevis, a2d-sentences, jhmdb-sentences or refcoco; "
+        "ref-youtube-vos, ref-davis17, mevis, revos, long-rvos, a2d-sentences, jhmdb-sentences or "
+        "refcoco; "
         "default: told by the tree.",
     )
     protocol: str = option("", "ytvos, mevis, davis, a2d, jhmdb or refcoco; default: the layout's.")
@@ -83,8 +84,9 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     place = absolute(out or Path("runs") / opened.id)
     for name in ("executor", "force", "split", "layout", "protocol"):
         options.pop(name, None)  # these are about data sets
-    if options.pop("present", 0):
-        raise Problem("--present", "a clip", "a data set", "leave it out")
+    for name in ("present", "phrases"):
+        if options.pop(name, None):
+            raise Problem(f"--{name}", "a clip", "a data set", "leave it out")
     options["members"] = [model_or_folder(m) for m in options.pop("member", None) or ()]
     if options.get("propagate"):
         options["propagate"] = model_or_folder(options["propagate"])
@@ -101,6 +103,7 @@ def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: 
     "rvos_nb.segmentation:ClipOptions",
     "rvos_nb.predict:PredictOptions",
     "rvos_nb.presence:PresenceGate",
+    "rvos_nb.decompose:PhraseOptions",
     "rvos_nb.stage:ModelPlace",
     "rvos_nb.stage:Execution",
 )
@@ -144,6 +147,7 @@ def predict_command(
     rvos predict film.mp4 "the dog" --every 10
     rvos predict --data data/refshapes --out runs/tiny
     rvos predict --data data/ref-davis --memory 4GB --out runs/davis
+    rvos predict --data data/mevis --model facebook/sam3 --phrases runs/parts.json
     rvos predict --data data/coco --split refcoco+_testA --out runs/refcoco
     """
     if member:
@@ -166,22 +170,35 @@ def predict_command(
 def keyframe_command(
     run: RUN,
     policy: Annotated[
-        str, typer.Option(help="score, best_nonempty (among frames with a mask) or mask_score.")
+        str,
+        typer.Option(
+            help="score, best_nonempty (among frames with a mask), mask_score, presence, uniform "
+            "or text."
+        ),
     ] = "score",
+    seeds: Annotated[int, typer.Option(help="Frames of each sentence; review tries them.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Of text: the data set.")] = None,
+    split: SPLIT = "valid",
+    text_model: Annotated[
+        Path | None, typer.Option(help="Of text: the folder of a CLIP of transformers.")
+    ] = None,
 ):
     """Choose the frame where the model is surest.
 
     Writes key_frame.json into the results folder of `rvos predict --data`; `rvos propagate` starts
     from it. The published policy takes the highest class score. A model whose score is the same in
-    every frame (MUTR) is better asked where its mask is surest: mask_score.
+    every frame (MUTR) is better asked where its mask is surest: mask_score. presence asks a model
+    that says where the thing is (SAM 3), text a CLIP which frame fits the words, uniform nobody.
 
     \b
     rvos keyframe runs/tiny
     rvos keyframe runs/mutr --policy mask_score
+    rvos keyframe runs/soc --policy text --data data/ytvos --text-model models/clip --seeds 3
     """
     from rvos_nb.keyframe import choose_key_frames
 
-    chosen = choose_key_frames(absolute(run), policy)
+    folders = [x and absolute(x) for x in (data, text_model)]
+    chosen = choose_key_frames(absolute(run), policy, seeds, folders[0], split, folders[1])
     count = sum(len(v) for v in chosen.values())
     print(f"{count} key frames of {len(chosen)} videos in {absolute(run) / 'key_frame.json'}")
 
@@ -476,9 +493,12 @@ def evaluate_videos(data, run: Path, out: Path):
     write_report(data.root, {run.name: run}, page, data.split, 20, {run.name: rows})
     for line in list_findings(score):
         print(f"  {line}")
-    names = [k for k in ("J", "F", "J&F", "N-acc", "T-acc") if k in score]
+    names = [k for k in ("J", "F", "J&F", "tIoU", "vIoU", "N-acc", "T-acc") if k in score]
     figures = "   ".join(f"{k} {score[k]:.1f}" for k in names)
     print(f"{figures}   over {score['expressions']} expressions")
+    if overall := score.get("overall"):
+        figures = "   ".join(f"{k} {x:.1f}" for k, x in overall.items())
+        print(f"{figures}   overall: the mean of referring and reasoning")
     print(f"tables and report.html in {out}")
 
 # %% ../../nbs/09e_commands.stages.ipynb #4a694b78
@@ -540,15 +560,17 @@ def submit_command(
 ):
     """Pack masks into the zip that a benchmark server takes.
 
-    Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS: the same without Annotations;
-    Ref-DAVIS17: anno_0 to anno_3 where RUN was merged. Nothing is packed unless every mask is
-    there.
+    Ref-YouTube-VOS: Annotations/VIDEO/EXPRESSION/FRAME.png; MeViS, ReVOS and Long-RVOS: the same
+    without Annotations; Ref-DAVIS17: anno_0 to anno_3 where RUN was merged. Nothing is packed
+    unless every mask is there. The server of Ref-YouTube-VOS was switched off; its validation split
+    is scored by `rvos evaluate`, with the masks that its authors made public.
 
     \b
     rvos submit runs/fused submission.zip --data data/ref-youtube-vos
     rvos submit runs/mevis submission.zip --data data/mevis --split valid
     """
-    from rvos_nb.submit import IncompleteSubmission, submission
+    from rvos_nb.data.datasets import recognise_layout
+    from rvos_nb.submit import SCORED_BY, IncompleteSubmission, submission
 
     try:
         submission(absolute(data), absolute(run), absolute(zip), split)
@@ -558,3 +580,5 @@ def submit_command(
         found = "the faults listed above" if e.faults else e.found
         raise Problem(e.where, found, e.expected, e.remedy) from None
     print(f"submission: {absolute(zip)}")
+    if note := SCORED_BY.get(recognise_layout(absolute(data))):
+        print(f"  {note}")

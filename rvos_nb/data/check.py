@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'ALL_SPLITS', 'A2D_LIST', 'MOST_OPENED', 'Faults', 'MOST_LINES', 'list_counts', 'find_splits',
            'open_all', 'match_names', 'open_frame', 'check_video_frames', 'open_labels', 'check_png_masks',
-           'check_union_masks', 'check_sample_masks', 'check_masks', 'Survey', 'compare_counts', 'check_dataset']
+           'check_union_masks', 'check_tree_masks', 'check_sample_masks', 'check_masks', 'Survey', 'compare_counts',
+           'check_dataset']
 
 # %% ../../nbs/01l_data.check.ipynb #eef6bc66
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from rvos_nb.data.pictures import (
     read_picture_size,
 )
 from .video import Expression, Video, frame_path
-from .videos import has_four_sentences_each, index_annotations
+from .videos import MEVIS_LISTS, has_four_sentences_each, index_annotations
 from ..files import find_files
 
 # %% ../../nbs/01l_data.check.ipynb #5848657a
@@ -43,6 +44,9 @@ PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {
     ("mevis", "valid_u"): {"videos": 50, "expressions": (793, 907)},
     ("mevis", "valid"): {"videos": 140, "expressions": (2236, 2523)},
     ("mevis", "test"): {"videos": 154, "expressions": 2490},
+    ("long-rvos", "train"): {"videos": 1855},
+    ("long-rvos", "valid"): {"videos": 112},
+    ("long-rvos", "test"): {"videos": 226},
     ("jhmdb-sentences", "test"): {"videos": 928, "expressions": 2784},
 }  # (layout, split) -> what is counted -> how many
 ALL_SPLITS = {
@@ -66,9 +70,16 @@ def find_splits(
 ) -> list[str]:  # names that `open_dataset` takes
     "The splits whose lists lie in a tree."
     if layout in ("ref-youtube-vos", "ref-davis17"):
-        return sorted(p.parent.name for p in root.glob("meta_expressions/*/meta_expressions.json"))
-    if layout == "mevis":
-        return sorted(p.parent.name for p in root.glob("*/meta_expressions.json"))
+        beside = root.glob("*/meta_expressions_challenge.json")
+        usual = root.glob("meta_expressions/*/meta_expressions.json")
+        return sorted({p.parent.name for p in (*usual, *beside)})
+    if layout in ("mevis", "long-rvos"):
+        names = MEVIS_LISTS if layout == "mevis" else ("meta_expressions.json",)
+        return sorted({p.parent.name for name in names for p in root.glob(f"*/{name}")})
+    if layout == "revos":
+        prefix, end = "meta_expressions_", "_"
+        lists = root.glob(f"{prefix}*{end}.json")
+        return sorted(p.stem.removeprefix(prefix).removesuffix(end) for p in lists)
     if layout == "a2d-sentences":
         return [s for s in ("train", "test") if (root / A2D_LIST.format(s)).exists()]
     if layout == "jhmdb-sentences":
@@ -196,7 +207,7 @@ def _open_annotation(data: Dataset, video: Video, id: str):
 
 
 def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
-    "Look at the annotations of MeViS that sentences name; as `check_png_masks`."
+    "Look at the annotations that sentences of MeViS or ReVOS name; as `check_png_masks`."
     video_of = {id: v for (v, _), ids in data.union.annotation_ids.items() for id in ids}
     if not video_of:
         return 0, 0, []
@@ -217,6 +228,25 @@ def check_union_masks(data: Dataset) -> tuple[int, int, Faults]:
             tasks.append((v.id, partial(_open_annotation, data, v, id)))
     opened, _, broken = open_all(tasks, "masks")
     return len(video_of) - len(missing), opened, faults + broken
+
+# %% ../../nbs/01l_data.check.ipynb #5f04b27e
+def check_tree_masks(data: Dataset) -> tuple[int, int, Faults]:
+    "Look at pictures of one object or sentence each; as `check_png_masks`."
+    if data.split == "test" and not data.tree.folder.exists():
+        return 0, 0, []
+    places = {data.tree.find_folder(e): data.videos[e.video] for e in data}
+    places.pop(None, None)
+    count, tasks, faults = 0, [], []
+    for folder, v in places.items():
+        there = find_files(folder, (".png",)).keys() & {*v.frames}
+        count += len(there)
+        if not there:
+            expected, remedy = "masks of one of its frames", "copy them from the archive again"
+            faults.append((v.id, Problem(folder, "no masks", expected, remedy)))
+        if frame_path(v, v.frames[0]).exists():
+            tasks += [(v.id, partial(open_labels, v, folder / f"{n}.png")) for n in sorted(there)]
+    opened, _, broken = open_all(tasks, "masks", MOST_OPENED)
+    return count, opened, faults + broken
 
 # %% ../../nbs/01l_data.check.ipynb #edf1256f
 def _open_mask(data: Dataset, expression: Expression):
@@ -245,6 +275,8 @@ def check_masks(data: Dataset) -> tuple[int, int, Faults]:
     "Look at the true masks; as `check_png_masks`. Where they are not public, there are none."
     if data.union:
         return check_union_masks(data)
+    if data.tree:
+        return check_tree_masks(data)
     return check_sample_masks(data) if data.truth else check_png_masks(data)
 
 # %% ../../nbs/01l_data.check.ipynb #bd2d5dfe

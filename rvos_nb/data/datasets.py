@@ -6,20 +6,29 @@
 __all__ = ['LAYOUT_OPENERS', 'ORIGINALS', 'recognise_layout', 'open_dataset']
 
 # %% ../../nbs/01j_data.datasets.ipynb #2c01a464
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from ..core import Problem, check_id
 from .index import Dataset
+from .revos import open_long_rvos, open_revos
 from .samples import JHMDB_LISTS, open_a2d, open_jhmdb, open_refcoco
-from .videos import has_four_sentences_each, open_mevis, open_videos
+from rvos_nb.data.videos import (
+    MEVIS_LISTS,
+    has_four_sentences_each,
+    open_mevis,
+    open_videos,
+)
 
 # %% ../../nbs/01j_data.datasets.ipynb #cfb27fb5
 LAYOUT_OPENERS: dict[str, tuple[Callable[[Path, str], Dataset], str]] = {
     "ref-youtube-vos": (open_videos, "valid"),
     "ref-davis17": (partial(open_videos, layout="ref-davis17"), "valid"),
     "mevis": (open_mevis, "valid_u"),
+    "revos": (open_revos, "valid"),
+    "long-rvos": (open_long_rvos, "valid"),
     "a2d-sentences": (open_a2d, "test"),
     "jhmdb-sentences": (open_jhmdb, "test"),
     "refcoco": (open_refcoco, "val"),
@@ -30,6 +39,7 @@ ORIGINALS = {
     "text_annotations/a2d_annotation.txt": "a2d-sentences",
     "jhmdb_annotation.txt": "jhmdb-sentences",
     "refcoco*/refs(*).p": "refcoco",
+    "grefcoco/grefs(*)": "refcoco",
 }  # what lies in a tree as published -> the conversion that makes the lists
 
 
@@ -41,6 +51,15 @@ def _find_remedy(root: Path) -> str:
     return "check the path (data/README.md describes the layouts), or name the layout"
 
 
+def _is_long_rvos(root: Path) -> bool:
+    "Whether lists in folders of splits are those of Long-RVOS, and not of MeViS."
+    if any(root.glob("*/mask_dict.json")):
+        return False
+    if "longrvos" in re.sub("[-_ ]", "", root.name.lower()):
+        return True
+    return any(any(root.glob(sign)) for sign in ("*/Annotations", "*/frame_types.json"))
+
+
 def recognise_layout(root: Path) -> str:
     """The layout of a tree, by the lists that lie in it; Ref-DAVIS17 only by the name of the
     folder. Raises `Problem` for an unknown tree."""
@@ -48,8 +67,12 @@ def recognise_layout(root: Path) -> str:
         raise Problem(root, "no such folder", "a data set", "check the path")
     if (root / "meta_expressions").is_dir():
         return "ref-davis17" if "davis" in root.name.lower() else "ref-youtube-vos"
-    if any(root.glob("*/meta_expressions.json")):
-        return "mevis"
+    if any(root.glob("*/meta_expressions_challenge.json")):
+        return "ref-youtube-vos"
+    if any(root.glob("meta_expressions_*_.json")):
+        return "revos"
+    if any(any(root.glob(f"*/{name}")) for name in MEVIS_LISTS):
+        return "long-rvos" if _is_long_rvos(root) else "mevis"
     if any(root.glob("a2d_sentences_single_frame_*_annotations.json")):
         return "a2d-sentences"
     if any((root / n).exists() for n in JHMDB_LISTS):

@@ -103,6 +103,7 @@ class Dataset:
     layout: str = "ref-youtube-vos"  # or another name of `data.datasets.LAYOUT_OPENERS`
     truth: object = None  # a CocoTruth, H5Truth or MatTruth, which read the masks of single frames
     union: object = None  # a UnionTruth, which reads the masks of videos that lie in one file
+    tree: object = None  # a MaskTree, which reads pictures of one object or sentence each
 
     def __iter__(self) -> Iterator[Expression]:
         return (e for es in self.expressions.values() for e in es)
@@ -139,6 +140,8 @@ class Dataset:
         if self.truth is not None:
             video = self.videos[expression.video]
             return self.truth.mask(video, expression, self.sample_id(expression))[None]
+        if self.tree is not None:
+            return self.tree.masks(self.videos[expression.video], expression)
         if expression.object_id is None:
             return None
         if self.union is not None:

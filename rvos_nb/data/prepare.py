@@ -83,13 +83,23 @@ def _index_by_id(path: Path, listing, key: str) -> dict:  # id -> entry, or `REP
     return mark_repeated(pairs)
 
 
-def _read_reference(ref: dict, where: str, instances: Path, images: dict, masks: dict) -> tuple:
-    """Split, sentences, and what the image entries and the annotations of all of them share. Raises
+def _find_masks(ref: dict, masks: dict, any_number: bool) -> list:
+    "The annotations of a reference: one, or in gRefCOCO a list, where -1 stands for none."
+    if not any_number:
+        return [masks[ref["ann_id"]]]
+    ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    return [masks[id] for id in ids if id != -1]
+
+
+def _read_reference(
+    ref: dict, where: str, instances: Path, images: dict, masks: dict, any_number: bool
+) -> tuple[str, list, dict, list[dict]]:
+    """Split, sentences, what the image entries of all of them share, and the annotations. Raises
     `Problem`, or KeyError or TypeError where something is missing or of another form."""
-    image, mask = images[ref["image_id"]], masks[ref["ann_id"]]
+    image, named = images[ref["image_id"]], _find_masks(ref, masks, any_number)
     split = check_id(ref["split"], where)
     texts = [s["sent"] for s in ref["sentences"]]
-    if REPEATED in (image, mask):
+    if REPEATED in (image, *named):
         raise Problem(
             instances,
             f"image {ref['image_id']} or annotation {ref['ann_id']} twice",
@@ -103,24 +113,34 @@ def _read_reference(ref: dict, where: str, instances: Path, images: dict, masks:
         "width": image["width"],
         "original_id": image["id"],
     }
-    shared_mask = {k: mask[k] for k in ("bbox", "segmentation", "area", "category_id")}
-    return split, texts, shared_image, shared_mask
+    if any_number:
+        shared_image["kind"] = ("none", "one", "several")[min(len(named), 2)]
+    return split, texts, shared_image, named
+
+
+def _share_mask(mask: dict) -> dict:
+    "What an annotation takes over. Raises KeyError where something is missing."
+    return {k: mask[k] for k in ("bbox", "segmentation", "area", "category_id")}
 
 # %% ../../nbs/01o_data.prepare.ipynb #892ac4e7
 def _read_sentences(
     path: Path, instances: Path, listing, conversion: Conversion
-) -> dict[str, tuple[list, list]]:  # split -> image entries and annotations, one of each a sentence
-    """The sentences of a pickle, and their masks out of the instances.json beside it. Raises
-    `Problem` where one of the two is something else."""
-    refs = require(read_plain_pickle(path), list, "the whole file", path, "copy the file again")
+) -> dict[str, tuple[list, list]]:  # split -> image entries, one a sentence, and annotations
+    """The sentences of a pickle or JSON, and their masks out of the instances.json beside it.
+    Raises `Problem` where one of the two is something else."""
+    plain = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
+    refs = require(plain, list, "the whole file", path, "copy the file again")
+    any_number = path.parent.name == "grefcoco"
     images, masks = (_index_by_id(instances, listing, k) for k in ("images", "annotations"))
     entries, seen = {}, set()
     for n, ref in enumerate(refs):
         where = f"{path}, entry {n}"
         with conversion.leave_out_faults():
             try:
-                split, texts, image, mask = _read_reference(ref, where, instances, images, masks)
-                original = masks[ref["ann_id"]]
+                split, texts, image, named = _read_reference(
+                    ref, where, instances, images, masks, any_number
+                )
+                shared = [(_share_mask(m), m["id"]) for m in named if not m.get("iscrowd")]
                 id = ref.get("ref_id", ("entry", n))
                 again = id in seen
             except (KeyError, TypeError) as e:
@@ -134,7 +154,7 @@ def _read_sentences(
                 found = f"the ref_id {abbreviate(id)} again"
                 raise Problem(where, found, "each reference once", "copy the file again")
             seen.add(id)
-            if original.get("iscrowd"):
+            if len(shared) < len(named) and not any_number:
                 continue
             own = entries.setdefault(split, ([], []))
             for text in texts:
@@ -143,20 +163,22 @@ def _read_sentences(
                     caption["dataset_name"] = path.parent.name
                     id = len(own[0]) + 1
                     own[0].append(image | caption | {"id": id})
-                    ids = {"id": id, "image_id": id, "iscrowd": 0, "original_id": original["id"]}
-                    own[1].append(mask | ids)
+                    for mask, original in shared:
+                        ids = {"id": len(own[1]) + 1, "image_id": id, "iscrowd": 0}
+                        own[1].append(mask | ids | {"original_id": original})
     return entries
 
 # %% ../../nbs/01o_data.prepare.ipynb #397a77f7
 def prepare_refcoco(root: Path, conversion: Conversion):
-    "RefCOCO, RefCOCO+ and RefCOCOg, those that are there: a COCO file for each split."
+    "RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, what is there: a COCO file for each split."
     names = ("refcoco/refs(unc).p", "refcoco+/refs(unc).p", "refcocog/refs(umd).p")
+    names += ("grefcoco/grefs(unc).json", "grefcoco/grefs(unc).p")
     paths = [root / name for name in names if (root / name).exists()]
     if not paths:
         raise Problem(
             root,
-            f"no sentences in {names[0]}, {names[1]} or {names[2]}",
-            "one of the toolkit's pickles",
+            f"no sentences in {', '.join(names[:3])} or {names[3]}",
+            "one of the toolkit's files",
             "unpack the data set's archives here",
         )
     for path in paths:

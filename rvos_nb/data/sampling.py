@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_FRAME_LAYOUTS', 'logger', 'SAMPLINGS', 'sample_around', 'sample_window', 'sample_centre', 'list_starts',
-           'ClipSource', 'read_source', 'find_mask_place', 'require_masks', 'open_source', 'describe_object',
-           'find_visible', 'Anchor', 'list_anchors', 'read_clip_masks', 'read_clip_frames']
+           'ClipSource', 'read_source', 'find_mask_place', 'may_have_masks', 'require_masks', 'open_source',
+           'describe_object', 'find_visible', 'Anchor', 'list_anchors', 'read_clip_masks', 'read_clip_frames']
 
 # %% ../../nbs/01s_data.sampling.ipynb #53751315
 import logging
@@ -135,13 +135,20 @@ def find_mask_place(data: Dataset) -> Path:
         return data.truth.folder
     if data.union is not None:
         return data.union.path
+    if data.tree is not None:
+        return data.tree.folder
     return next(iter(data.videos.values())).folder.parents[1] / "Annotations"
+
+
+def may_have_masks(data: Dataset, e: Expression) -> bool:
+    "Whether the list leads to masks of a sentence: it names its object, or masks go by sentences."
+    return e.object_id is not None or data.truth is not None or data.tree is not None
 
 
 def require_masks(data: Dataset):
     "Raise `Problem` where a split has nothing to train on, or no masks."
     place = data.root
-    names_objects = data.truth is not None or any(e.object_id is not None for e in data)
+    names_objects = any(may_have_masks(data, e) for e in data)
     if not data.videos:
         found = f"no usable video in split {data.split!r}"
     elif not names_objects:
@@ -271,7 +278,7 @@ def list_anchors(
     _check_sampling(source, data, sampling)
     anchors = []
     for e in data:
-        if e.object_id == "none" or (data.truth is None and e.object_id is None):
+        if e.object_id == "none" or not may_have_masks(data, e):
             continue
         anchors += [Anchor(e, place) for place in _list_places(data, e, sampling, frames)]
     if not anchors:
@@ -293,6 +300,15 @@ def _read_union(data: Dataset, expression: Expression, at: Sequence[int]) -> np.
     return masks
 
 
+def _read_tree(data: Dataset, expression: Expression, names: Sequence[str]) -> np.ndarray:
+    "Masks of a sentence whose pictures lie in a folder of its own."
+    masks = data.tree.read(data.videos[expression.video], expression, names)
+    if masks is None:
+        folder = data.tree.find_folder(expression) or data.tree.folder
+        raise Problem(folder, "no masks", "a picture for each frame", "copy them again")
+    return masks
+
+
 def read_clip_masks(
     data: Dataset,
     expression: Expression,
@@ -305,6 +321,8 @@ def read_clip_masks(
     if data.union is not None:
         return _read_union(data, expression, at)
     video = data.videos[expression.video]
+    if data.tree is not None:
+        return _read_tree(data, expression, [video.frames[t] for t in at])
     folder = video.folder.parents[1] / "Annotations" / video.id
     size, object_id = frame_size(video), int(expression.object_id)
     masks = {

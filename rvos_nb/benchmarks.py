@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from .core import Problem
+from .schema import name_nearest
 
 # %% ../nbs/10_benchmarks.ipynb #d4f89a07
 @dataclass(frozen=True)
@@ -199,7 +200,10 @@ def bench(
     "Run a benchmark and print a line for each figure; raises `Problem` for an unknown name."
     if name not in BENCHMARKS:
         raise Problem(
-            "rvos bench", repr(name), "one of " + ", ".join(BENCHMARKS), "correct the name"
+            "rvos bench",
+            repr(name) + name_nearest(name, BENCHMARKS),
+            "one of " + ", ".join(BENCHMARKS),
+            "correct the name",
         )
     module, function = BENCHMARKS[name].split(":")
     figures = getattr(importlib.import_module(module), function)()

@@ -17,6 +17,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from .core import Problem
+from .files import append_line
 from .pool import name_worker
 from .schema import check_schema
 
@@ -53,8 +54,7 @@ class EventLog:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "event": event, "stage": self.stage}
         line |= {"worker": worker or name_worker(), **more}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, json.dumps(line))
 
     def add_unit(self, unit: str, worker: str, seconds: float, why: str = ""):
         "A unit that ended; `why` it failed, '' where it is done."

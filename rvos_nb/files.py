@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['named_errors', 'make_folder', 'replace_file', 'replace_folder', 'holds_results', 'sweep_temporary', 'sweep_beside',
-           'write_bytes', 'write_json', 'read_json', 'digest_file', 'find_files']
+           'write_bytes', 'write_json', 'append_line', 'read_json', 'digest_file', 'find_files']
 
 # %% ../nbs/00a_files.ipynb #3426ac36
 import errno
@@ -179,6 +179,15 @@ def write_json(path, obj, indent: int | None = 1):
     except UnicodeEncodeError:
         data = json.dumps(obj, indent=indent).encode()
     write_bytes(path, data + b"\n")
+
+# %% ../nbs/00a_files.ipynb #8be2f3d6
+def append_line(path, line: str):
+    "Add a line to a text; it begins anew where a full disk cut the last one off."
+    with named_errors(Path(path)), open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 # %% ../nbs/00a_files.ipynb #7b0c083f
 def read_json(

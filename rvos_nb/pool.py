@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIALS', 'name_worker', 'build_job', 'do_unit', 'LightWork', 'Answer', 'Pool', 'UnitEnd', 'order_longest_first',
-           'hand_out', 'ProcessPool']
+           'hand_out', 'end_with_parent', 'ProcessPool']
 
 # %% ../nbs/00c0_pool.ipynb #7d664499
 import multiprocessing
@@ -168,7 +168,12 @@ def hand_out(
         pool.close()
 
 # %% ../nbs/00c0_pool.ipynb #07aab3d1
-def _end_with_parent():
+def end_with_parent():
+    "From now on this process ends when the one that started it does, however that ends."
+    Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -176,7 +181,7 @@ def _end_with_parent():
 def _serve(pipe):
     "The life of a worker process: answers each unit with None or the exception that it met."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have workers of their own
     job = None
     while True:

@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from .files import digest_file
+from .files import append_line, digest_file
 from .schema import ROW, check_schema
 
 # %% ../nbs/00d1_sources.ipynb #9224869f
@@ -80,8 +81,7 @@ class SourceLog:
     def add(self, unit: str, sources: Sources | None):
         "Remember what a unit was made from just now; None where nobody can tell."
         self.known[unit] = sources.digest() if sources else ["", ""]
-        with open(self.path, "a") as f:
-            f.write(json.dumps([unit, self.known[unit]]) + "\n")
+        append_line(self.path, json.dumps([unit, self.known[unit]]))
 
     def matches(self, unit: str, sources: Sources, results: Sequence[Path]) -> bool:
         "Whether results were made from this; where nothing is known, they count as such."
@@ -92,7 +92,8 @@ class SourceLog:
         if known[0] != sources.look():
             return False
         made = min((os.stat(p).st_mtime for p in results), default=-math.inf)
-        if self.dated and not sources.changed_since(made):
+        in_order = self.dated and made <= time.time()
+        if in_order and not sources.changed_since(made):
             return True
         return known == sources.digest()
 

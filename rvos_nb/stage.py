@@ -14,7 +14,7 @@ import shutil
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,23 +97,43 @@ class Report:
         return self
 
 # %% ../nbs/00e_stage.ipynb #aba74268
+def _name_holder() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _read_holder(owner: Path) -> str:
+    "Who wrote the file beside a lock; '' where it is gone."
+    with suppress(OSError), open(owner, errors="replace") as file:
+        return file.read(200).strip()
+    return ""
+
+
+def _tell_lost(place: Path) -> Problem:
+    found = "a folder that was removed or taken over while this process worked in it"
+    return Problem(place, found, "one that is left alone", "run the same command again")
+
+
 def _acquire(path: Path, owner: Path, place: Path) -> FileLock:
     "The lock in the file `path`; raise `Problem` where another process holds it."
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
+    except FileNotFoundError:  # the folder has just gone
+        raise _tell_lost(place) from None
     except Timeout:
-        try:
-            name = owner.read_text().strip()
-        except OSError:  # it has just ended
-            name = "unknown"
         raise Problem(
             place,
-            f"another run at work there ({name})",
+            f"another run at work there ({_read_holder(owner) or 'unknown'})",
             "a folder to itself",
             "wait for it, end it, or choose another output folder",
         ) from None
     return lock
+
+
+def _check_held(owner: Path, place: Path):
+    "Raise `Problem` where this process does not hold `place` any more."
+    if _read_holder(owner) != _name_holder():
+        raise _tell_lost(place)
 
 
 @contextmanager
@@ -125,13 +145,20 @@ def _hold(path: Path, owner: Path, place: Path, sweep: Callable):
         lock = _acquire(path, owner, place)
     try:
         with named_errors(owner):
-            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+            owner.write_text(_name_holder())
         sweep(place)
-        yield
+        try:
+            yield
+        except FileNotFoundError:
+            _check_held(owner, place)  # a better reason, where it is that
+            raise
+        _check_held(owner, place)
     finally:
-        owner.unlink(missing_ok=True)
-        with suppress(PermissionError):  # Windows: removed when it is released
-            path.unlink(missing_ok=True)
+        holder = _read_holder(owner)
+        if holder == _name_holder() or not holder.startswith("pid "):
+            owner.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows: removed when it is released
+                path.unlink(missing_ok=True)
         lock.release()
         if is_new:  # nothing may have come of it
             with suppress(OSError):
@@ -488,16 +515,18 @@ def _work_through(work: StageWork, executor: str, report: Report, log: SourceLog
     batches = work.batches(todo)
     counts = {"units": len(work.units), "standing": len(report.skipped), "todo": len(todo)}
     events.add("start", **counts, executor=executor)
-    ends = follow_units(work.do, batches, executor, work.prepare, partial(_measure, work), work.gpu)
-    for _, end in progress(ends, work.stage, len(batches)):
-        for unit in _list_units(end.unit):
-            own = end.error.each.get(unit) if isinstance(end.error, BatchFailed) else end.error
-            why = _reason(own) if own else _note_sources(work, unit, before[unit], log)
-            if why:
-                report.failed[unit] = why
-            else:
-                report.done.append(unit)
-            events.add_unit(unit, end.worker, end.seconds, why)
+    how = executor, work.prepare, partial(_measure, work), work.gpu
+    with closing(follow_units(work.do, batches, *how)) as ends:  # whatever ends it, ends workers
+        for _, end in progress(ends, work.stage, len(batches)):
+            for unit in _list_units(end.unit):
+                own = end.error.each.get(unit) if isinstance(end.error, BatchFailed) else end.error
+                why = _reason(own) if own else _note_sources(work, unit, before[unit], log)
+                if why:
+                    report.failed[unit] = why
+                else:
+                    report.done.append(unit)
+                events.add_unit(unit, end.worker, end.seconds, why)
+            _check_held(Path(work.out, ".owner"), work.out)
     report.sort([*work.faults, *work.units])  # workers end them in another order
 
 

@@ -1,11 +1,14 @@
 "Small trees in the layouts of the benchmarks, made out of RefShapes."
 
 import json
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from rvos_nb.cluster import list_users
 from rvos_nb.data.refshapes import write
 from rvos_nb.vos.propagator import Propagator
 
@@ -130,3 +133,30 @@ class Still(Propagator):
     def step(self, frame):
         count = int(self.labels.max()) + 1
         return torch.nn.functional.one_hot(self.labels, max(2, count)).permute(2, 0, 1).float()
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    "Whether a process is there, and no zombie that nobody has buried."
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+MARK = "RVOS_TEST_MARK"  # in the environment of processes that a test starts: a folder of theirs
+
+
+def list_marked(place) -> set[int]:
+    "Processes, zombies aside, that have this mark in their environment, or files in the folder."
+    found = set(list_users(place))
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{MARK}={place}".encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found

@@ -791,6 +791,19 @@ def test_batch_and_single_sentence_agree(saved):
         )
 
 
+def test_a_sentence_is_the_same_whatever_was_asked_before():
+    "To the last bit: on it rests that workers and interrupted runs give the bytes of one process."
+    texts = ["red ball", "the big red ball left of the box", "box"]
+    tokenizer = make_tokenizer(texts)
+    config = small_text_config(len(tokenizer), hidden=96, layers=2, heads=2)
+    encoder = TextEncoder(config, tokenizer).eval()
+    with torch.no_grad():
+        alone = encoder.encode(texts[:1])[0]
+        encoder.sentence_cache.select(None)
+        beside = encoder.encode(texts)[0][:1, : alone.shape[1]]
+    assert torch.equal(alone, beside)
+
+
 def test_a_sentence_is_read_once_per_set_of_weights(saved):
     encoder, read = saved[1], []
     encoder.embeddings.register_forward_hook(lambda _, inputs, out: read.append(len(out)))

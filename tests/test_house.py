@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from helpers import is_running
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -518,13 +519,6 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(text, says, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the tie to the parent is a system call of Linux"
 )
@@ -577,9 +571,9 @@ def test_a_dead_pipeline_leaves_no_kernel(how, tmp_path):
         driver.send_signal(how)
         driver.wait(30)
         for _ in range(300):
-            if not alive(kernel):
+            if not is_running(kernel):
                 break
             time.sleep(0.1)
-        assert not alive(kernel)
+        assert not is_running(kernel)
     finally:
         driver.kill()

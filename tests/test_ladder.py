@@ -80,17 +80,17 @@ def test_the_text(table):
 
 
 def test_the_picture(table, tmp_path):
-    "From zero, 900 pixels wide, no text below 8 points, and every level named beside its line."
-    steps, worth = draw_ladder(table).axes
-    assert steps.get_ylim()[0] == 0
-    texts = [t for ax in (steps, worth) for t in (*ax.texts, *ax.get_xticklabels())]
+    "A panel for each level from zero, 1000 pixels wide, no text below 8 points."
+    *steps, worth = figure_axes = draw_ladder(table).axes
+    assert [ax.get_ylim()[0] for ax in steps] == [0] * len(LEVEL_SETTINGS)
+    texts = [t for ax in figure_axes for t in (*ax.texts, *ax.get_xticklabels())]
     texts += worth.get_yticklabels()
     assert min(t.get_fontsize() for t in texts) >= 8
-    said = " ".join(t.get_text() for t in steps.texts)
-    assert all(f"{level}\nbest member 55.0" in said for level in LEVEL_SETTINGS)
+    for ax, level in zip(steps, LEVEL_SETTINGS):
+        assert ax.get_title() == f"{level}; dotted: best member 55.0"
     write_json(tmp_path / "found.json", table)
     picture = publish_ladder(tmp_path / "found.json", tmp_path)
-    assert Image.open(picture).size[0] == 900
+    assert Image.open(picture).size[0] == 1000
     assert read_json(tmp_path / "ladder.json") == table
 
 

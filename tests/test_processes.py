@@ -20,7 +20,7 @@ from rvos_nb.units import map_units
 
 
 def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.png")}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_models_are_sent_to_processes(tmp_path):

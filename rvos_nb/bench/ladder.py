@@ -236,30 +236,22 @@ def spread_bars(values: Sequence[np.ndarray]) -> np.ndarray:  # (2, N) below and
     return np.array([means - [min(v) for v in values], [max(v) for v in values] - means])
 
 
-def draw_steps(ax, table: Mapping):
-    "J&F over the steps, a line for each level."
+def draw_steps(ax, table: Mapping, level: str):
+    "J&F over the steps of one level."
+    colour, marker = LOOKS[level]
     names, size = list(SHORT_STEPS), 8
-    for level in table["levels"]:
-        colour, marker = LOOKS[level]
-        steps = list_steps(table, level)
-        values = [steps[n] for n in names]
-        means = [np.mean(v) for v in values]
-        best = np.mean(steps["best member"])
-        last = len(names) - 1
-        ax.plot([-0.3, last + 0.25], [best, best], color=colour, lw=1, ls=":")
-        style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.5, "capsize": 3}
-        ax.errorbar(range(len(names)), means, spread_bars(values), **style)
-        for x, (mean, v) in enumerate(zip(means, values)):
-            below = mean < best
-            y = min(v) - 1.5 if below else max(v) + 1.5
-            side = "top" if below else "bottom"
-            ax.text(x, y, f"{mean:.1f}", ha="center", va=side, fontsize=size, color=colour)
-        end = f"{level}\nbest member {best:.1f}"
-        ax.text(last + 0.35, best, end, va="center", fontsize=size, color=colour)
-    ax.set_xticks(range(len(names)), SHORT_STEPS.values(), fontsize=size)
-    ax.set(xlim=(-0.4, len(names) + 0.7), ylim=(0, 104), yticks=range(0, 101, 20))
-    ax.set_ylabel("J&F, %", fontsize=size)
-    ax.set_title("after each stage; dotted: the best member alone", fontsize=9)
+    steps = list_steps(table, level)
+    values = [steps[n] for n in names]
+    best = np.mean(steps["best member"])
+    ax.axhline(best, color="k", lw=1, ls=":")
+    style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.5, "capsize": 3}
+    ax.errorbar(range(len(names)), [np.mean(v) for v in values], spread_bars(values), **style)
+    for x, v in enumerate(values):
+        text = f"{np.mean(v):.1f}"
+        ax.text(x, max(v) + 1.5, text, ha="center", va="bottom", fontsize=size, color=colour)
+    ax.set_xticks(range(len(names)), SHORT_STEPS.values(), fontsize=size, rotation=90)
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, 109), yticks=range(0, 101, 20))
+    ax.set_title(f"{level}; dotted: best member {best:.1f}", fontsize=9)
 
 # %% ../../nbs/10h_bench.ladder.ipynb #35714a14
 def draw_worth(ax, table: Mapping):
@@ -274,23 +266,24 @@ def draw_worth(ax, table: Mapping):
         ax.errorbar(means, places, xerr=spread_bars(values), label=level, **style)
     ax.axvline(0, color="k", lw=0.8)
     models = [table["models"][m].removesuffix("-tiny") for m in names]
-    labels = [m.replace("-", "\n", 1) for m in models]
-    ax.set_yticks(np.arange(len(names))[::-1], labels, fontsize=8)
+    ax.set_yticks(np.arange(len(names))[::-1], models, fontsize=8)
     ax.set_xlabel("points of J&F", fontsize=8)
-    ax.set_title("what five lose without it", fontsize=9)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.12), "ncols": 3}
-    ax.legend(fontsize=8, frameon=False, handletextpad=0.2, columnspacing=0.8, **below)
+    ax.set_title("what a fusion of all five loses without one", fontsize=9)
+    ax.legend(fontsize=8, frameon=False)
 
 
-def draw_ladder(table: Mapping):  # a matplotlib figure, 900 pixels wide
+def draw_ladder(table: Mapping):  # a matplotlib figure, 1000 pixels wide
     "The steps of every level, and what each member is worth."
     from matplotlib.figure import Figure as Canvas
 
-    fig = Canvas(figsize=(9, 4.2), dpi=100, layout="constrained")
-    steps, worth = fig.subplots(1, 2, width_ratios=[2.3, 1])
-    draw_steps(steps, table)
-    draw_worth(worth, table)
-    for ax in (steps, worth):
+    fig = Canvas(figsize=(10, 7), dpi=100, layout="constrained")
+    levels = table["levels"]
+    axes = fig.subplot_mosaic([levels, ["worth"] * len(levels)], height_ratios=[1.3, 1])
+    for level in levels:
+        draw_steps(axes[level], table, level)
+    axes[levels[0]].set_ylabel("J&F, %", fontsize=8)
+    draw_worth(axes["worth"], table)
+    for ax in axes.values():
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return fig

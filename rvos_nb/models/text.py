@@ -357,31 +357,21 @@ class SentenceEncoder:
             self.sentence_cache.select(None)
         return super().train(mode)
 
-    def encode_new(
-        self,
-        texts: Sequence[str],  # E sentences, all different
-    ) -> dict[str, tuple[Tensor, Tensor | None]]:
-        "Of each sentence: words (n + 1, C), the last being padding, and the whole (C,)."
-        ids = self.token_ids(texts)
-        words, sentences = self(*self.pad_batch(ids, room=1))
-        return {
-            text: (
-                words[i, : len(row) + 1].clone(),
-                None if sentences is None else sentences[i].clone(),
-            )
-            for i, (text, row) in enumerate(zip(texts, ids))
-        }
+    def encode_alone(self, text: str) -> tuple[Tensor, Tensor | None]:
+        "Words (n + 1, C) of a sentence, the last being padding, and the whole (C,)."
+        words, sentences = self(*self.pad_batch(self.token_ids([text]), room=1))
+        return words[0], None if sentences is None else sentences[0]
 
     def encode_each(
         self,
         texts: Sequence[str],  # E sentences
-    ) -> list[tuple[Tensor, Tensor | None]]:  # of each, see `encode_new`
+    ) -> list[tuple[Tensor, Tensor | None]]:  # of each, see `encode_alone`
         "Encode each sentence that is new once; remember it unless gradients are wanted."
         remember = not torch.is_grad_enabled()
         known = self.sentence_cache.select(weights_version(self)) if remember else {}
-        vectors = {t: known[t] for t in texts if t in known}
-        if new := [t for t in dict.fromkeys(texts) if t not in vectors]:
-            vectors |= self.encode_new(new)
+        vectors = {}
+        for text in dict.fromkeys(texts):
+            vectors[text] = known[text] if text in known else self.encode_alone(text)
         if remember:
             self.sentence_cache.add(vectors)
         return [vectors[t] for t in texts]

@@ -27,6 +27,7 @@ from ..core import Problem, choose_device, progress, read_versions
 from ..data.clips import Stream
 from ..models import zoo
 from ..models.family import find_object
+from ..pool import end_with_parent
 from ..schema import check_schema
 from ..signals import Stopped, hold_signals, stop_on_sigterm
 from ..stage import Execution, Report, StageWork, run_stage
@@ -77,7 +78,7 @@ def draw_batches(
         num_workers=workers,
         prefetch_factor=4,
         collate_fn=_as_it_is,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context="spawn",
     )
     for drawn in loader:
@@ -90,9 +91,10 @@ def _as_it_is(batch):
     return batch
 
 
-def _one_thread(worker):
+def _prepare_worker(worker):
     import cv2
 
+    end_with_parent()  # PyTorch's own watch misses a parent that died before it began
     cv2.setNumThreads(1)
 
 # %% ../../nbs/04k_train.loop.ipynb #6528383d

@@ -35,8 +35,8 @@ def test_the_tiny_graph_runs_and_shows_what_each_stage_adds(tmp_path):
     scores = {
         n: json.loads((tmp_path / f"out/scores/{n}/scores.json").read_text())["J&F"] for n in names
     }
-    assert min(scores.values()) > 50 and scores["prompted"] < scores["first"]
-    assert sum(e.seconds for e in ends) < 180 * 4  # on two idle cores under three minutes
+    assert scores["prompted"] < scores["first"] < scores["follow-first"] < scores["tracks"]
+    assert scores["first"] < min(scores["review"], scores["final"])
 
 
 def test_a_small_sam3_goes_through_the_graph(small):

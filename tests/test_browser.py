@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rvos_nb.app import AppWork, serve_app
+from rvos_nb.app import EVERY, AppWork, serve_app
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
@@ -336,6 +336,7 @@ def test_type_a_sentence_and_see_its_mask(width, app_address, browser, tmp_path)
     find.click()
     page.wait_for_selector("text=type what to look for")
     page.get_by_label("Sentences, one a line").fill("the red star\nthe blue square")
+    page.get_by_label(f"number input for {EVERY}").fill("2")
     find.click()
     page.wait_for_function(TOLD, arg="'the blue square': found in 4 frames")
     page.wait_for_function("document.querySelectorAll('video')[1]?.videoWidth === 96")
@@ -343,16 +344,20 @@ def test_type_a_sentence_and_see_its_mask(width, app_address, browser, tmp_path)
     assert fits_the_width(page)
     again = page.get_by_role("button", name="Propagate from this frame")
     again.click()
+    page.wait_for_function(NOT_TOLD, arg="referformer-tiny: a tiny model")
     page.wait_for_function(TOLD, arg="aot-tiny: a tiny model")
     with page.expect_download() as taken:
         page.click("text=Download the result")
     with ZipFile(taken.value.path()) as packed:
         assert "shapes/overlay.mp4" in packed.namelist()
+        made = json.loads(packed.read("shapes/scores.json"))["made"]
+    assert made["options"]["every"] == 2 and len(made["corrected"]) == 1
     context.close()
     assert {*faults} <= {EDITOR_NOTE}
 
 
 TOLD = "words => [...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
+NOT_TOLD = "words => ![...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
 
 
 def is_outside(url, address):

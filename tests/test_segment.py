@@ -19,7 +19,7 @@ from rvos_nb import clip_result, segmentation
 from rvos_nb.app import AppWork, Visit
 from rvos_nb.cli import main
 from rvos_nb.clip_result import open_result
-from rvos_nb.core import Problem
+from rvos_nb.core import Problem, usual_shape
 from rvos_nb.data import scenes
 from rvos_nb.data.masks import choose_colours, overlay, rle_decode
 from rvos_nb.data.video import frame_rate, frame_times, open_clip, read_video
@@ -400,16 +400,84 @@ def bring_silence(folder):
     [
         (bring_nothing, "no frames"),
         (bring_text, "cannot be decoded"),
-        (bring_silence, "cannot be decoded"),
+        (bring_silence, "cannot be decoded (it holds sound only)"),
         (lambda folder: folder / "nowhere.mp4", "no such file"),
+        (lambda folder: bring_text(folder).with_name("flim.mp4"), "did you mean 'film.mp4'"),
+        (lambda folder: bring_text(folder).parent, "such as {}/film.mp4"),
+        (lambda folder: pictures(folder / "a", 1).parent, "such as {}/a"),
+        (lambda folder: "https://somewhere.org/dog.mp4", "download the film"),
     ],
 )
 def test_what_is_no_clip_is_one_line(bring, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["predict", str(bring(tmp_path)), "it", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 1 and len(lines) == 1 and said in lines[0], lines
+    assert e.value.code == 1 and len(lines) == 1, lines
+    assert said.format(tmp_path) in lines[0], lines
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["the red circle", "{film}"], 'rvos predict {film} "the red circle"'),
+        (["{film}", "the", "dog"], 'rvos predict {film} "the dog"'),
+        (["my dog"], "rvos predict 'my dog' \"the dog\""),
+        (["{film}", "it", "--split", "train"], "--split: found a clip"),
+        (["{film}", "it", "--present", "0.5"], "--present: found a clip"),
+        (["{film}", "it", "--executor", "ray"], "--executor: found a clip"),
+    ],
+)
+def test_what_is_typed_wrong_comes_with_what_is_right(words, said, film, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["predict", *(w.format(film=film) for w in words), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert e.value.code == 1 and said.format(film=film) in told, told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "frames, said",
+    [
+        (5, "frames: found int"),
+        (None, "frames: found NoneType"),
+        (Image.new("RGB", (8, 6)), "frames: found Image"),
+        (iter([Image.new("RGB", (8, 6))]), "frames: found list_iterator"),
+        (["0.png", "1.png"], "frame 0: found a path"),
+        ([Image.new("RGB", (8, 6)), Image.new("RGB", (9, 6))], "frame 1: found 6x9 pixels"),
+    ],
+)
+def test_frames_in_no_form_are_named(frames, said):
+    with pytest.raises(Problem, match=said):
+        segment(frames, "it")
+
+
+def test_no_sentence_is_told():
+    for nothing in (None, [], [None]):
+        with pytest.raises(Problem, match="an empty sentence"):
+            segment([Image.new("RGB", (8, 6))], nothing)
+
+
+def test_one_member_may_be_named_alone(film):
+    found = segment(film, "the red circle", members="soc-tiny")
+    assert found.made["model"] == "referformer-tiny and soc-tiny"
+
+
+def test_the_folder_one_stands_in_is_a_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures(tmp_path / "mine", 2))
+    assert repr(segment(".", "it")).startswith("mine: 2 frames of ")
+    (tmp_path / "mine/below").mkdir()
+    monkeypatch.chdir(tmp_path / "mine/below")
+    rvos("predict", "..", "it", "--out", tmp_path / "out")
+    assert open_result(tmp_path / "out").clip.id == "mine"
+
+
+def test_a_picture_that_moves_is_told_once(tmp_path):
+    first, *more = [Image.new("RGB", (32, 24), (40 * t, 0, 0)) for t in range(4)]
+    first.save(tmp_path / "moves.webp", save_all=True, append_images=more)
+    told, found = tell(segment, tmp_path / "moves.webp", "it")
+    assert len(found) == 1 and "found in" in repr(found) and "1 frame of" in repr(found)
+    assert len([line for line in told if "a picture file with 4 pictures" in line]) == 1
 
 
 SENTENCES_BROUGHT = {
@@ -522,6 +590,39 @@ def test_a_tree_of_a_benchmark_is_asked_as_such(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--data", str(tmp_path / "data"), "--every", "3"])
     assert "--every with a data set" in capsys.readouterr().err
+
+
+def test_a_sentence_about_a_data_set_is_told(tmp_path, capsys):
+    from rvos_nb.data import refshapes
+
+    refshapes.write(tmp_path / "data", "valid", "easy", videos=1, seed=4, frames=3, size=SIZE)
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "data"), "it", "--out", str(tmp_path / "out")])
+    assert "leave the sentences out" in capsys.readouterr().err
+
+
+def test_a_slice_without_frames_is_not_saved(result, tmp_path):
+    with pytest.raises(Problem, match="a result without frames"):
+        result[3:3].save(tmp_path / "none")
+
+
+def test_files_of_coco_are_those_of_the_folder(tmp_path):
+    folder = pictures(tmp_path / "clip", 2)
+    found = segment(folder, "it", out=tmp_path / "out")
+    for coco in (found.to_coco(), json.loads((tmp_path / "out/masks.json").read_text())):
+        assert [i["file_name"] for i in coco["images"]] == ["0.png", "1.png"]
+
+
+def test_view_of_a_clip_names_its_page(result, capsys):
+    rvos("view", result.folder)
+    assert str(result.folder / "page.html") in capsys.readouterr().out
+
+
+def test_a_bar_is_drawn_where_a_terminal_has_no_columns(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((0, 0)))
+    assert usual_shape() == {"ncols": 80, "nrows": 24}
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((120, 40)))
+    assert usual_shape() == {}
 
 
 # What could go wrong before the work, and is told before it

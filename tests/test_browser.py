@@ -25,7 +25,9 @@ from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
 from rvos_nb.data.scenes import scene
 from rvos_nb.data.video import write_video
+from rvos_nb.explore import write_report
 from rvos_nb.files import replace_folder
+from rvos_nb.segmentation import segment
 from rvos_nb.viewer import find_runs, write_view
 from rvos_nb.workflow import find_notebook
 
@@ -229,6 +231,59 @@ def test_sentences_by_keys(report, open_page):
     page.wait_for_function("!document.getElementById('where').textContent.startsWith('1 of')")
     page.keyboard.press(" ")
     assert page.inner_text("#play") == "Play"
+
+
+# The report of the explore stage
+
+
+@looks
+def test_the_report_of_a_run_fits(report, open_page, look, tmp_path):
+    root = report.parent.parent
+    page = open_page(
+        write_report(root / "data", find_runs(root / "run"), tmp_path / "r.html"), look
+    )
+    assert fits_the_width(page) and page.locator("figure img").count()
+    scheme = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert scheme == (look[2] == "dark")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+
+# One clip
+
+
+@pytest.fixture(scope="module")
+def clip_page(tmp_path_factory):
+    "Six frames and two sentences."
+    film, folder = (
+        scene(11, "easy", frames=6, size=(64, 96)).frames,
+        tmp_path_factory.mktemp("clip"),
+    )
+    segment(film, ["the red circle", HOSTILE], out=folder)
+    return folder / "page.html"
+
+
+@looks
+def test_the_page_of_a_clip(clip_page, open_page, look):
+    page = open_page(clip_page, look)
+    assert fits_the_width(page) and (brightness(page) < 80) == (look[2] == "dark")
+    assert page.inner_text(".chart").split() == ["score", "1", "score", "0"]
+    assert HOSTILE in page.inner_text("li >> nth=1") and page.title() != "taken over"
+    key = page.inner_text("li a >> nth=0")
+    page.locator("input").fill("0")
+    first = page.get_attribute("img", "src")
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("output") == "frame 1 of 6"
+    assert page.get_attribute("img", "src") != first
+    page.click("li a >> nth=0")
+    assert page.inner_text("output") == f"frame {key} of 6"
+    chart = page.locator("svg").bounding_box()
+    page.mouse.click(chart["x"] + chart["width"] - 1, chart["y"] + 40)
+    assert page.inner_text("output") == "frame 5 of 6"
+    page.click("button")
+    page.wait_for_function("document.querySelector('output').textContent !== 'frame 5 of 6'")
+    page.click("button")
+    assert page.inner_text("button") == "play"
 
 
 # Two hundred videos

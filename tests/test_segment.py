@@ -168,6 +168,66 @@ def test_supervision(result):
     for t, found in enumerate(result.to_supervision()):
         assert isinstance(found, supervision.Detections)
         assert len(found) == sum(result.present[s][t] for s in SENTENCES)
+        for words, mask in zip(found["class_name"], found.mask):
+            assert (mask == result.masks[words][t]).all()
+
+
+def write_frames(result, folder):
+    "The frames of a clip, under the names that `masks.json` has for them."
+    folder.mkdir(parents=True)
+    names = [image["file_name"] for image in result.to_coco()["images"]]
+    for name, frame in zip(names, read_video(result.clip)):
+        Image.fromarray(frame).save(folder / name)
+    return folder
+
+
+def read_in_supervision(result, folder):  # (sentence, frame, mask) of each annotation
+    api = pytest.importorskip("supervision", reason="no supervision: pip install supervision")
+    place, coco = str(write_frames(result, folder)), str(result.folder / "masks.json")
+    data = api.DetectionDataset.from_coco(place, coco, force_masks=True)
+    for path, _, found in data:
+        for category, mask in zip(found.class_id, found.mask):
+            yield data.classes[category], int(Path(path).stem), mask
+
+
+def read_in_datumaro(result, folder):
+    "As CVAT reads COCO."
+    api = pytest.importorskip("datumaro", reason="no datumaro: pip install datumaro")
+    write_frames(result, folder / "images/default")
+    (folder / "annotations").mkdir()
+    shutil.copy(result.folder / "masks.json", folder / "annotations/instances_default.json")
+    data = api.Dataset.import_from(str(folder), "coco")
+    labels = [label.name for label in data.categories()[api.AnnotationType.label]]
+    for item in data:
+        for found in item.annotations:
+            if isinstance(found, api.Mask):  # its box comes as another annotation
+                yield labels[found.label], int(item.id), found.image
+
+
+def read_in_fiftyone(result, folder):
+    "Its importer, which needs no MongoDB."
+    api = pytest.importorskip("fiftyone.utils.coco", reason="no FiftyOne: pip install fiftyone")
+    place, coco = str(write_frames(result, folder)), str(result.folder / "masks.json")
+    kind = api.COCODetectionDatasetImporter
+    with kind(data_path=place, labels_path=coco, label_types="segmentations") as reader:
+        for path, _, found in reader:
+            for one in found.detections:
+                mask = np.zeros(result.size, bool)
+                x, y = (round(v * n) for v, n in zip(one.bounding_box, result.size[::-1]))
+                h, w = one.mask.shape
+                mask[y : y + h, x : x + w] = one.mask
+                yield one.label, int(Path(path).stem), mask
+
+
+READERS = [read_in_supervision, read_in_datumaro, read_in_fiftyone]
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_other_programs_read_the_same_masks(read, result, tmp_path):
+    found = [*read(result, tmp_path / "frames")]
+    for words, t, mask in found:
+        assert (np.asarray(mask, bool) == result.masks[words][t]).all()
+    assert len(found) == sum(int(result.present[s].sum()) for s in SENTENCES)
 
 
 # The overlay

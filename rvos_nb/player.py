@@ -61,6 +61,7 @@ font:15px/1.5 system-ui,sans-serif;color:var(--ink);max-width:960px;margin:0 aut
 .rvos small{color:var(--faint)}
 """
 
+# %% ../nbs/08c_player.ipynb #77aa0012
 PAGE_SCRIPT = """
 (function(root,data){
 const image=root.querySelector('img'),slider=root.querySelector('input');

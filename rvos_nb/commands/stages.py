@@ -58,7 +58,7 @@ def is_tree(path: Path) -> bool:
     except Problem:
         return False
 
-
+# %% ../../nbs/09e_commands.stages.ipynb #77aa0022
 def check_clip_or_data(
     clip: Path | None, sentences: list[str] | None, data: Path | None, given: Sequence[str]
 ):
@@ -91,7 +91,7 @@ def check_clip_words(clip: Path, sentences: list[str]):
         remedy = "leave the sentences out: its own are asked; or name the folder of one video"
         raise Problem(clip, "a data set with a sentence", "a clip, or no sentence", remedy)
 
-
+# %% ../../nbs/09e_commands.stages.ipynb #77aa0024
 def predict_one_clip(clip: Path, sentences: list[str], out: Path | None, model: str, options):
     "Masks of a clip and all that is made of them."
     from rvos_nb.data.video import open_clip

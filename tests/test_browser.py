@@ -316,6 +316,17 @@ def write_many(root, videos=200, sentences=6, size=(24, 32)):
     path.write_text(json.dumps({"videos": listing}))
 
 
+def test_without_truth_nothing_speaks_of_scores(open_page, tmp_path):
+    write_many(tmp_path, videos=2)
+    shutil.rmtree(tmp_path / "data/valid/Annotations")
+    page = open_page(write_view(tmp_path / "data", {"run": tmp_path / "run"}, tmp_path / "view"))
+    assert page.locator("article").count() == 2
+    assert not page.locator(".score:visible").count()
+    page.click("article a >> nth=0")
+    page.wait_for_selector("#curves .now", state="attached")
+    assert not page.locator("#curves text").count() and not page.locator(".score:visible").count()
+
+
 FILTER = """async words => {
   const text = document.getElementById("text"), start = performance.now();
   text.value = words;

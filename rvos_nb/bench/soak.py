@@ -87,7 +87,8 @@ def judge_stage(
     memory = np.array([look.memory for look in during])
     files = np.array([look.files for look in during])
     growth = np.median(memory[-tenth:]) - np.median(memory[:tenth])
-    opened = files[-tenth:].min() - files[:tenth].min()
+    half = (len(during) + 1) // 2
+    opened = files[-half:].min() - files[:half].min()
     first, last = warm - begun, end - ended[-quarter - 1]
     return [
         Figure(f"soak.{name}.memory_growth", growth / 1e6, MOST_GROWTH, "MB"),

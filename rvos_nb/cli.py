@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from . import ENVIRONMENT, TOO_LATE, __version__
-from .commands import look, stages, tools  # noqa: F401 - their commands are added to `app`
+from .commands import look, objects, stages, tools  # noqa: F401 - they add to `app`
 from .commands.app import add_command, app, join_values
 from .core import Assumption, Problem, find_shipped, make_printable
 from .signals import Stopped, StoppedLooking, stop_on_sigterm

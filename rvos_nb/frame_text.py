@@ -85,7 +85,7 @@ def load_frame_text(
     except (OSError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:160]
         raise Problem(place, reason, "a model and its processor", "copy the whole folder") from e
-    if not all(hasattr(type(model), f"get_{kind}_features") for kind in ("image", "text")):
+    if not {"get_image_features", "get_text_features"} <= set(dir(type(model))):
         found, expected = type(model).__name__, "a model that embeds pictures and texts, as CLIP"
         raise Problem(place, found, expected, "choose another folder")
     return FrameTextModel(model.to(device), processor)

@@ -111,7 +111,7 @@ def as_json(
 
     return {v: {e: entry(v, e, k) for e, k in es.items()} for v, es in frames.items()}
 
-
+# %% ../nbs/05c_keyframe.ipynb #8c1003ed
 Position = Annotated[int, Field(ge=0, le=1 << 32)]  # among the video's frames
 
 
@@ -350,7 +350,7 @@ def _choose_each(
             tracks.setdefault(video, {})[expression] = each
     return chosen, tracks, seeds
 
-
+# %% ../nbs/05c_keyframe.ipynb #3f77f08e
 def make_text_rating(
     data_dir,  # the data set that was asked about
     split: str,

@@ -203,7 +203,7 @@ class TrackOptions:
         for name in ("same", "least"):
             check_probability(name, getattr(self, name))
 
-
+# %% ../nbs/06f_object_tracks.ipynb #33434967
 @dataclass
 class TrackWork(StageWork):
     "Follow all objects of a video and let its sentences choose."

@@ -25,7 +25,8 @@ from rvos_nb.ballots import (
     usual_group_size,
 )
 from .core import Problem, natural_key
-from .fuse import SAME_OBJECT, UNPAIRED, Rule, check_groups, find_member, named_rule
+from .data.datasets import UNPAIRED, check_pooling
+from .fuse import SAME_OBJECT, Rule, find_member, named_rule
 from .options import read_options
 
 # %% ../nbs/06b_search.ipynb #bb5d4687
@@ -192,7 +193,7 @@ def start_setting(
             f"one for each of {n} members",
             "correct the parameter",
         )
-    check_groups(b.data, how.groups)
+    check_pooling(b.data, how.groups)
     find_member(b.members, how.key_frame_member)
     share = how.threshold
     if share is not None and how.mode != "mean":

@@ -35,7 +35,7 @@ def test_the_tiny_graph_runs_and_shows_what_each_stage_adds(tmp_path):
     scores = {
         n: json.loads((tmp_path / f"out/scores/{n}/scores.json").read_text())["J&F"] for n in names
     }
-    assert scores["prompted"] < scores["first"] < max(scores["tracks"], scores["final"])
+    assert min(scores.values()) > 50 and scores["prompted"] < scores["first"]
     assert sum(e.seconds for e in ends) < 180 * 4  # on two idle cores under three minutes
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'LONGEST', 'SHIPPED_FOLDERS', 'LINE_SECONDS', 'PROGRESS_LINE', 'RECORDED_PACKAGES', 'CELL_FLAGS',
            'make_printable', 'Problem', 'abbreviate', 'Assumption', 'assume', 'check_id', 'natural_key', 'find_root',
-           'resolve', 'find_shipped', 'format_seconds', 'print_progress', 'progress', 'read_versions', 'choose_device',
-           'honour_flags', 'skip_lesson']
+           'resolve', 'find_shipped', 'format_seconds', 'print_progress', 'usual_shape', 'progress', 'read_versions',
+           'choose_device', 'honour_flags', 'skip_lesson']
 
 # %% ../nbs/00_core.ipynb #d631b1ea
 import os
@@ -197,6 +197,15 @@ def print_progress(
         print(line, file=sys.stderr, flush=True)
 
 
+def usual_shape() -> dict:  # options of tqdm; {}: it finds them
+    "80 by 24 for a terminal that says it has no columns, as one without a window does."
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return {}
+    return {} if columns else {"ncols": 80, "nrows": 24}
+
+
 def progress(
     it: Iterable,  # what to walk through
     desc: str,  # a word in front of the bar
@@ -216,7 +225,8 @@ def progress(
     from tqdm import tqdm
 
     shown = {"delay": LINE_SECONDS, "leave": False} if part else {}
-    return tqdm(it, desc=desc, total=total, initial=initial, mininterval=2, **shown)
+    shown |= usual_shape()
+    return tqdm(it, desc, total, initial=initial, mininterval=2, **shown)
 
 # %% ../nbs/00_core.ipynb #723920d8
 RECORDED_PACKAGES = ("rvos_nb", "torch", "numpy", "opencv-python", "pillow", "transformers")

@@ -8,7 +8,6 @@ __all__ = ['FRAMES_AT_ONCE', 'cut_batches', 'FrameTextModel', 'load_frame_text',
 # %% ../nbs/05c0_frame_text.ipynb #7f63f682
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 

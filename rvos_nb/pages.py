@@ -54,6 +54,7 @@ white-space:nowrap}
 article li a:hover{text-decoration:underline}
 .score{min-width:2.6em;text-align:right;font-variant-numeric:tabular-nums;border-radius:3px;
 padding:0 .25em;background:linear-gradient(90deg,var(--bar) calc(var(--v)*1%),transparent 0)}
+.score:empty{display:none}
 details{margin-top:1.5rem}summary{cursor:pointer;font-weight:600}
 details img{background:#fff;border-radius:6px}
 @media (max-width:600px){form{position:static}form label{flex:1 1 40%}
@@ -87,6 +88,7 @@ align-items:baseline}
 box-shadow:inset 3px 0 0 var(--accent)}
 .score{min-width:2.6em;text-align:right;font-variant-numeric:tabular-nums;border-radius:3px;
 padding:0 .25em;background:linear-gradient(90deg,var(--bar) calc(var(--v)*1%),transparent 0)}
+.score:empty{display:none}
 @media (max-width:800px){.columns{grid-template-columns:minmax(0,1fr)}
 #sentences{max-height:none}}
 """
@@ -342,8 +344,10 @@ function drawCurves() {
   const y = v => height - 4 - (height - 8) * v / 100;
   box.setAttribute("viewBox", `0 0 ${width} ${height}`);
   box.replaceChildren();
-  addTo(box, "text", {x: 3, y: 11}).textContent = "J&F 100";
-  addTo(box, "text", {x: 3, y: height - 4}).textContent = "0";
+  if (sentence.curves.some(curve => curve)) {
+    addTo(box, "text", {x: 3, y: 11}).textContent = "J&F 100";
+    addTo(box, "text", {x: 3, y: height - 4}).textContent = "0";
+  }
   for (const i of chosenRuns()) {
     const curve = sentence.curves[i], key = sentence.keys[i];
     if (key !== null)

@@ -54,7 +54,10 @@ from .vos.propagator import Propagator, Track, walk_tracks
 # %% ../nbs/08e_segmentation.ipynb #34675016
 def check_pictures(frames) -> Iterator[np.ndarray]:  # (H, W, 3) uint8 each
     "Frames of an array or a list of pictures. Raises `Problem` for anything else."
-    expected = "(T, H, W, 3) uint8, a list of PIL pictures, or a path"
+    expected, size = "(T, H, W, 3) uint8, a list of PIL pictures, or a path", None
+    if not isinstance(frames, (np.ndarray, Sequence)):
+        found, remedy = type(frames).__name__, "bring it into that form"
+        raise Problem("frames", found, expected, remedy)
     if isinstance(frames, np.ndarray) and (frames.ndim != 4 or frames.shape[-1] != 3):
         raise Problem("frames", f"an array {frames.shape}", expected, "bring it into that form")
     if not len(frames):
@@ -62,11 +65,18 @@ def check_pictures(frames) -> Iterator[np.ndarray]:  # (H, W, 3) uint8 each
     for t, frame in enumerate(frames):
         if isinstance(frame, Image.Image):
             frame = np.array(frame.convert("RGB"))
+        if isinstance(frame, (str, Path)):
+            remedy = "name the folder where the pictures lie, or open them with PIL"
+            raise Problem(f"frame {t}", "a path", expected, remedy)
         frame = np.asarray(frame)
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             found = f"{frame.shape} {frame.dtype}"
             remedy = "bring it into that form; pixels are 0 to 255"
             raise Problem(f"frame {t}", found, expected, remedy)
+        size = size or frame.shape
+        if frame.shape != size:
+            found, before = (f"{s[0]}x{s[1]} pixels" for s in (frame.shape, size))
+            raise Problem(f"frame {t}", found, f"{before}, as the frames before it", "scale it")
         yield frame
 
 
@@ -117,7 +127,7 @@ def check_texts(
     sentences,  # one, or several
 ) -> list[str]:  # each once, in order
     "Raises `Problem` for none, and for an empty one."
-    texts = [sentences] if isinstance(sentences, str) else list(sentences)
+    texts = [sentences] if isinstance(sentences, str) else list(sentences or ())
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         remedy = "write what to look for"
         raise Problem("sentence", "an empty sentence", 'words such as "the dog"', remedy)
@@ -474,6 +484,7 @@ def segment(
     held = None if out else tempfile.TemporaryDirectory(prefix="rvos-")
     folder = Path(held.name if held else out).expanduser().absolute()
     check_out(folder, frames)
+    members = [members] if isinstance(members, (str, Path)) else members
     clip = bring_clip(frames, folder)
     with locked(folder):
         work = ClipWork(clip, texts, folder, how, wish, place, [model, *members])

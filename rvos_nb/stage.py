@@ -135,7 +135,7 @@ def _check_held(owner: Path, place: Path):
     if _read_holder(owner) != _name_holder():
         raise _tell_lost(place)
 
-
+# %% ../nbs/00e_stage.ipynb #b10c4e19
 @contextmanager
 def _hold(path: Path, owner: Path, place: Path, sweep: Callable):
     "Hold the lock in `path`, with the name of this process beside it, after a sweep of `place`."

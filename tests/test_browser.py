@@ -19,13 +19,15 @@ import cv2
 import numpy as np
 import pytest
 
-from rvos_nb.app import AppWork, serve_app
+from rvos_nb.app import EVERY, AppWork, serve_app
 from rvos_nb.data import refshapes
 from rvos_nb.data.datasets import open_dataset
 from rvos_nb.data.masks import encode_labels, encode_mask, write_tree
 from rvos_nb.data.scenes import scene
 from rvos_nb.data.video import write_video
+from rvos_nb.explore import write_report
 from rvos_nb.files import replace_folder
+from rvos_nb.segmentation import segment
 from rvos_nb.viewer import find_runs, write_view
 from rvos_nb.workflow import find_notebook
 
@@ -231,6 +233,59 @@ def test_sentences_by_keys(report, open_page):
     assert page.inner_text("#play") == "Play"
 
 
+# The report of the explore stage
+
+
+@looks
+def test_the_report_of_a_run_fits(report, open_page, look, tmp_path):
+    root = report.parent.parent
+    page = open_page(
+        write_report(root / "data", find_runs(root / "run"), tmp_path / "r.html"), look
+    )
+    assert fits_the_width(page) and page.locator("figure img").count()
+    scheme = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert scheme == (look[2] == "dark")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+
+# One clip
+
+
+@pytest.fixture(scope="module")
+def clip_page(tmp_path_factory):
+    "Six frames and two sentences."
+    film, folder = (
+        scene(11, "easy", frames=6, size=(64, 96)).frames,
+        tmp_path_factory.mktemp("clip"),
+    )
+    segment(film, ["the red circle", HOSTILE], out=folder)
+    return folder / "page.html"
+
+
+@looks
+def test_the_page_of_a_clip(clip_page, open_page, look):
+    page = open_page(clip_page, look)
+    assert fits_the_width(page) and (brightness(page) < 80) == (look[2] == "dark")
+    assert page.inner_text(".chart").split() == ["score", "1", "score", "0"]
+    assert HOSTILE in page.inner_text("li >> nth=1") and page.title() != "taken over"
+    key = page.inner_text("li a >> nth=0")
+    page.locator("input").fill("0")
+    first = page.get_attribute("img", "src")
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("output") == "frame 1 of 6"
+    assert page.get_attribute("img", "src") != first
+    page.click("li a >> nth=0")
+    assert page.inner_text("output") == f"frame {key} of 6"
+    chart = page.locator("svg").bounding_box()
+    page.mouse.click(chart["x"] + chart["width"] - 1, chart["y"] + 40)
+    assert page.inner_text("output") == "frame 5 of 6"
+    page.click("button")
+    page.wait_for_function("document.querySelector('output').textContent !== 'frame 5 of 6'")
+    page.click("button")
+    assert page.inner_text("button") == "play"
+
+
 # Two hundred videos
 
 
@@ -259,6 +314,17 @@ def write_many(root, videos=200, sentences=6, size=(24, 32)):
     path = root / "data/meta_expressions/valid/meta_expressions.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"videos": listing}))
+
+
+def test_without_truth_nothing_speaks_of_scores(open_page, tmp_path):
+    write_many(tmp_path, videos=2)
+    shutil.rmtree(tmp_path / "data/valid/Annotations")
+    page = open_page(write_view(tmp_path / "data", {"run": tmp_path / "run"}, tmp_path / "view"))
+    assert page.locator("article").count() == 2
+    assert not page.locator(".score:visible").count()
+    page.click("article a >> nth=0")
+    page.wait_for_selector("#curves .now", state="attached")
+    assert not page.locator("#curves text").count() and not page.locator(".score:visible").count()
 
 
 FILTER = """async words => {
@@ -336,6 +402,7 @@ def test_type_a_sentence_and_see_its_mask(width, app_address, browser, tmp_path)
     find.click()
     page.wait_for_selector("text=type what to look for")
     page.get_by_label("Sentences, one a line").fill("the red star\nthe blue square")
+    page.get_by_label(f"number input for {EVERY}").fill("2")
     find.click()
     page.wait_for_function(TOLD, arg="'the blue square': found in 4 frames")
     page.wait_for_function("document.querySelectorAll('video')[1]?.videoWidth === 96")
@@ -343,16 +410,20 @@ def test_type_a_sentence_and_see_its_mask(width, app_address, browser, tmp_path)
     assert fits_the_width(page)
     again = page.get_by_role("button", name="Propagate from this frame")
     again.click()
+    page.wait_for_function(NOT_TOLD, arg="referformer-tiny: a tiny model")
     page.wait_for_function(TOLD, arg="aot-tiny: a tiny model")
     with page.expect_download() as taken:
         page.click("text=Download the result")
     with ZipFile(taken.value.path()) as packed:
         assert "shapes/overlay.mp4" in packed.namelist()
+        made = json.loads(packed.read("shapes/scores.json"))["made"]
+    assert made["options"]["every"] == 2 and len(made["corrected"]) == 1
     context.close()
     assert {*faults} <= {EDITOR_NOTE}
 
 
 TOLD = "words => [...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
+NOT_TOLD = "words => ![...document.querySelectorAll('textarea')].some(t => t.value.includes(words))"
 
 
 def is_outside(url, address):

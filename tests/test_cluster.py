@@ -11,7 +11,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,37 +26,29 @@ from rvos_nb.stage import Execution, StageWork, run_stage
 from rvos_nb.units import follow_units, map_units
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rvos_nb[cluster]'")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 SMALL = {"object_store_memory": 80_000_000, "include_log_monitor": False}
 
 
-get_node = ray._private.services.get_node
-
-
-def get_node_patiently(*place):
-    "Ray gives a new machine 30 s to register; one that is busy with other things needs more."
-    for _ in range(120):
-        with suppress(RuntimeError):
-            return get_node(*place)
-        time.sleep(1)
-    return get_node(*place)
+def start_patiently(start):
+    """What it returns. A machine of Ray's dies where its agent takes more than 15 s to start, as it
+    does on a computer that is busy with other things; we found no setting for that."""
+    for _ in range(3):
+        with suppress(Exception):  # Ray has no class for it
+            return start()
+    return start()
 
 
 @pytest.fixture(scope="module")
 def cluster():
     "Two machines of one CPU each, and this process as a driver of both."
-    with patch("ray._private.services.get_node", get_node_patiently):
-        yield from start_machines()
-
-
-def start_machines():
     from ray.cluster_utils import Cluster
 
     places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     os.environ.update(LOCAL_SETTINGS, PYTHONPATH=places)  # workers import this file
     head = {"num_cpus": 1, "include_dashboard": False, "no_monitor": True, **SMALL}
-    machines = Cluster(initialize_head=True, head_node_args=head)
-    machines.add_node(num_cpus=1, **SMALL)
+    machines = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    start_patiently(lambda: machines.add_node(num_cpus=1, **SMALL))
     ray.init(machines.address, log_to_driver=False, logging_level="ERROR")
     yield machines
     ray.shutdown()
@@ -180,7 +171,7 @@ def test_machines_join_and_leave(cluster, tmp_path):
     run = Thread(target=do_units, daemon=True)
     run.start()
     wait_until(lambda: sum(map(work.count, units)) == 2, 120)
-    third = cluster.add_node(num_cpus=1, **SMALL)
+    third = start_patiently(lambda: cluster.add_node(num_cpus=1, **SMALL))
     wait_until(lambda: sum(map(work.count, units)) == 3, 120)
     workers = [int(p.read_text()) for p in tmp_path.glob("*.trial-0")]
     cluster.remove_node(third, allow_graceful=False)

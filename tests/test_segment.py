@@ -19,7 +19,7 @@ from rvos_nb import clip_result, segmentation
 from rvos_nb.app import AppWork, Visit
 from rvos_nb.cli import main
 from rvos_nb.clip_result import open_result
-from rvos_nb.core import Problem
+from rvos_nb.core import Problem, usual_shape
 from rvos_nb.data import scenes
 from rvos_nb.data.masks import choose_colours, overlay, rle_decode
 from rvos_nb.data.video import frame_rate, frame_times, open_clip, read_video
@@ -168,6 +168,66 @@ def test_supervision(result):
     for t, found in enumerate(result.to_supervision()):
         assert isinstance(found, supervision.Detections)
         assert len(found) == sum(result.present[s][t] for s in SENTENCES)
+        for words, mask in zip(found["class_name"], found.mask):
+            assert (mask == result.masks[words][t]).all()
+
+
+def write_frames(result, folder):
+    "The frames of a clip, under the names that `masks.json` has for them."
+    folder.mkdir(parents=True)
+    names = [image["file_name"] for image in result.to_coco()["images"]]
+    for name, frame in zip(names, read_video(result.clip)):
+        Image.fromarray(frame).save(folder / name)
+    return folder
+
+
+def read_in_supervision(result, folder):  # (sentence, frame, mask) of each annotation
+    api = pytest.importorskip("supervision", reason="no supervision: pip install supervision")
+    place, coco = str(write_frames(result, folder)), str(result.folder / "masks.json")
+    data = api.DetectionDataset.from_coco(place, coco, force_masks=True)
+    for path, _, found in data:
+        for category, mask in zip(found.class_id, found.mask):
+            yield data.classes[category], int(Path(path).stem), mask
+
+
+def read_in_datumaro(result, folder):
+    "As CVAT reads COCO."
+    api = pytest.importorskip("datumaro", reason="no datumaro: pip install datumaro")
+    write_frames(result, folder / "images/default")
+    (folder / "annotations").mkdir()
+    shutil.copy(result.folder / "masks.json", folder / "annotations/instances_default.json")
+    data = api.Dataset.import_from(str(folder), "coco")
+    labels = [label.name for label in data.categories()[api.AnnotationType.label]]
+    for item in data:
+        for found in item.annotations:
+            if isinstance(found, api.Mask):  # its box comes as another annotation
+                yield labels[found.label], int(item.id), found.image
+
+
+def read_in_fiftyone(result, folder):
+    "Its importer, which needs no MongoDB."
+    api = pytest.importorskip("fiftyone.utils.coco", reason="no FiftyOne: pip install fiftyone")
+    place, coco = str(write_frames(result, folder)), str(result.folder / "masks.json")
+    kind = api.COCODetectionDatasetImporter
+    with kind(data_path=place, labels_path=coco, label_types="segmentations") as reader:
+        for path, _, found in reader:
+            for one in found.detections:
+                mask = np.zeros(result.size, bool)
+                x, y = (round(v * n) for v, n in zip(one.bounding_box, result.size[::-1]))
+                h, w = one.mask.shape
+                mask[y : y + h, x : x + w] = one.mask
+                yield one.label, int(Path(path).stem), mask
+
+
+READERS = [read_in_supervision, read_in_datumaro, read_in_fiftyone]
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_other_programs_read_the_same_masks(read, result, tmp_path):
+    found = [*read(result, tmp_path / "frames")]
+    for words, t, mask in found:
+        assert (np.asarray(mask, bool) == result.masks[words][t]).all()
+    assert len(found) == sum(int(result.present[s].sum()) for s in SENTENCES)
 
 
 # The overlay
@@ -400,16 +460,84 @@ def bring_silence(folder):
     [
         (bring_nothing, "no frames"),
         (bring_text, "cannot be decoded"),
-        (bring_silence, "cannot be decoded"),
+        (bring_silence, "cannot be decoded (it holds sound only)"),
         (lambda folder: folder / "nowhere.mp4", "no such file"),
+        (lambda folder: bring_text(folder).with_name("flim.mp4"), "did you mean 'film.mp4'"),
+        (lambda folder: bring_text(folder).parent, "such as {}/film.mp4"),
+        (lambda folder: pictures(folder / "a", 1).parent, "such as {}/a"),
+        (lambda folder: "https://somewhere.org/dog.mp4", "download the film"),
     ],
 )
 def test_what_is_no_clip_is_one_line(bring, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["predict", str(bring(tmp_path)), "it", "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 1 and len(lines) == 1 and said in lines[0], lines
+    assert e.value.code == 1 and len(lines) == 1, lines
+    assert said.format(tmp_path) in lines[0], lines
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["the red circle", "{film}"], 'rvos predict {film} "the red circle"'),
+        (["{film}", "the", "dog"], 'rvos predict {film} "the dog"'),
+        (["my dog"], "rvos predict 'my dog' \"the dog\""),
+        (["{film}", "it", "--split", "train"], "--split: found a clip"),
+        (["{film}", "it", "--present", "0.5"], "--present: found a clip"),
+        (["{film}", "it", "--executor", "ray"], "--executor: found a clip"),
+    ],
+)
+def test_what_is_typed_wrong_comes_with_what_is_right(words, said, film, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["predict", *(w.format(film=film) for w in words), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert e.value.code == 1 and said.format(film=film) in told, told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "frames, said",
+    [
+        (5, "frames: found int"),
+        (None, "frames: found NoneType"),
+        (Image.new("RGB", (8, 6)), "frames: found Image"),
+        (iter([Image.new("RGB", (8, 6))]), "frames: found list_iterator"),
+        (["0.png", "1.png"], "frame 0: found a path"),
+        ([Image.new("RGB", (8, 6)), Image.new("RGB", (9, 6))], "frame 1: found 6x9 pixels"),
+    ],
+)
+def test_frames_in_no_form_are_named(frames, said):
+    with pytest.raises(Problem, match=said):
+        segment(frames, "it")
+
+
+def test_no_sentence_is_told():
+    for nothing in (None, [], [None]):
+        with pytest.raises(Problem, match="an empty sentence"):
+            segment([Image.new("RGB", (8, 6))], nothing)
+
+
+def test_one_member_may_be_named_alone(film):
+    found = segment(film, "the red circle", members="soc-tiny")
+    assert found.made["model"] == "referformer-tiny and soc-tiny"
+
+
+def test_the_folder_one_stands_in_is_a_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures(tmp_path / "mine", 2))
+    assert repr(segment(".", "it")).startswith("mine: 2 frames of ")
+    (tmp_path / "mine/below").mkdir()
+    monkeypatch.chdir(tmp_path / "mine/below")
+    rvos("predict", "..", "it", "--out", tmp_path / "out")
+    assert open_result(tmp_path / "out").clip.id == "mine"
+
+
+def test_a_picture_that_moves_is_told_once(tmp_path):
+    first, *more = [Image.new("RGB", (32, 24), (40 * t, 0, 0)) for t in range(4)]
+    first.save(tmp_path / "moves.webp", save_all=True, append_images=more)
+    told, found = tell(segment, tmp_path / "moves.webp", "it")
+    assert len(found) == 1 and "found in" in repr(found) and "1 frame of" in repr(found)
+    assert len([line for line in told if "a picture file with 4 pictures" in line]) == 1
 
 
 SENTENCES_BROUGHT = {
@@ -522,6 +650,39 @@ def test_a_tree_of_a_benchmark_is_asked_as_such(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--data", str(tmp_path / "data"), "--every", "3"])
     assert "--every with a data set" in capsys.readouterr().err
+
+
+def test_a_sentence_about_a_data_set_is_told(tmp_path, capsys):
+    from rvos_nb.data import refshapes
+
+    refshapes.write(tmp_path / "data", "valid", "easy", videos=1, seed=4, frames=3, size=SIZE)
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "data"), "it", "--out", str(tmp_path / "out")])
+    assert "leave the sentences out" in capsys.readouterr().err
+
+
+def test_a_slice_without_frames_is_not_saved(result, tmp_path):
+    with pytest.raises(Problem, match="a result without frames"):
+        result[3:3].save(tmp_path / "none")
+
+
+def test_files_of_coco_are_those_of_the_folder(tmp_path):
+    folder = pictures(tmp_path / "clip", 2)
+    found = segment(folder, "it", out=tmp_path / "out")
+    for coco in (found.to_coco(), json.loads((tmp_path / "out/masks.json").read_text())):
+        assert [i["file_name"] for i in coco["images"]] == ["0.png", "1.png"]
+
+
+def test_view_of_a_clip_names_its_page(result, capsys):
+    rvos("view", result.folder)
+    assert str(result.folder / "page.html") in capsys.readouterr().out
+
+
+def test_a_bar_is_drawn_where_a_terminal_has_no_columns(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((0, 0)))
+    assert usual_shape() == {"ncols": 80, "nrows": 24}
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((120, 40)))
+    assert usual_shape() == {}
 
 
 # What could go wrong before the work, and is told before it

@@ -29,7 +29,8 @@ def find_data(
 ) -> Path:
     "Where the data set of a run lies. Raises `Problem` where it is not in a usual place."
     found = "no record of its data set" if not name else f"no data set {name} in or beside it"
-    places = (root / name, root.parent / name, resolve("data") / name, absolute("data") / name)
+    beside = (root, root.parent, resolve("data"), absolute("data"), absolute("."))
+    places = [folder / name for folder in beside]
     for place in places if name else ():
         if place.is_dir():
             return place
@@ -87,7 +88,7 @@ def view_command(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="What `rvos run` or one stage wrote, a zip of masks, or the folder of a training.",
+            help="What `rvos run` or a stage wrote, a zip of masks, a clip's result, a training.",
         ),
     ],
     data: Annotated[
@@ -122,6 +123,8 @@ def view_command(
     root = absolute(run)
     if (root / "train.csv").exists():
         return draw_training(root)
+    if (root / "scores.json").exists() and (root / "page.html").exists():
+        return print(f"page: {root / 'page.html'}, opens in a browser")
     from rvos_nb.viewer import write_view
 
     shown = read_shown(root)

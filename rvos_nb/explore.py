@@ -260,7 +260,7 @@ def plot_by_size(ax, rows: Sequence[dict], measure: str, color: str = "C0"):
         ms=3,
         color=color,
     )
-    ax.set_xticks(range(len(SIZE_BOUNDS) + 1), ["0", *map(str, SIZE_BOUNDS)], fontsize=7)
+    ax.set_xticks(range(len(SIZE_BOUNDS) + 1), ["0", *map(str, SIZE_BOUNDS)], fontsize=8)
     ax.set(xlabel="object, % of the frame, from", ylim=(0, 102), title="by size")
 
 

@@ -216,14 +216,14 @@ def disagreement_sheet(
             ax.axis("off")
             ax.set_title(
                 name if name == "truth" else f"{name} {100 * jaccard(truth, mask):.0f}",
-                fontsize=7,
+                fontsize=8,
                 pad=2,
             )
         row[0].text(
             0,
             -0.05,
             f"{e.video}/{e.id}, frame {v.frames[t]}: {e.text}",
-            fontsize=7,
+            fontsize=8,
             va="top",
             transform=row[0].transAxes,
         )

@@ -132,7 +132,7 @@ def test_the_page_of_all_videos(report, open_page, look):
     page.keyboard.press("/")
     page.keyboard.type("ONERROR src")  # upper and lower case, any order
     assert page.inner_text("#count") == f"1 of 3 videos, 1 of {total} sentences"
-    assert page.inner_text("article li a") == HOSTILE
+    assert page.text_content("article li a") == HOSTILE
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement === document.body")
     page.click("#clear")

@@ -8,7 +8,7 @@ __all__ = ['UNREADABLE', 'PIECE', 'PNG_CHANNELS', 'ADAM7', 'MOST_STEPS', 'INSTRU
            'PACKED', 'MAT_NUMBERS', 'count_unpacked', 'count_png_bytes', 'has_all_rows', 'Budget', 'Maker', 'StandIn',
            'BoundedFile', 'check_key', 'BoundedUnpickler', 'list_containers', 'check_nesting', 'read_bounded',
            'check_directory', 'find_torch_members', 'check_array', 'check_h5_pieces', 'read_h5_array',
-           'check_mat_elements', 'read_mat_array', 'keep_offline']
+           'check_mat_elements', 'read_mat_array', 'keep_offline', 'load_local']
 
 # %% ../nbs/00f_bounds.ipynb #cceeea60
 import pickle
@@ -23,6 +23,8 @@ from math import prod
 
 import numpy as np
 from PIL import Image
+
+from .core import Problem, resolve
 
 # %% ../nbs/00f_bounds.ipynb #68bae514
 UNREADABLE = (
@@ -481,3 +483,24 @@ def keep_offline(
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+# %% ../nbs/00f_bounds.ipynb #c41f0a6f
+def load_local(
+    folder,  # as save_pretrained writes it
+    kind: str,  # of model, a class of transformers
+    reader: str,  # what prepares its inputs: AutoProcessor, AutoTokenizer
+    wanted: str,  # what such a folder holds, in words
+) -> tuple:  # the model, its reader
+    "A model of transformers from a local folder. Raises `Problem` for one that does not load."
+    import transformers
+
+    place = resolve(folder)
+    if not (place / "config.json").is_file():
+        raise Problem(place, "no config.json in it", f"a folder with {wanted}", "check the path")
+    try:
+        with keep_offline():
+            classes = [getattr(transformers, name) for name in (kind, reader)]
+            return tuple(c.from_pretrained(str(place), local_files_only=True) for c in classes)
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise Problem(place, reason, wanted, "copy the whole folder again") from e

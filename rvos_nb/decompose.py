@@ -17,8 +17,8 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from .bounds import keep_offline
-from .core import Problem, abbreviate, progress, resolve
+from .bounds import load_local
+from .core import Problem, progress, resolve
 from .data.datasets import open_dataset
 from .data.index import Dataset
 from .files import write_json
@@ -219,20 +219,8 @@ def load_parser(
     "A parser by its name. Raises `Problem` for a folder that does not load."
     if not name:
         return RuleParser()
-    import transformers
-
-    folder = resolve(name)
-    if not (folder / "config.json").is_file():
-        expected = "a folder with a language model of transformers, or nothing for the rules"
-        raise Problem("parser", abbreviate(str(name)), expected, "check the path")
-    try:
-        with keep_offline():
-            here = {"local_files_only": True}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **here)
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **here)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:160]
-        raise Problem(folder, reason, "a language model and its tokenizer", "copy it again") from e
+    wanted = "a language model and its tokenizer"
+    model, tokenizer = load_local(name, "AutoModelForCausalLM", "AutoTokenizer", wanted)
     return LanguageModelParser(model.to(device), tokenizer)
 
 # %% ../nbs/05a0_decompose.ipynb #5afd365d

@@ -11,8 +11,8 @@ from itertools import islice
 
 import numpy as np
 
-from .bounds import keep_offline
-from .core import Problem, resolve
+from .bounds import load_local
+from .core import Problem
 
 # %% ../nbs/05c0_frame_text.ipynb #a6c9e4e7
 FRAMES_AT_ONCE = 16
@@ -70,23 +70,11 @@ def load_frame_text(
     device: str = "cpu",
 ) -> FrameTextModel:
     "A model from a local folder. Raises `Problem` for one that does not load."
-    import transformers
-
-    place = resolve(folder)
-    if not (place / "config.json").is_file():
-        expected = "a folder with a model of pictures and texts, such as CLIP"
-        raise Problem(place, "no config.json in it", expected, "check the path")
-    try:
-        with keep_offline():
-            here = {"local_files_only": True}
-            processor = transformers.AutoProcessor.from_pretrained(str(place), **here)
-            model = transformers.AutoModel.from_pretrained(str(place), **here)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:160]
-        raise Problem(place, reason, "a model and its processor", "copy the whole folder") from e
+    wanted = "a model of pictures and texts, such as CLIP, and its processor"
+    model, processor = load_local(folder, "AutoModel", "AutoProcessor", wanted)
     if not {"get_image_features", "get_text_features"} <= set(dir(type(model))):
         found, expected = type(model).__name__, "a model that embeds pictures and texts, as CLIP"
-        raise Problem(place, found, expected, "choose another folder")
+        raise Problem(folder, found, expected, "choose another folder")
     return FrameTextModel(model.to(device), processor)
 
 

@@ -11,11 +11,10 @@ __all__ = ['SHOWN', 'QUESTIONS', 'TEMPLATE', 'MaskVerdict', 'MaskJudge', 'VideoF
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from .bounds import keep_offline
+from .bounds import load_local
 from .core import Problem
 from .data.index import Dataset, true_masks
 from .data.masks import overlay
@@ -247,19 +246,6 @@ def load_vision_language(
     device: str = "cpu",
 ) -> VisionLanguageJudge:
     "A judge from a local folder. Raises `Problem` for one that does not load."
-    import transformers
-
-    if not (Path(folder) / "config.json").is_file():
-        expected = "a folder with a vision-language model of transformers"
-        raise Problem(folder, "no config.json in it", expected, "check the path")
-    try:
-        with keep_offline():
-            here = {"local_files_only": True}
-            processor = transformers.AutoProcessor.from_pretrained(str(folder), **here)
-            kind = transformers.AutoModelForImageTextToText
-            model = kind.from_pretrained(str(folder), **here)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:160]
-        expected = "a model that takes pictures and words (image-text-to-text), and its processor"
-        raise Problem(folder, reason, expected, "copy the whole folder again") from e
+    wanted = "a vision-language model (image-text-to-text) and its processor"
+    model, processor = load_local(folder, "AutoModelForImageTextToText", "AutoProcessor", wanted)
     return VisionLanguageJudge(model.to(device), processor)
